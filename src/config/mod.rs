@@ -1,0 +1,1 @@
+//! Settings as written, resolved once into settings as run.

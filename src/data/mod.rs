@@ -1,0 +1,1 @@
+//! Chat templates, masking, collation and the order of batches.

@@ -1,0 +1,1 @@
+//! Files, the hub cache and what the operating system must do.

@@ -1,0 +1,1 @@
+//! Slices in, slices out: the arithmetic, one table per instruction set.

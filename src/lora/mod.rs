@@ -1,0 +1,1 @@
+//! Adapters: injection, initialisation and PEFT files.

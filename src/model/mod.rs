@@ -1,0 +1,1 @@
+//! Decoders, one readable file per family.

@@ -1,0 +1,1 @@
+//! NF4: code book, blocks, double quantization, packed tensors.
