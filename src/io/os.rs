@@ -520,3 +520,210 @@ pub fn with_pool<T: Send>(f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     }
     pool.install(f)
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "tests")]
+
+    use std::fs;
+
+    use rayon::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn reads_and_writes_at_positions() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = File::options().read(true).write(true).create_new(true).open(folder.path().join("f")).unwrap();
+        write_all_at(&file, b"world", 6).unwrap();
+        write_all_at(&file, b"hello ", 0).unwrap();
+        fsync_file(&file).unwrap();
+        fsync_dir(folder.path()).unwrap();
+        let mut buf = [0; 7];
+        read_exact_at(&file, &mut buf, 4).unwrap();
+        assert_eq!(&buf, b"o world");
+        assert_eq!(read_exact_at(&file, &mut buf, 5).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        assert_eq!(fsync_dir(&folder.path().join("absent")).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn exchanges_folders_where_the_system_can() {
+        let folder = tempfile::tempdir().unwrap();
+        let (a, b) = (folder.path().join("a"), folder.path().join("b"));
+        fs::create_dir(&a).unwrap();
+        fs::create_dir(&b).unwrap();
+        fs::write(a.join("x"), "from a").unwrap();
+        if exchange(&a, &b).unwrap() {
+            assert_eq!(fs::read(b.join("x")).unwrap(), b"from a");
+            assert_eq!(exchange(&a, &folder.path().join("absent")).unwrap_err().kind(), io::ErrorKind::NotFound);
+        } else {
+            assert!(a.join("x").exists());
+            println!("left out 1 case: this system cannot exchange two paths");
+        }
+    }
+
+    #[test]
+    fn memory_and_disk_figures_are_plausible() {
+        let free = disk_free_bytes(Path::new("."));
+        assert_eq!(free.is_some(), cfg!(unix));
+        assert!(free.is_none_or(|bytes| bytes > 0));
+        assert_eq!(disk_free_bytes(Path::new("/no/such/folder")), None);
+        if cfg!(target_os = "linux") {
+            let total = total_memory_bytes().unwrap();
+            assert!(available_memory_bytes().unwrap() <= total);
+            let before = peak_rss_bytes().unwrap();
+            let block = vec![1_u8; 64 << 20];
+            assert!(block.iter().step_by(4096).map(|&byte| usize::from(byte)).sum::<usize>() > 0);
+            let peak = peak_rss_bytes().unwrap();
+            assert!(peak >= before && peak >= 64 << 20 && peak < total, "{before} {peak} {total}");
+            assert!(rss_bytes().unwrap() >= 64 << 20);
+            drop(block);
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    fn group(root: &Path, folder: &str, files: &[(&str, &str)]) {
+        let folder = root.join(folder);
+        fs::create_dir_all(&folder).unwrap();
+        for (name, text) in files {
+            fs::write(folder.join(name), text).unwrap();
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn the_tightest_control_group_limit_counts() {
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path();
+        let of = |membership: &str| {
+            Cgroups { membership: membership.to_owned(), root: root.to_owned() }
+                .memory()
+                .map(|m| (m.limit, m.available))
+        };
+        assert_eq!(of(""), None);
+        assert_eq!(of("0::/a/b\n"), None);
+
+        let stat = "anon 5\ninactive_file 300\nactive_file 7\n";
+        group(root, "a", &[("memory.max", "5000\n"), ("memory.current", "1000\n"), ("memory.stat", stat)]);
+        group(root, "a/b", &[("memory.max", "max\n"), ("memory.current", "900\n")]);
+        assert_eq!(of("0::/a/b\n"), Some((5000, 4300)));
+        group(root, "a/b", &[("memory.max", "4000\n"), ("memory.current", "5000\n"), ("memory.stat", "")]);
+        assert_eq!(of("0::/a/b\n"), Some((4000, 0)));
+
+        // Version 1; a container sees its own group at the hierarchy's root and not at the path it is told.
+        group(root, "memory", &[("memory.limit_in_bytes", "9223372036854771712"), ("memory.usage_in_bytes", "5")]);
+        assert_eq!(of("7:cpu:/x\n5:memory:/docker/123\n"), None);
+        let stat = "inactive_file 1\ntotal_inactive_file 40\n";
+        let files = [("memory.limit_in_bytes", "800"), ("memory.usage_in_bytes", "100"), ("memory.stat", stat)];
+        group(root, "memory", &files);
+        assert_eq!(of("7:cpu:/x\n5:memory:/docker/123\n"), Some((800, 740)));
+    }
+
+    #[test]
+    fn a_process_that_ended_is_known_to_be_dead() {
+        let this = ProcessTag::current();
+        assert!(!this.is_dead());
+        if cfg!(target_os = "linux") {
+            assert!(ProcessTag { started: this.started + 1, ..this.clone() }.is_dead());
+            assert!(!ProcessTag { host: this.host ^ 1, started: 0, ..this.clone() }.is_dead());
+            let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+            let tag = ProcessTag { pid: child.id(), started: process_start(child.id()).unwrap(), ..this };
+            assert!(!tag.is_dead());
+            child.kill().unwrap();
+            child.wait().unwrap();
+            assert!(tag.is_dead());
+        }
+    }
+
+    #[test]
+    fn the_number_of_threads_is_resolved_once() {
+        assert_eq!(resolve_threads(Some(3), true, Some("5")).unwrap(), 3);
+        assert_eq!(resolve_threads(None, true, Some("5")).unwrap(), 1);
+        assert_eq!(resolve_threads(None, false, Some(" 5 ")).unwrap(), 5);
+        let granted = granted_cpus();
+        assert!(granted >= 1);
+        for unset in [None, Some("0"), Some("")] {
+            assert_eq!(resolve_threads(None, false, unset).unwrap(), granted);
+        }
+        let error = resolve_threads(None, false, Some("many")).unwrap_err().to_string();
+        assert!(error.contains("RAYON_NUM_THREADS = many: "), "{error}");
+        assert!(set_num_threads(0).is_err());
+    }
+
+    /// The tests below change the process's pool, so they take turns.
+    static POOL_TESTS: Mutex<()> = Mutex::new(());
+
+    #[test]
+    fn work_runs_in_our_pool_nested_or_not() {
+        let _turn = POOL_TESTS.lock().unwrap_or_else(PoisonError::into_inner);
+        for n_threads in [3, 1, 2] {
+            set_num_threads(n_threads).unwrap();
+            assert_eq!(num_threads().unwrap(), n_threads);
+            let seen =
+                with_pool(|| with_pool(|| Ok((rayon::current_num_threads(), pool()?.current_thread_index())))).unwrap();
+            assert_eq!(seen.0, n_threads);
+            assert!(seen.1.is_some());
+        }
+        let error = with_pool(|| Err::<(), _>(Error::data("row 1", "is empty"))).unwrap_err();
+        assert_eq!(error.to_string(), "row 1: is empty");
+    }
+
+    /// The child of a fork, having used no lock the parent's threads may hold, computes with rayon and reports.
+    #[cfg(unix)]
+    fn in_forked_child(child: impl FnOnce() -> bool) -> bool {
+        // SAFETY: the child below touches nothing but this module, rayon through it, and `_exit`.
+        let pid = unsafe { libc::fork() };
+        assert!(pid >= 0, "fork failed");
+        if pid == 0 {
+            let code = i32::from(!std::panic::catch_unwind(std::panic::AssertUnwindSafe(child)).unwrap_or(false));
+            // SAFETY: ends the child at once, without the parent's destructors.
+            unsafe { libc::_exit(code) };
+        }
+        // A child that hangs must fail the test, not hang it: look for its end for up to 20 s, then kill it.
+        for _ in 0..2000 {
+            let mut status = 0;
+            // SAFETY: `pid` is our child and `status` outlives the call.
+            let done = unsafe { libc::waitpid(pid, &raw mut status, libc::WNOHANG) };
+            if done == pid {
+                return libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        // SAFETY: `pid` is our child, not yet waited for.
+        unsafe { libc::kill(pid, libc::SIGKILL) };
+        false
+    }
+
+    #[cfg(unix)]
+    fn parallel_sum() -> Result<usize> {
+        with_pool(|| Ok((0..10_000_usize).into_par_iter().sum()))
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn forked_children_compute_on_one_thread_and_never_hang() {
+        let _turn = POOL_TESTS.lock().unwrap_or_else(PoisonError::into_inner);
+        set_num_threads(4).unwrap();
+        let expected = parallel_sum().unwrap();
+        // Another thread holds the parent's lock at the moment of the fork, as may happen to any program.
+        for is_marked in [true, false] {
+            let held = slot().state.lock().unwrap();
+            assert!(in_forked_child(|| {
+                if is_marked {
+                    mark_forked_child();
+                }
+                num_threads().unwrap() == 1
+                    && parallel_sum().unwrap() == expected
+                    && with_pool(|| Ok(rayon::current_num_threads())).unwrap() == 1
+                    && set_num_threads(2).is_ok()
+                    && parallel_sum().unwrap() == expected
+                    && in_forked_child(|| num_threads().unwrap() == 1 && parallel_sum().unwrap() == expected)
+            }));
+            drop(held);
+        }
+        // Forked on a worker thread, from inside a computation.
+        assert!(with_pool(|| Ok(in_forked_child(|| parallel_sum().unwrap() == expected))).unwrap());
+        assert_eq!(num_threads().unwrap(), 4);
+        assert_eq!(parallel_sum().unwrap(), expected);
+    }
+}

@@ -390,13 +390,12 @@ impl ModelFiles {
         let mut file_of_shard: HashMap<&str, usize> = HashMap::new();
         let mut by_name = HashMap::with_capacity(index.weight_map.len());
         for (tensor, shard) in &index.weight_map {
-            let file_idx = match file_of_shard.get(shard.as_str()) {
-                Some(&file_idx) => file_idx,
-                None => {
-                    files.push(open_shard(folder, index_path, shard)?);
-                    file_of_shard.insert(shard, files.len() - 1);
-                    files.len() - 1
-                }
+            let file_idx = if let Some(&file_idx) = file_of_shard.get(shard.as_str()) {
+                file_idx
+            } else {
+                files.push(open_shard(folder, index_path, shard)?);
+                file_of_shard.insert(shard, files.len() - 1);
+                files.len() - 1
             };
             if !files[file_idx].contains(tensor) {
                 let problem = format!("{INDEX_FILE} says that it is in {shard}, but it is not; download both again");
@@ -690,7 +689,7 @@ pub fn write(
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, reason = "tests")]
+    #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "tests")]
 
     use std::fs;
 
