@@ -398,6 +398,7 @@ fn a_200_to_a_range_request_starts_from_the_beginning() {
     let hub = model_hub(|request| is_weights(request).then(|| Reply::new(200).body(weights())));
     fs::write(hub.partial(&weights()), &weights()[..300_000]).unwrap();
     assert_whole(&hub, &hub.resolve().unwrap());
+    assert_eq!(hub.take_requests().iter().filter(|r| r.ends_with("signature=secret")).count(), 1);
 }
 
 #[test]
