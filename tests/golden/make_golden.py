@@ -22,11 +22,19 @@ from functools import partial
 
 from golden_common import one_thread
 from golden_llama import CASES, make_llama, make_llama_nf4, make_peft
+from golden_nf4 import make_nf4_extra
+from golden_optim import make_adamw8bit, make_randperm, make_schedules
+from golden_stories import make_stories
 
 MAKERS: dict[str, Callable[[], None]] = {
     **{f"llama_{name}": partial(make_llama, name) for name in CASES},
     "llama_nf4": make_llama_nf4,
     "peft": make_peft,
+    "nf4_extra": make_nf4_extra,
+    "adamw8bit": make_adamw8bit,
+    "schedules": make_schedules,
+    "randperm": make_randperm,
+    "stories": make_stories,
 }
 
 
