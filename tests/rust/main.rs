@@ -1,0 +1,4 @@
+//! The integration tests, one binary: a module per topic.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod tidy;
