@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterable
 from typing import Any
 
-from rustune.quickstart import world
+from rustune.quickstart import instruct, world
 
 PAD, BOS, EOS, USER, ASSISTANT, SYSTEM, UNKNOWN = (
     "<|pad|>",
@@ -35,17 +34,16 @@ _SPACE = "\u2581"  # how the library writes a space inside a token
 _PIECE = re.compile(r"\u2581[A-Za-z]+|.", re.DOTALL)
 
 
-def vocabulary(questions: Iterable[str]) -> list[str]:
+def vocabulary() -> list[str]:
     """Lists all tokens, special ones first; a token's place is its id.
 
-    Args:
-        questions: Texts whose words become tokens too, beside those of the world.
-
     Returns:
-        The tokens, a multiple of 64 of them (the last ones are never used).
+        The words of the world and of the questions about it, characters and bytes; filled up with tokens that are never
+        used to a multiple of 64.
     """
     letters = list(string.printable[:95])  # printable ASCII
     names = [start + end for start in world.NAME_STARTS for end in world.NAME_ENDS]
+    questions = [question for asked in instruct.QUESTIONS.values() for question in asked]
     told = [sentence for sentences in world.RELATIONS.values() for sentence in sentences]
     lists = (names, world.TOWNS, world.JOBS, world.PETS, world.FOODS, world.WORDS, [w.upper() for w in world.WORDS])
     words = {_SPACE + word for words in lists for word in words}
