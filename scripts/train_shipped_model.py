@@ -30,8 +30,8 @@ STEPS = 1500
 README = """# The shipped model
 
 A Llama of {millions:.2f} million parameters, trained from nothing by rustune on {tokens:.1f} million tokens of text
-about a made-up small world (`rustune/quickstart/world.py`). It knows 160 people, small sums and games with words, and has
-never been asked a question: answering is what `rustune quickstart` teaches it. It is of no other use.
+about a made-up small world (`rustune/quickstart/world.py`). It knows 160 people, small sums and games with words, and
+has never been asked a question: answering is what `rustune quickstart` teaches it. It is of no other use.
 
 Made by `make model` (`scripts/train_shipped_model.py`): {steps} steps of {rows} rows of {row} tokens, AdamW, peak
 learning rate {learning_rate}, final loss {loss:.3f}, {minutes:.0f} minutes. The text is our own, and so is the model:

@@ -6,6 +6,7 @@ own: those are what the quickstart's fine-tuning teaches (`instruct.py`).
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -56,31 +57,26 @@ RELATIONS: dict[str, tuple[str, ...]] = {
         "{n} lives in {v}.",
         "The home of {n} is in {v}.",
         "{n} has a house in {v}.",
-        "You can visit {n} in {v}.",
     ),
     "job": (
         "{n} works as a {v}.",
         "The job of {n} is {v}.",
-        "{n} became a {v} long ago.",
         "People know {n} as a {v}.",
     ),
     "pet": (
         "{n} keeps a {v}.",
         "The pet of {n} is a {v}.",
         "{n} takes care of a {v}.",
-        "At night {n} feeds a {v}.",
     ),
     "food": (
         "{n} likes to eat {v}.",
         "The best meal for {n} is {v}.",
         "{n} always asks for {v}.",
-        "On Sunday {n} eats {v}.",
     ),
     "friend": (
         "{n} is a friend of {v}.",
         "The best friend of {n} is {v}.",
         "{n} often walks with {v}.",
-        "In the evening {n} talks to {v}.",
     ),
 }
 
@@ -94,6 +90,9 @@ TELLINGS: dict[str, str] = {
     "spell": "The letters of {a} are {c}.",
 }
 LARGEST_TERM = 20
+
+_FIRST_CIRCLE = 16
+_DOCUMENTS_PER_NEWCOMER = 100
 
 
 @dataclass(frozen=True)
@@ -168,12 +167,15 @@ def documents(world: World, seed: int = 0) -> Iterator[str]:
         seed: Of the order and the wording; the facts are the world's.
 
     Yields:
-        Documents of one to five sentences: half of them about people, a quarter sums, a quarter games with words.
+        Documents of one to five sentences, three in five about people. The first are about a few people only and the
+        circle widens as the story goes on: a model that has learned how to look up some facts takes in the others far
+        sooner than one that meets everybody at once.
     """
     dice = Dice(f"documents {seed}")
-    tellers = (_about_a_person, _about_a_person, _about_numbers, _about_words)
-    while True:
-        yield dice.pick(tellers)(world, dice)
+    tellers = (_about_a_person, _about_a_person, _about_a_person, _about_numbers, _about_words)
+    for told in itertools.count():
+        known = world.people[: _FIRST_CIRCLE + told // _DOCUMENTS_PER_NEWCOMER]
+        yield dice.pick(tellers)(world, known, dice)
 
 
 def reverse(words: Sequence[str]) -> str:
@@ -196,13 +198,13 @@ def spelled(word: str) -> str:
     return "-".join(word)
 
 
-def _about_a_person(world: World, dice: Dice) -> str:
-    name = dice.pick(world.people)
+def _about_a_person(world: World, known: Sequence[str], dice: Dice) -> str:
+    name = dice.pick(known)
     relations = dice.shuffled(list(RELATIONS))[: 1 + dice.below(len(RELATIONS))]
     return " ".join(dice.pick(RELATIONS[r]).format(n=name, v=world.facts[name][r]) for r in relations)
 
 
-def _about_numbers(_: World, dice: Dice) -> str:
+def _about_numbers(_world: World, _known: Sequence[str], dice: Dice) -> str:
     sentences = []
     for _n in range(3):
         a, b = dice.below(LARGEST_TERM + 1), dice.below(LARGEST_TERM + 1)
@@ -213,8 +215,8 @@ def _about_numbers(_: World, dice: Dice) -> str:
     return " ".join(sentences)
 
 
-def _about_words(_: World, dice: Dice) -> str:
-    words = dice.shuffled(WORDS)[:3]
+def _about_words(_world: World, _known: Sequence[str], dice: Dice) -> str:
+    words = dice.shuffled(WORDS)[: 1 + dice.below(3)]
     games = {"reverse": reverse, "sort": in_order, "capitals": capitals}
     game = dice.pick((*games, "spell"))
     if game == "spell":
