@@ -1,1 +1,3 @@
 //! Chat templates, masking, collation and the order of batches.
+
+pub mod order;
