@@ -4,6 +4,7 @@ pub mod chat_template;
 pub mod collate;
 pub mod masking;
 pub mod nearest;
+pub mod order;
 pub mod rows;
 pub mod threads;
 pub mod tokenizer;

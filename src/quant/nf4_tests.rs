@@ -14,7 +14,7 @@ pub(crate) fn shared_nf4() -> Option<PathBuf> {
     folder.is_dir().then_some(folder)
 }
 
-fn floats(view: &TensorView<'_>) -> Vec<f32> {
+pub(crate) fn floats(view: &TensorView<'_>) -> Vec<f32> {
     let data = view.data();
     match view.dtype() {
         Dtype::F32 => data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect(),
@@ -124,6 +124,24 @@ fn small_vectors_hold_to_the_bit() {
     // The names end in the block size: `bf16_5x13_bs32`.
     let block_size_of = |name: &str| name.rsplit_once("_bs").unwrap().1.parse().unwrap();
     assert_eq!(check_vectors(&SafeTensors::deserialize(&bytes).unwrap(), block_size_of), 4);
+}
+
+#[test]
+fn every_block_size_dtype_and_tail_holds_to_the_bit() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/nf4_extra.safetensors");
+    let bytes = std::fs::read(path).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let mut cases = 0;
+    for name in file.names().into_iter().filter_map(|name| name.strip_suffix("/input")) {
+        let get = |part: &str| file.tensor(&format!("{name}/{part}")).unwrap();
+        let block_size = name.rsplit_once('_').unwrap().1.parse().unwrap();
+        let (input, dtype) = (floats(&get("input")), kind(&get("input")));
+        let tensor = Nf4Tensor::quantize(&input, &[input.len()], dtype, block_size, false).unwrap();
+        assert_eq!(tensor.packed, get("packed").data(), "{name}: packed");
+        assert_same_bits(&tensor.scales(), &floats(&get("absmax")), &format!("{name}: absmax"));
+        cases += 1;
+    }
+    assert_eq!(cases, 24);
 }
 
 /// The specification: one weight at a time, straight from the definition.
