@@ -19,7 +19,7 @@ pub fn is_forked() -> bool {
 }
 
 /// `items.map(work)` in order, on all threads where that is safe.
-pub fn map<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+pub fn map<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync + Send) -> Vec<R> {
     if is_forked() || items.len() < 2 {
         items.iter().map(work).collect()
     } else {
