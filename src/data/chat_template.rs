@@ -75,9 +75,7 @@ impl ChatTemplate {
         env.set_formatter(write_as_python);
         env.add_filter("tojson", tojson);
         env.add_filter("string", |value: &Jinja| python_str(value));
-        env.add_test("iterable", |value: &Jinja| {
-            !value.is_none() && !value.is_undefined() && value.try_iter().is_ok()
-        });
+        env.add_test("iterable", |value: &Jinja| !value.is_none() && !value.is_undefined() && value.try_iter().is_ok());
         env.add_function("raise_exception", |message: String| -> std::result::Result<Jinja, minijinja::Error> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
         });
@@ -119,7 +117,10 @@ impl ChatTemplate {
             }
             context.insert(name.clone(), to_jinja(value));
         }
-        context.insert("strftime_now".to_owned(), Jinja::from_function(move |format: String| now(&format, pinned.as_deref())));
+        context.insert(
+            "strftime_now".to_owned(),
+            Jinja::from_function(move |format: String| now(&format, pinned.as_deref())),
+        );
         let template = self.env.get_template(NAME).expect("`new` has added it");
         let text = template.render(Jinja::from_pairs(context)).map_err(|e| failed(&e))?;
         take_marks(&text, self.marks_answers)
@@ -283,7 +284,14 @@ fn number(value: &Jinja) -> String {
         return value.to_string();
     };
     if !x.is_finite() {
-        return if x.is_nan() { "NaN" } else if x > 0.0 { "Infinity" } else { "-Infinity" }.to_owned();
+        return if x.is_nan() {
+            "NaN"
+        } else if x > 0.0 {
+            "Infinity"
+        } else {
+            "-Infinity"
+        }
+        .to_owned();
     }
     let size = x.abs();
     if size != 0.0 && !(1e-4..1e16).contains(&size) {
@@ -393,7 +401,17 @@ fn now(format: &str, pinned: Option<&str>) -> String {
 }
 
 const MONTHS: [&str; 12] = [
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
     "December",
 ];
 const WEEKDAYS: [&str; 7] = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"];
@@ -402,9 +420,10 @@ const WEEKDAYS: [&str; 7] = ["Monday", "Tuesday", "Wednesday", "Thursday", "Frid
 fn parse_date(text: &str) -> Option<(i64, usize, usize)> {
     let words: Vec<&str> = text.split([' ', '-']).collect();
     let [a, b, c] = words.as_slice() else { return None };
-    let month = b.parse().ok().or_else(|| {
-        MONTHS.iter().position(|name| b.len() >= 3 && name.starts_with(b)).map(|index| index + 1)
-    })?;
+    let month = b
+        .parse()
+        .ok()
+        .or_else(|| MONTHS.iter().position(|name| b.len() >= 3 && name.starts_with(b)).map(|index| index + 1))?;
     let (year, day) = if a.len() == 4 { (a, c) } else { (c, a) };
     let (year, day) = (year.parse().ok()?, day.parse().ok()?);
     ((1..=12).contains(&month) && (1..=31).contains(&day)).then_some((year, month, day))

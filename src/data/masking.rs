@@ -40,7 +40,8 @@ impl Markers {
         };
         let unclear = || Error::Tokenizer {
             what: "chat_template".to_owned(),
-            problem: "questions and answers cannot be told apart in it; give instruction_part and response_part".to_owned(),
+            problem: "questions and answers cannot be told apart in it; give instruction_part and response_part"
+                .to_owned(),
         };
         let whole = render(4, false)?;
         // parts[i] is what the template writes after the i-th word.
@@ -76,9 +77,10 @@ fn answer_marker<'a>(between: &'a str, prompt: &str) -> Option<&'a str> {
     }
     // Reasoning models' prompts go on (`<think>`) where a finished answer does not.
     let prefixes = trimmed.char_indices().map(|(at, _)| &trimmed[..at]).filter(|prefix| !prefix.trim().is_empty());
-    prefixes.rev().find(|prefix| between.trim_end().ends_with(prefix)).and_then(|prefix| {
-        between.rfind(prefix).map(|at| &between[at..])
-    })
+    prefixes
+        .rev()
+        .find(|prefix| between.trim_end().ends_with(prefix))
+        .and_then(|prefix| between.rfind(prefix).map(|at| &between[at..]))
 }
 
 /// `text` without the start it shares with `other`: a turn's opening without the end of the turn before it.
@@ -167,7 +169,9 @@ impl<'a> ResponseMasker<'a> {
             format!("response_part {response:?} is there, but nothing follows it before the row ends")
         } else {
             let nearest = closest_part(response, &text);
-            format!("no row contains response_part {response:?}, so nothing would be trained; the nearest text in the first row is {nearest:?}")
+            format!(
+                "no row contains response_part {response:?}, so nothing would be trained; the nearest text in the first row is {nearest:?}"
+            )
         };
         Error::data("train_on_responses_only", problem)
     }
@@ -186,7 +190,8 @@ pub fn labels_inside(ids: &[u32], spans: &[(usize, usize)], ranges: &[(usize, us
                 }
                 ahead = rest;
             }
-            let inside = start < end && ahead.first().is_some_and(|&(range_start, range_end)| start < range_end && end > range_start);
+            let inside = start < end
+                && ahead.first().is_some_and(|&(range_start, range_end)| start < range_end && end > range_start);
             if inside { id as i32 } else { IGNORE }
         })
         .collect()
@@ -217,8 +222,12 @@ fn spellings(tokenizer: &Tokenizer, marker: &str) -> Result<Vec<Vec<u8>>> {
 /// Where the first spelling that occurs at all occurs, and its length.
 fn occurrences(bytes: &[u8], spellings: &[Vec<u8>]) -> Option<(usize, Vec<usize>)> {
     spellings.iter().find_map(|spelling| {
-        let found: Vec<usize> =
-            bytes.windows(spelling.len()).enumerate().filter(|(_, window)| window == spelling).map(|(at, _)| at).collect();
+        let found: Vec<usize> = bytes
+            .windows(spelling.len())
+            .enumerate()
+            .filter(|(_, window)| window == spelling)
+            .map(|(at, _)| at)
+            .collect();
         (!found.is_empty()).then_some((spelling.len(), found))
     })
 }

@@ -114,7 +114,10 @@ impl<'a> RowReader<'a> {
     pub fn push(&mut self, columns: &[(String, Vec<Value>)]) -> Result<()> {
         let n_rows = columns.first().map_or(0, |(_, values)| values.len());
         if let Some((name, values)) = columns.iter().find(|(_, values)| values.len() != n_rows) {
-            return Err(Error::data(format!("column {name:?}"), format!("expected {n_rows} rows, got {}", values.len())));
+            return Err(Error::data(
+                format!("column {name:?}"),
+                format!("expected {n_rows} rows, got {}", values.len()),
+            ));
         }
         if self.kind.is_none() {
             let names: Vec<&str> = columns.iter().map(|(name, _)| name.as_str()).collect();
@@ -126,7 +129,9 @@ impl<'a> RowReader<'a> {
         let read = threads::map(&indices, |&row| {
             let fields = Row { columns, row };
             this.read(&fields).map_err(|error| match error {
-                Error::Data { what, problem } => Error::data(format!("row {}", first + row), format!("{what}: {problem}")),
+                Error::Data { what, problem } => {
+                    Error::data(format!("row {}", first + row), format!("{what}: {problem}"))
+                }
                 Error::Tokenizer { what, problem } => {
                     Error::Tokenizer { what: format!("row {}: {what}", first + row), problem }
                 }
@@ -326,7 +331,8 @@ impl<'a> RowReader<'a> {
 
     /// `instruction`, `input`, answer: a conversation if there is a chat template, else Alpaca's headings.
     fn read_instruction(&self, row: &Row<'_>, answer: &str) -> Read {
-        let (instruction, input) = (row.text("instruction")?.unwrap_or_default(), row.text("input")?.unwrap_or_default());
+        let (instruction, input) =
+            (row.text("instruction")?.unwrap_or_default(), row.text("input")?.unwrap_or_default());
         let Some(answer) = row.text(answer)? else { return Ok(None) };
         let masked = self.options.completion_only_loss.unwrap_or(self.options.assistant_only_loss);
         if self.tokenizer().choose_template(false).is_ok() {
@@ -359,7 +365,9 @@ impl<'c> Row<'c> {
         match self.get(column) {
             None => Ok(None),
             Some(Value::String(text)) => Ok(Some(text.as_str()).filter(|text| !text.trim().is_empty())),
-            Some(other) => Err(Error::data(format!("column {column:?}"), format!("expected a text, got {}", kind_of(other)))),
+            Some(other) => {
+                Err(Error::data(format!("column {column:?}"), format!("expected a text, got {}", kind_of(other))))
+            }
         }
     }
 }
@@ -501,7 +509,9 @@ fn standard_message(turn: &Value, index: usize) -> Result<Value> {
     let Some(standard) = standard_role(role) else {
         return Err(Error::data(
             at(),
-            format!("unknown role {role:?}; known are user, human, assistant, gpt, model, system, tool, observation, function_call"),
+            format!(
+                "unknown role {role:?}; known are user, human, assistant, gpt, model, system, tool, observation, function_call"
+            ),
         ));
     };
     // Answers that only call tools have no content.

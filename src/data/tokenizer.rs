@@ -266,8 +266,13 @@ impl Tokenizer {
 
     /// Ids of all special tokens, sorted: what `skip_special` leaves out.
     pub fn all_special_ids(&self) -> Vec<u32> {
-        let mut ids: Vec<u32> =
-            self.inner.get_added_tokens_decoder().iter().filter(|(_, token)| token.special).map(|(&id, _)| id).collect();
+        let mut ids: Vec<u32> = self
+            .inner
+            .get_added_tokens_decoder()
+            .iter()
+            .filter(|(_, token)| token.special)
+            .map(|(&id, _)| id)
+            .collect();
         ids.sort_unstable();
         ids
     }
@@ -352,7 +357,11 @@ impl Tokenizer {
 
     /// The longest text the config says the model was made for, in tokens; `None` is no limit.
     pub fn model_max_length(&self) -> Option<usize> {
-        self.config.get("model_max_length").and_then(Value::as_f64).filter(|&n| n > 0.0 && n < NO_LIMIT).map(|n| n as usize)
+        self.config
+            .get("model_max_length")
+            .and_then(Value::as_f64)
+            .filter(|&n| n > 0.0 && n < NO_LIMIT)
+            .map(|n| n as usize)
     }
 
     /// Sets or removes the limit of [`model_max_length`](Self::model_max_length).
@@ -500,7 +509,8 @@ impl Tokenizer {
             std::fs::write(&path, text).map_err(|e| Error::io(&path, e))
         };
         write("tokenizer.json", &self.inner.to_string(true).map_err(|e| bad("tokenizer.json", e))?)?;
-        let mut map: Map<String, Value> = self.special.iter().map(|(role, token)| (role.clone(), json!(token))).collect();
+        let mut map: Map<String, Value> =
+            self.special.iter().map(|(role, token)| (role.clone(), json!(token))).collect();
         if !self.additional.is_empty() {
             map.insert("additional_special_tokens".to_owned(), json!(self.additional));
         }
@@ -599,7 +609,9 @@ impl Tokenizer {
                 if got.map(u64::from) != Some(id) {
                     return Err(bad(
                         folder.display(),
-                        format!("{content:?} is listed as token {id} but the vocabulary has room for it only at {got:?}"),
+                        format!(
+                            "{content:?} is listed as token {id} but the vocabulary has room for it only at {got:?}"
+                        ),
                     ));
                 }
             }
