@@ -1,1 +1,3 @@
 //! Sampling and the decode loop.
+
+pub mod sampling;
