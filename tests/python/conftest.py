@@ -1,0 +1,40 @@
+"""What all Python tests share: where the optional test material lies, and how left-out cases are counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parents[2]
+_LEFT_OUT = pytest.StashKey[int]()
+
+# The same examples on every machine, and no limit that a busy one could miss.
+settings.register_profile("rustune", derandomize=True, deadline=None, database=None)
+settings.load_profile("rustune")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_LEFT_OUT] = 0
+
+
+@pytest.fixture
+def shared_data(request: pytest.FixtureRequest) -> Path:
+    """The folder of real checkpoints and vectors beside the repository; a test that asks for it is left out without."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        request.config.stash[_LEFT_OUT] += 1
+        pytest.skip("shared data not found")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of golden files made by tests/golden/make_golden.py."""
+    return ROOT / "tests" / "golden"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if left_out := config.stash[_LEFT_OUT]:
+        terminalreporter.write_line(f"left out {left_out} cases: shared data not found")
