@@ -13,8 +13,6 @@
 mod download;
 mod http;
 mod settings;
-#[cfg(test)]
-mod tests;
 
 use std::fmt;
 use std::fs;
@@ -446,3 +444,6 @@ fn missing_file(snapshot: &Path) -> Option<String> {
         Err(_) => Some(INDEX_FILE.to_owned()),
     }
 }
+
+#[cfg(test)]
+mod tests;

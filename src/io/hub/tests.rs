@@ -670,10 +670,10 @@ fn settings_of(options: &HubOptions, variables: &[(&str, &str)]) -> Result<Setti
 fn variables_are_read_in_the_hubs_order() {
     let none = HubOptions::default();
     let cache = |variables: &[(&str, &str)]| settings_of(&none, variables).unwrap().cache;
-    let home = ("HOME", "/home/u");
-    assert_eq!(cache(&[home]), Path::new("/home/u/.cache/huggingface/hub"));
+    let home = ("HOME", "/users/u");
+    assert_eq!(cache(&[home]), Path::new("/users/u/.cache/huggingface/hub"));
     assert_eq!(cache(&[home, ("XDG_CACHE_HOME", "/x")]), Path::new("/x/huggingface/hub"));
-    assert_eq!(cache(&[home, ("XDG_CACHE_HOME", "/x"), ("HF_HOME", "~/hf")]), Path::new("/home/u/hf/hub"));
+    assert_eq!(cache(&[home, ("XDG_CACHE_HOME", "/x"), ("HF_HOME", "~/hf")]), Path::new("/users/u/hf/hub"));
     assert_eq!(cache(&[home, ("HF_HOME", "/hf"), ("HUGGINGFACE_HUB_CACHE", "/old")]), Path::new("/old"));
     assert_eq!(cache(&[home, ("HUGGINGFACE_HUB_CACHE", "/old"), ("HF_HUB_CACHE", "/new")]), Path::new("/new"));
     let given = HubOptions { cache_dir: Some("/given".into()), ..HubOptions::default() };
