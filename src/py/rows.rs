@@ -1,14 +1,14 @@
 //! `Rows`: a tokenised dataset.
 
 use super::enter;
-use super::tokenizer::Tokenizer;
+use super::json::from_python;
+use super::tokenizer::PyTokenizer;
 use crate::data::masking::{Markers, ResponseMasker};
 use crate::data::rows::{Example, RowOptions, RowReader};
 use crate::error::Error;
 use pyo3::exceptions::PyIndexError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyIterator};
-use serde_json::Value;
 use std::sync::Arc;
 
 /// Tokenised rows with their labels.
@@ -24,16 +24,15 @@ impl Rows {
     #[staticmethod]
     fn read(
         py: Python<'_>,
-        tokenizer: Option<&Tokenizer>,
+        tokenizer: Option<&PyTokenizer>,
         options: &str,
         batches: &Bound<'_, PyAny>,
     ) -> PyResult<Self> {
         let options: RowOptions = super::parse("dataset options", options)?;
-        let guard = tokenizer.map(Tokenizer::shared);
+        let guard = tokenizer.map(|t| t.inner.clone());
         let mut reader = RowReader::new(guard.as_deref(), options);
         for batch in PyIterator::from_object(batches)? {
-            let batch = batch?.cast_into::<PyDict>()?;
-            let columns = super::json::columns(&batch)?;
+            let columns = columns(&batch?.cast_into::<PyDict>()?)?;
             let reader = &mut reader;
             enter(py, move || reader.push(&columns))?;
         }
@@ -84,11 +83,11 @@ impl Rows {
     fn train_on_responses_only(
         &self,
         py: Python<'_>,
-        tokenizer: &Tokenizer,
+        tokenizer: &PyTokenizer,
         instruction_part: Option<String>,
         response_part: Option<String>,
     ) -> PyResult<(Self, String, String, usize)> {
-        let tokenizer = tokenizer.shared();
+        let tokenizer = tokenizer.inner.clone();
         let mut examples = self.examples.as_ref().clone();
         let report = self.report.clone();
         enter(py, move || {
@@ -107,8 +106,17 @@ impl Rows {
     }
 }
 
+/// A batch of columns, `{name: [value of each row]}`.
+fn columns(batch: &Bound<'_, PyDict>) -> PyResult<Vec<(String, Vec<serde_json::Value>)>> {
+    let mut columns = Vec::with_capacity(batch.len());
+    for (name, values) in batch {
+        let values: PyResult<Vec<_>> = values.try_iter()?.map(|value| from_python(&value?)).collect();
+        columns.push((name.str()?.to_string(), values?));
+    }
+    Ok(columns)
+}
+
 /// Adds the class to the module.
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Rows>()
 }
-
