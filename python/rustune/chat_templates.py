@@ -7,12 +7,13 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import cache
 from importlib import resources
 from typing import Any, Final, NamedTuple
 
-from rustune import _native
 from rustune._native import ConfigError, DataError
+
+from rustune import _native
 from rustune.data import iter_columns
 
 
@@ -56,10 +57,10 @@ _SPELLINGS: Final[dict[str, str]] = {re.sub(r"[-._]", "", name): name for name i
 _TOKENS: Final = re.compile(r"<\|[a-z_]+\|>|<[a-z]+_of_[a-z]+>")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _read(file: str) -> str:
     """A template that comes with the package."""
-    return resources.files("rustune").joinpath("templates", f"{file}.jinja").read_text(encoding="utf-8").rstrip("\n")
+    return (resources.files("rustune") / "templates" / f"{file}.jinja").read_text(encoding="utf-8").rstrip("\n")
 
 
 class _Templates(Mapping[str, ChatTemplate]):
@@ -205,9 +206,10 @@ def _find(chat_template: str | Sequence[str | None]) -> ChatTemplate:
                 f"chat_template = {chat_template!r}: expected one of {', '.join(CHAT_TEMPLATES)}, "
                 f"or a pair (template, eos token){hint}"
             ) from None
-    if len(chat_template) != 2 or not isinstance(chat_template[0], str):
+    source = chat_template[0] if len(chat_template) == 2 else None
+    if not isinstance(source, str):
         raise ConfigError(f"chat_template = {chat_template!r}: expected a name or a pair (template, eos token)")
-    source, eos_token = chat_template
+    eos_token = chat_template[1]
     return ChatTemplate(source, eos_token if isinstance(eos_token, str) and eos_token != "eos_token" else None)
 
 

@@ -6,13 +6,13 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from rustune._native import ConfigError, DataError, HubError, TokenizerError
 
 from rustune import _native
-from rustune._native import ConfigError, DataError, HubError, TokenizerError
 
 IGNORE: Final = -100
 """The label of a token that is not trained."""
@@ -35,7 +35,7 @@ class TokenArray(np.ndarray[Any, np.dtype[np.int64]]):
     """
 
     @property
-    def device(self) -> str:
+    def device(self) -> Literal["cpu"]:
         """Where the ids are."""
         return "cpu"
 
@@ -233,7 +233,7 @@ class Tokenizer:
         name = os.fspath(pretrained_model_name_or_path)
         folder = name
         if not Path(name).is_dir():
-            folder = _native.resolve_model(name, revision, token, cache_dir, local_files_only)
+            folder = os.fspath(_native.resolve_model(name, revision, token, cache_dir, local_files_only))
         found = cls.from_folder(folder)
         if found is None:
             raise TokenizerError(f"{name}: expected tokenizer.json (or vocab.json and merges.txt)")

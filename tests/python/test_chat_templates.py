@@ -6,10 +6,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+from test_tokenizer import make_tokenizer
+
 from rustune import ConfigError, DataError, Tokenizer
 from rustune.chat_templates import CHAT_TEMPLATES, get_chat_template, standardize_sharegpt
-
-from test_tokenizer import make_tokenizer
 
 TALK = [
     {"role": "system", "content": "S"},
@@ -22,9 +22,9 @@ TALK = [
 EXPECTED = {
     "chatml": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
     "<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n",
-    "llama-3": "<s><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
-    "U<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nA<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
-    "V<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    "llama-3": "<s><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>"
+    "\n\nU<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nA<|eot_id|><|start_header_id|>user<|end_header_id|>"
+    "\n\nV<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
     "llama-3.1": "<s><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
     "Today Date: 26 July 2024\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nU<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\nA<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nV<|eot_id|>"
@@ -42,7 +42,13 @@ EXPECTED = {
     "<start_of_turn>user\nV<end_of_turn>\n<start_of_turn>model\n",
 }
 EXPECTED["qwen-2.5"] = EXPECTED["chatml"]
-ALIASES = {"llama-3.2": "llama-3.1", "llama-3.3": "llama-3.1", "phi-3.5": "phi-3", "gemma-2": "gemma", "gemma-3": "gemma"}
+ALIASES = {
+    "llama-3.2": "llama-3.1",
+    "llama-3.3": "llama-3.1",
+    "phi-3.5": "phi-3",
+    "gemma-2": "gemma",
+    "gemma-3": "gemma",
+}
 
 
 def quiet(tokenizer: Tokenizer, name: str, **options: object) -> Tokenizer:
@@ -109,9 +115,14 @@ def test_pairs_mappings_and_wrong_names(tokenizer: Tokenizer) -> None:
 
 
 def test_sharegpt_becomes_role_and_content() -> None:
-    rows = [{"conversations": [{"from": "human", "value": "U"}, {"from": "gpt", "value": "A", "weight": None}], "id": 3}]
+    rows = [
+        {"conversations": [{"from": "human", "value": "U"}, {"from": "gpt", "value": "A", "weight": None}], "id": 3}
+    ]
     want = [{"conversations": [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}], "id": 3}]
-    strip = [{**row, "conversations": [dict(sorted(m.items())) for m in row["conversations"]]} for row in standardize_sharegpt(rows)]
+    strip = [
+        {**row, "conversations": [dict(sorted(m.items())) for m in row["conversations"]]}
+        for row in standardize_sharegpt(rows)
+    ]
     assert strip == [{**row, "conversations": [dict(sorted(m.items())) for m in row["conversations"]]} for row in want]
     assert standardize_sharegpt(want) == want
     with pytest.raises(DataError, match="wizard"):

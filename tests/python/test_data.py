@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from rustune import DataError
 from rustune.data import iter_columns
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from rustune import ConfigError, DataError, Tokenizer, TokenizerError
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
-    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}"
+    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}"
     "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes 🙂"}]
@@ -132,7 +134,9 @@ def test_the_chat_template_gives_text_ids_or_a_dict(tokenizer: Tokenizer) -> Non
     assert batch.assistant_masks[1].sum() == 0
     open_end = tokenizer.apply_chat_template(TALK, tokenize=False, continue_final_message=True)
     assert open_end.endswith("Yes 🙂")
-    other = tokenizer.apply_chat_template(TALK, chat_template="{{ messages | length }}{{ extra }}", tokenize=False, extra="!")
+    other = tokenizer.apply_chat_template(
+        TALK, chat_template="{{ messages | length }}{{ extra }}", tokenize=False, extra="!"
+    )
     assert other == "2!"
 
 
