@@ -6,7 +6,6 @@ use super::nearest::closest_name;
 use super::threads;
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 /// The label of a token that is not trained, as in PyTorch.
@@ -29,7 +28,7 @@ impl Example {
 }
 
 /// How rows are to be read.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RowOptions {
     /// The column that holds plain text.
@@ -57,7 +56,7 @@ impl Default for RowOptions {
 }
 
 /// What became of the rows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
 pub struct RowReport {
     /// Rows read.
     pub rows: usize,

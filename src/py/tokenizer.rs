@@ -5,7 +5,7 @@ use super::json::{from_python, to_python};
 use crate::data::chat_template::RenderInput;
 use crate::data::masking::{Markers, labels_inside};
 use crate::data::rows::{IGNORE, standard_messages};
-use crate::data::tokenizer::{DEFAULT_TEMPLATE, ROLES, Tokenizer};
+use crate::data::tokenizer::{DEFAULT_TEMPLATE, ROLES, Tokenizer as Inner};
 use crate::error::Error;
 use crate::io::os;
 use pyo3::prelude::*;
@@ -15,10 +15,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 /// A vocabulary with its special tokens and chat templates.
-#[pyclass(name = "Tokenizer", module = "rustune._native")]
-pub(crate) struct PyTokenizer {
-    /// Shared with whatever reads rows or generates while Python may go on using it.
-    pub(crate) inner: Arc<Tokenizer>,
+#[pyclass(module = "rustune._native")]
+pub(super) struct Tokenizer {
+    inner: Arc<Inner>,
+}
+
+impl Tokenizer {
+    /// The tokenizer as it is now, for work that goes on while Python may change its own.
+    pub(super) fn shared(&self) -> Arc<Inner> {
+        Arc::clone(&self.inner)
+    }
 }
 
 /// What `render` is asked with, in Rust's types.
@@ -56,17 +62,17 @@ impl Conversation {
 }
 
 #[pymethods]
-impl PyTokenizer {
+impl Tokenizer {
     /// Opens the tokenizer in a folder; None if the folder has no vocabulary.
     #[staticmethod]
     fn from_folder(py: Python<'_>, path: PathBuf) -> PyResult<Option<Self>> {
-        enter(py, || Ok(Tokenizer::from_folder(&path)?.map(|inner| Self { inner: Arc::new(inner) })))
+        enter(py, || Ok(Inner::from_folder(&path)?.map(|inner| Self { inner: Arc::new(inner) })))
     }
 
     /// The tokenizer that `to_state` wrote.
     #[staticmethod]
     fn from_state(py: Python<'_>, state: &str) -> PyResult<Self> {
-        enter(py, || Ok(Self { inner: Arc::new(Tokenizer::from_state(state)?) }))
+        enter(py, || Ok(Self { inner: Arc::new(Inner::from_state(state)?) }))
     }
 
     /// Everything as one JSON text.
@@ -287,7 +293,7 @@ impl PyTokenizer {
 
 /// A conversation in `role`/`content` form, from that or from ShareGPT's `from`/`value`.
 #[pyfunction(name = "standard_messages")]
-fn py_standard_messages<'py>(conversation: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+fn py_standard_messages(conversation: &Bound<'_, PyAny>) -> PyResult<Py<PyAny>> {
     let messages = standard_messages(&from_python(conversation)?)?;
     to_python(conversation.py(), &Value::Array(messages))
 }
@@ -300,7 +306,7 @@ fn mark_forked_child() {
 
 /// Adds the class and its functions to the module.
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    module.add_class::<PyTokenizer>()?;
+    module.add_class::<Tokenizer>()?;
     module.add("SPECIAL_TOKEN_ROLES", ROLES.to_vec())?;
     module.add_function(wrap_pyfunction!(py_standard_messages, module)?)?;
     module.add_function(wrap_pyfunction!(mark_forked_child, module)?)
