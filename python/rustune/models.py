@@ -159,7 +159,7 @@ class ModelOutput:
         """
         if self._logits is None:
             n_rows, width = self._batch.mask.shape
-            self._logits = np.zeros((n_rows, width, self._model.native.vocab_size), np.float32)
+            self._logits = np.zeros((n_rows, width, self._model.vocab_size), np.float32)
             for row, scores in enumerate(self._model.native.logits(self._batch.rows())):
                 self._logits[row, self._batch.mask[row]] = scores
         return self._logits
@@ -298,6 +298,8 @@ class Model:
         max_seq_length: Longest row in training.
         config: `config.json` with its keys as attributes.
         training: What `for_training` and `for_inference` set; the engine needs neither.
+        dtype: The arithmetic of the matrix products, `float32` or `bfloat16`.
+        vocab_size: Number of token ids.
     """
 
     def __init__(
@@ -318,10 +320,16 @@ class Model:
         self.adapter = adapter
         self.config = ModelConfig(json.loads(native.config), name_or_path)
         self.training = False
+        # Kept here because the engine answers nothing while it trains, and callbacks ask.
+        self.dtype: str = native.dtype
+        self.vocab_size: int = native.vocab_size
+        self._eos = native.eos_token_ids
+        self._pad = native.pad_token_id
+        self._count()
 
     def __repr__(self) -> str:
         adapter = f", adapter r={self.adapter.get('r')}" if self.adapter else ""
-        return f"Model({self.name_or_path!r}, {self.native.n_parameters:,} parameters, {self.dtype}{adapter})"
+        return f"Model({self.name_or_path!r}, {self._n_parameters:,} parameters, {self.dtype}{adapter})"
 
     def __call__(
         self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **ignored: Any
@@ -506,7 +514,7 @@ class Model:
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Returns the number of trained and of all parameters."""
-        return self.native.n_trainable, self.native.n_parameters
+        return self._n_trainable, self._n_parameters
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Counts parameters.
@@ -519,9 +527,9 @@ class Model:
             Their number.
         """
         if only_trainable:
-            return self.native.n_trainable
-        embeddings = self.native.vocab_size * int(self.config.hidden_size) if exclude_embeddings else 0
-        return self.native.n_parameters - embeddings
+            return self._n_trainable
+        embeddings = self.vocab_size * int(self.config.hidden_size) if exclude_embeddings else 0
+        return self._n_parameters - embeddings
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Returns the bytes the weights take.
@@ -532,17 +540,12 @@ class Model:
         Returns:
             Bytes.
         """
-        return self.native.nbytes
+        return self._nbytes
 
     @property
     def device(self) -> Device:
         """Where the model is."""
         return Device("cpu")
-
-    @property
-    def dtype(self) -> str:
-        """The arithmetic of the matrix products: `float32` or `bfloat16`."""
-        return self.native.dtype
 
     @property
     def base_model(self) -> str:
@@ -602,6 +605,11 @@ class Model:
 
     cuda = cpu = half = float = bfloat16 = to
 
+    def _count(self) -> None:
+        """Counts anew, after an adapter was added."""
+        self._n_trainable, self._n_parameters = self.native.n_trainable, self.native.n_parameters
+        self._nbytes = self.native.nbytes
+
     def _batch(self, input_ids: Any, attention_mask: Any) -> _Batch:
         pad = getattr(self.tokenizer, "pad_token_id", None)
         return _Batch(input_ids, attention_mask, pad, pad in self._eos_ids(self.tokenizer))
@@ -609,13 +617,13 @@ class Model:
     def _eos_ids(self, tokenizer: Any) -> list[int]:
         """What ends a text: by the model's files and by the tokenizer, whose template may end turns its own way."""
         own = getattr(tokenizer, "eos_token_id", None)
-        return sorted({*self.native.eos_token_ids, *([] if own is None else [own])})
+        return sorted({*self._eos, *([] if own is None else [own])})
 
     def _pad_id(self, settings: dict[str, Any], tokenizer: Any) -> int:
         candidates = (
             settings.get("pad_token_id"),
             getattr(tokenizer, "pad_token_id", None),
-            self.native.pad_token_id,
+            self._pad,
             *settings["eos_token_id"],
         )
         return next((int(pad) for pad in candidates if pad is not None), 0)
@@ -739,7 +747,7 @@ class FastLanguageModel:
 
         def resolve(wanted: str, at_revision: str | None) -> str:
             cache = None if cache_dir is None else os.fspath(cache_dir)
-            return _native.resolve_model(wanted, at_revision, secret, cache, local_files_only)
+            return os.fspath(_native.resolve_model(wanted, at_revision, secret, cache, local_files_only))
 
         folder = resolve(name, revision)
         adapter_folder = folder if (Path(folder) / "adapter_config.json").is_file() else None
@@ -868,6 +876,7 @@ class FastLanguageModel:
             _same_adapter(model.adapter or {}, written)
             return model
         model.adapter = json.loads(model.native.add_adapter(json.dumps(written)))
+        model._count()
         return model
 
     @staticmethod

@@ -390,7 +390,7 @@ class SFTTrainer:
             warnings.warn(f"{folder}: passed over: {reason}", stacklevel=3)
         if path is None:
             print(f"{self.args.output_dir} holds no checkpoint to go on from: starting afresh")
-        return path
+        return None if path is None else os.fspath(path)
 
     def _begin(self, plan: dict[str, int], resume: str | None) -> None:
         """Sets the state to the run's start, or to a checkpoint's."""
@@ -434,7 +434,7 @@ class SFTTrainer:
 
     def _metrics(self, outcome: dict[str, Any]) -> dict[str, float]:
         seconds = max(outcome["seconds"], 1e-9)
-        self.state.total_flos = 6.0 * self.model.native.n_parameters * outcome["tokens"]
+        self.state.total_flos = 6.0 * self.model.num_parameters() * outcome["tokens"]
         return {
             "train_runtime": seconds,
             "train_samples_per_second": outcome["rows"] / seconds,
