@@ -6,7 +6,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -361,8 +361,6 @@ class SFTTrainer:
             return None
         if isinstance(dataset, TokenisedDataset):
             return dataset
-        if isinstance(dataset, Mapping) and not all(isinstance(column, (list, tuple)) for column in dataset.values()):
-            raise ConfigError(f"{what} = {list(dataset)}: several datasets are not there yet; pass one of them")
         batches = iter_columns(dataset)
         text_field = self._text_field
         if self._formatting_func is not None:
