@@ -1,1 +1,10 @@
 //! Chat templates, masking, collation and the order of batches.
+
+pub mod chat_template;
+pub mod collate;
+pub mod masking;
+pub mod nearest;
+pub mod order;
+pub mod rows;
+pub mod threads;
+pub mod tokenizer;

@@ -1,1 +1,5 @@
 //! Files, the hub cache and what the operating system must do.
+
+pub mod atomic;
+pub mod os;
+pub mod safetensors;

@@ -1,1 +1,99 @@
-//! Slices in, slices out: the arithmetic, one table per instruction set.
+//! Slices in, slices out: the arithmetic, one table of functions per instruction set, chosen once at run time.
+//!
+//! [`reference`] is the specification; [`generic`] is the same arithmetic written once over a vector; each file under
+//! `x86/` proves that the CPU can run it and hands out the whole table. Holding a table is the proof.
+//! Kernels never allocate, never use threads and never read the environment, except [`active`], which picks a table.
+
+mod generic;
+#[cfg(test)]
+mod parity;
+pub mod philox;
+pub mod reference;
+pub mod tiles;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use crate::error::{Error, Result};
+use std::sync::OnceLock;
+
+/// The widest `mr * nr` of any table: the size of the scratch a [`Kernels::gemm_tile`] writes.
+pub const MAX_TILE: usize = 512;
+
+/// One instruction set's functions. Lengths that do not fit each other are a bug of the caller and panic.
+pub struct Kernels {
+    /// The name shown by `rustune.info()` and accepted by `RUSTUNE_ISA`.
+    pub isa: &'static str,
+    /// Rows of one GEMM tile.
+    pub mr: usize,
+    /// Columns of one GEMM tile.
+    pub nr: usize,
+    /// `out[i, j] = Σ_p a[p, i] · b[p, j]`;  a: `[k, mr]`, b: `[k, nr]` (packed panels), out: `[mr, nr]`.
+    pub gemm_tile: fn(a: &[f32], b: &[f32], out: &mut [f32]),
+    /// `Σ x[i] · y[i]`.
+    pub dot: fn(x: &[f32], y: &[f32]) -> f32,
+    /// `y[i] += alpha · x[i]`.
+    pub axpy: fn(alpha: f32, x: &[f32], y: &mut [f32]),
+    /// `y[i] = x[i] · w[i] · rstd`, `rstd = 1 / sqrt(mean(x²) + eps)`, which is returned.  Zhang & Sennrich 2019, eq. 4.
+    pub rms_norm_row: fn(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) -> f32,
+    /// Backward of `y = x · w · rstd`: `dx[i] += rstd · (w[i] dy[i] - x[i] · rstd² · mean(x · w · dy))`.
+    pub rms_norm_row_backward: fn(x: &[f32], w: &[f32], rstd: f32, dy: &[f32], dx: &mut [f32]),
+    /// `y[i] = silu(gate[i]) · up[i]`, `silu(z) = z / (1 + exp(-z))`.  Shazeer 2020, eq. 6.
+    pub swiglu_row: fn(gate: &[f32], up: &[f32], y: &mut [f32]),
+    /// Backward of `y = silu(g) · u`: `dg = dy · u · σ(g) · (1 + g · (1 - σ(g)))`, `du = dy · silu(g)`.
+    pub swiglu_row_backward: fn(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]),
+    /// `max(x)`; negative infinity for an empty row.
+    pub max_row: fn(x: &[f32]) -> f32,
+    /// `x[i] = exp(scale · x[i] - shift)`; returns the sum of the new row.
+    pub exp_row: fn(x: &mut [f32], scale: f32, shift: f32) -> f32,
+    /// Rotates the halves of a head: `(x1, x2) -> (x1 c - x2 s, x2 c + x1 s)`;  x: `[2 · half]`, cos, sin: `[half]`.
+    /// With `-sin` it is its own backward.  Su et al. 2021, eq. 34, in the half-split layout of HF Llama.
+    pub rope_row: fn(x: &mut [f32], cos: &[f32], sin: &[f32]),
+    /// Rounds every element to the nearest bfloat16, ties to even; NaN stays NaN.
+    pub round_bf16: fn(x: &mut [f32]),
+    /// `out[i] = code[index i] · scale`, two indices a byte, first element in the high nibble;
+    /// packed: `[ceil(n / 2)]`, out: `[n]`, all of one block.
+    pub nf4_block: fn(packed: &[u8], scale: f32, code: &[f32; 16], out: &mut [f32]),
+}
+
+/// Every table this machine can run, best first; the last is always `scalar`.
+pub fn available() -> &'static [Kernels] {
+    static TABLES: OnceLock<Vec<Kernels>> = OnceLock::new();
+    TABLES.get_or_init(|| {
+        let mut tables = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        tables.extend(x86::tables());
+        tables.push(reference::table());
+        tables
+    })
+}
+
+/// The table in use: the best one, or the one that `RUSTUNE_ISA` names; read once.
+///
+/// # Errors
+/// [`Error::Config`] if `RUSTUNE_ISA` names a table that does not exist or that this machine cannot run.
+pub fn active() -> Result<&'static Kernels> {
+    static ACTIVE: OnceLock<std::result::Result<&'static Kernels, (String, String)>> = OnceLock::new();
+    let choice = ACTIVE.get_or_init(|| match std::env::var("RUSTUNE_ISA") {
+        Err(_) => Ok(&available()[0]),
+        Ok(name) => named(&name).map_err(|expected| (name, expected)),
+    });
+    choice.clone().map_err(|(value, expected)| Error::Config { field: "RUSTUNE_ISA", value, expected })
+}
+
+/// The table called `name`, or what would have been accepted.
+fn named(name: &str) -> std::result::Result<&'static Kernels, String> {
+    available().iter().find(|table| table.isa == name).ok_or_else(|| {
+        let names: Vec<_> = available().iter().map(|table| table.isa).collect();
+        format!("this machine runs {}; set one of these or unset it", names.join(", "))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn an_unknown_instruction_set_is_refused_by_name() {
+        let Err(message) = super::named("sse9") else { panic!("sse9 was accepted") };
+        assert!(message.contains("scalar"), "{message}");
+        assert_eq!(super::named("scalar").map(|k| k.isa), Ok("scalar"));
+    }
+}

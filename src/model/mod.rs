@@ -1,1 +1,112 @@
-//! Decoders, one readable file per family.
+//! Decoders, one readable file per family, and what they share: config, weights, KV cache.
+
+pub mod config;
+pub mod kv_cache;
+pub mod llama;
+pub mod weights;
+
+pub use config::ModelConfig;
+pub use kv_cache::KvCache;
+pub use llama::Llama;
+pub use weights::{LoadOptions, Quantize};
+
+use crate::error::{Error, Result};
+use crate::ops::{Ctx, Env, ParamStore, Tokens};
+use std::path::{Path, PathBuf};
+
+/// A loaded model: the decoder, its trainable tensors, and the tools to run it.
+pub struct Model {
+    /// Where it came from.
+    pub folder: PathBuf,
+    /// What `config.json` says.
+    pub config: ModelConfig,
+    /// The decoder.
+    pub llama: Llama,
+    /// Everything that is trained.
+    pub params: ParamStore,
+    /// Kernels and buffers.
+    pub ctx: Ctx,
+}
+
+impl Model {
+    /// Loads a Hugging Face model folder, tensor by tensor.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if a file is missing, [`Error::Model`] for a `config.json` we cannot run, [`Error::Weights`] for a
+    /// missing, misshapen or non-finite tensor, [`Error::Config`] for `RUSTUNE_ISA`.
+    pub fn load(folder: &Path, options: &LoadOptions) -> Result<Self> {
+        let config = ModelConfig::read(folder)?;
+        let ctx = Ctx::new(options.precision)?;
+        let mut params = ParamStore::default();
+        let llama = weights::load(folder, &config, options, &mut params)?;
+        Ok(Self { folder: folder.to_owned(), config, llama, params, ctx })
+    }
+
+    /// Logits of every token, `[n_tokens, vocab]`.
+    ///
+    /// # Errors
+    /// [`Error::Data`] for an id outside the vocabulary.
+    pub fn logits(&self, tokens: &Tokens) -> Result<Vec<f32>> {
+        let hidden = self.hidden(tokens)?;
+        Ok(self.llama.logits(&self.env(tokens), &hidden).to_vec())
+    }
+
+    /// Negative log-likelihood of each target, `[n_tokens]`, 0 where it is -100.
+    ///
+    /// # Errors
+    /// [`Error::Data`] for an id or target outside the vocabulary.
+    pub fn token_losses(&self, tokens: &Tokens, targets: &[i32]) -> Result<Vec<f32>> {
+        self.check_targets(targets)?;
+        let hidden = self.hidden(tokens)?;
+        let head = self.llama.head_matrix();
+        Ok(crate::ops::head::token_losses(
+            &self.env(tokens),
+            head,
+            self.config.vocab_size,
+            self.config.hidden_size,
+            &hidden,
+            targets,
+        ))
+    }
+
+    /// Hidden states after the last norm, `[n_tokens, hidden]`, without dropout.
+    fn hidden(&self, tokens: &Tokens) -> Result<crate::ops::Buf> {
+        self.check_ids(&tokens.ids)?;
+        Ok(self.llama.forward(&self.env(tokens), None))
+    }
+
+    /// The environment of a run without dropout.
+    pub fn env<'a>(&'a self, tokens: &'a Tokens) -> Env<'a> {
+        Env { ctx: &self.ctx, params: &self.params, tokens, dropout: None }
+    }
+
+    /// # Errors
+    /// [`Error::Data`] for an id outside the vocabulary.
+    pub fn check_ids(&self, ids: &[u32]) -> Result<()> {
+        match ids.iter().find(|&&id| id as usize >= self.config.vocab_size) {
+            None => Ok(()),
+            Some(id) => Err(self.outside_vocabulary("input_ids", i64::from(*id))),
+        }
+    }
+
+    /// # Errors
+    /// [`Error::Data`] for a target that is neither -100 nor in the vocabulary.
+    pub fn check_targets(&self, targets: &[i32]) -> Result<()> {
+        let vocab = self.config.vocab_size as i64;
+        let bad = |t: &&i32| **t != crate::ops::head::IGNORE && !(0..vocab).contains(&i64::from(**t));
+        match targets.iter().find(bad) {
+            None => Ok(()),
+            Some(target) => Err(self.outside_vocabulary("labels", i64::from(*target))),
+        }
+    }
+
+    fn outside_vocabulary(&self, what: &str, id: i64) -> Error {
+        let vocab = self.config.vocab_size;
+        Error::data(what, format!("id {id} is outside the model's vocabulary of {vocab}; is this its tokenizer?"))
+    }
+
+    /// Bytes of all weights, trained ones included.
+    pub fn nbytes(&self) -> usize {
+        self.llama.nbytes() + 4 * self.params.n_elements()
+    }
+}

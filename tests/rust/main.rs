@@ -1,4 +1,5 @@
 //! The integration tests, one binary: a module per topic.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod llama_golden;
 mod tidy;

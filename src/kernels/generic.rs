@@ -1,0 +1,263 @@
+//! The kernels written once over a vector of f32 lanes; `x86/*.rs` instantiate them.
+//!
+//! An instruction set is a zero-sized token `S: Simd` that only its own detection can make, so holding one proves that
+//! its instructions may run and everything here is safe code. All is `inline(always)`: the `target_feature` sits on the
+//! outermost function, in the file of the instruction set. Tails use masked loads and stores, never a scalar loop.
+
+/// One instruction set's vector of f32.
+pub(super) trait Simd: Copy {
+    /// `LANES` floats in a register.
+    type V: Copy;
+    const LANES: usize;
+    fn splat(self, x: f32) -> Self::V;
+    /// The first `LANES` elements of `x`.
+    fn load(self, x: &[f32]) -> Self::V;
+    /// All of `x`, shorter than `LANES`; the other lanes are 0.
+    fn load_tail(self, x: &[f32]) -> Self::V;
+    fn store(self, v: Self::V, out: &mut [f32]);
+    fn store_tail(self, v: Self::V, out: &mut [f32]);
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a · b + c`, one rounding.
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The nearest integer, as a float.
+    fn round(self, a: Self::V) -> Self::V;
+    /// `2^n` for an integral `n` in -126 ..= 127.
+    fn exp2i(self, n: Self::V) -> Self::V;
+    fn sum(self, a: Self::V) -> f32;
+    fn max_lane(self, a: Self::V) -> f32;
+    /// Every lane rounded to bfloat16, ties to even; NaN stays NaN.
+    fn round_bf16(self, a: Self::V) -> Self::V;
+    /// `LANES` NF4 indices from the first `LANES / 2` bytes, looked up in `code` (high nibble first).
+    fn nf4_lookup(self, packed: &[u8], code: &[f32; 16]) -> Self::V;
+}
+
+/// `exp(x)` for every lane, within 2 ulp for x in [-87.3, 88.3]; 2^-126 below and about 2^127 above.
+///
+/// Cody & Waite: `x = n ln 2 + r`, |r| <= ln 2 / 2; a degree-6 Taylor polynomial in r; scaled by 2^n.
+#[inline(always)]
+fn exp<S: Simd>(s: S, x: S::V) -> S::V {
+    let x = s.max(s.splat(-87.3), s.min(x, s.splat(88.3)));
+    let n = s.round(s.mul(x, s.splat(std::f32::consts::LOG2_E)));
+    let r = s.fma(n, s.splat(-0.693_359_4), x);
+    let r = s.fma(n, s.splat(2.121_944_4e-4), r);
+    let mut p = s.splat(1.0 / 720.0);
+    for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        p = s.fma(p, r, s.splat(c));
+    }
+    s.mul(p, s.exp2i(n))
+}
+
+#[inline(always)]
+fn sigmoid<S: Simd>(s: S, z: S::V) -> S::V {
+    let e = exp(s, s.sub(s.splat(0.0), z));
+    s.div(s.splat(1.0), s.add(s.splat(1.0), e))
+}
+
+/// `MR x (NV · LANES)` accumulators stay in registers over the whole of k.
+#[inline(always)]
+pub(super) fn gemm_tile<S: Simd, const MR: usize, const NV: usize>(s: S, a: &[f32], b: &[f32], out: &mut [f32]) {
+    let nr = NV * S::LANES;
+    assert!(a.len() / MR == b.len() / nr && out.len() == MR * nr, "gemm_tile: lengths differ");
+    let mut acc = [[s.splat(0.0); NV]; MR];
+    for (a_row, b_row) in a.chunks_exact(MR).zip(b.chunks_exact(nr)) {
+        let mut b_vec = [s.splat(0.0); NV];
+        for (v, b_vec) in b_vec.iter_mut().enumerate() {
+            *b_vec = s.load(&b_row[v * S::LANES..]);
+        }
+        for i in 0..MR {
+            let a_value = s.splat(a_row[i]);
+            for v in 0..NV {
+                acc[i][v] = s.fma(a_value, b_vec[v], acc[i][v]);
+            }
+        }
+    }
+    for (acc_row, out_row) in acc.iter().zip(out.chunks_exact_mut(nr)) {
+        for (v, acc) in acc_row.iter().enumerate() {
+            s.store(*acc, &mut out_row[v * S::LANES..]);
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn dot<S: Simd>(s: S, x: &[f32], y: &[f32]) -> f32 {
+    assert_eq!(x.len(), y.len(), "dot: lengths differ");
+    // Four chains hide the latency of the FMA.
+    let mut acc = [s.splat(0.0); 4];
+    let (mut x4, mut y4) = (x.chunks_exact(4 * S::LANES), y.chunks_exact(4 * S::LANES));
+    for (x, y) in (&mut x4).zip(&mut y4) {
+        for (i, acc) in acc.iter_mut().enumerate() {
+            *acc = s.fma(s.load(&x[i * S::LANES..]), s.load(&y[i * S::LANES..]), *acc);
+        }
+    }
+    let (mut x1, mut y1) = (x4.remainder().chunks_exact(S::LANES), y4.remainder().chunks_exact(S::LANES));
+    for (x, y) in (&mut x1).zip(&mut y1) {
+        acc[0] = s.fma(s.load(x), s.load(y), acc[0]);
+    }
+    acc[1] = s.fma(s.load_tail(x1.remainder()), s.load_tail(y1.remainder()), acc[1]);
+    s.sum(s.add(s.add(acc[0], acc[1]), s.add(acc[2], acc[3])))
+}
+
+#[inline(always)]
+pub(super) fn axpy<S: Simd>(s: S, alpha: f32, x: &[f32], y: &mut [f32]) {
+    assert_eq!(x.len(), y.len(), "axpy: lengths differ");
+    let a = s.splat(alpha);
+    let (mut xs, mut ys) = (x.chunks_exact(S::LANES), y.chunks_exact_mut(S::LANES));
+    for (x, y) in (&mut xs).zip(&mut ys) {
+        s.store(s.fma(a, s.load(x), s.load(y)), y);
+    }
+    let y = ys.into_remainder();
+    s.store_tail(s.fma(a, s.load_tail(xs.remainder()), s.load_tail(y)), y);
+}
+
+#[inline(always)]
+pub(super) fn rms_norm_row<S: Simd>(s: S, x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) -> f32 {
+    assert!(x.len() == w.len() && x.len() == y.len(), "rms_norm_row: lengths differ");
+    let rstd = 1.0 / (dot(s, x, x) / x.len() as f32 + eps).sqrt();
+    let r = s.splat(rstd);
+    let (mut xs, mut ws, mut ys) = (x.chunks_exact(S::LANES), w.chunks_exact(S::LANES), y.chunks_exact_mut(S::LANES));
+    for ((x, w), y) in (&mut xs).zip(&mut ws).zip(&mut ys) {
+        s.store(s.mul(s.mul(s.load(x), r), s.load(w)), y);
+    }
+    let tail = s.mul(s.mul(s.load_tail(xs.remainder()), r), s.load_tail(ws.remainder()));
+    s.store_tail(tail, ys.into_remainder());
+    rstd
+}
+
+#[inline(always)]
+pub(super) fn rms_norm_row_backward<S: Simd>(s: S, x: &[f32], w: &[f32], rstd: f32, dy: &[f32], dx: &mut [f32]) {
+    let n = x.len();
+    assert!([w.len(), dy.len(), dx.len()] == [n; 3], "rms_norm_row_backward: lengths differ");
+    let body = n - n % S::LANES;
+    let mut acc = s.splat(0.0);
+    for i in (0..body).step_by(S::LANES) {
+        acc = s.fma(s.mul(s.load(&x[i..]), s.load(&w[i..])), s.load(&dy[i..]), acc);
+    }
+    let (xt, wt, dyt) = (s.load_tail(&x[body..]), s.load_tail(&w[body..]), s.load_tail(&dy[body..]));
+    acc = s.fma(s.mul(xt, wt), dyt, acc);
+    let (r, pull) = (s.splat(rstd), s.splat(-s.sum(acc) / n as f32 * rstd * rstd));
+    for i in (0..body).step_by(S::LANES) {
+        let inner = s.fma(s.load(&x[i..]), pull, s.mul(s.load(&w[i..]), s.load(&dy[i..])));
+        s.store(s.fma(r, inner, s.load(&dx[i..])), &mut dx[i..]);
+    }
+    let inner = s.fma(xt, pull, s.mul(wt, dyt));
+    s.store_tail(s.fma(r, inner, s.load_tail(&dx[body..])), &mut dx[body..]);
+}
+
+#[inline(always)]
+pub(super) fn swiglu_row<S: Simd>(s: S, gate: &[f32], up: &[f32], y: &mut [f32]) {
+    let n = gate.len();
+    assert!([up.len(), y.len()] == [n; 2], "swiglu_row: lengths differ");
+    let body = n - n % S::LANES;
+    for i in (0..body).step_by(S::LANES) {
+        let g = s.load(&gate[i..]);
+        s.store(s.mul(s.mul(g, sigmoid(s, g)), s.load(&up[i..])), &mut y[i..]);
+    }
+    let g = s.load_tail(&gate[body..]);
+    s.store_tail(s.mul(s.mul(g, sigmoid(s, g)), s.load_tail(&up[body..])), &mut y[body..]);
+}
+
+/// `(dgate, dup)` of one vector.
+#[inline(always)]
+fn swiglu_backward<S: Simd>(s: S, g: S::V, u: S::V, dy: S::V) -> (S::V, S::V) {
+    let sig = sigmoid(s, g);
+    let slope = s.mul(sig, s.fma(g, s.sub(s.splat(1.0), sig), s.splat(1.0)));
+    (s.mul(s.mul(dy, u), slope), s.mul(dy, s.mul(g, sig)))
+}
+
+#[inline(always)]
+pub(super) fn swiglu_row_backward<S: Simd>(
+    s: S,
+    gate: &[f32],
+    up: &[f32],
+    dy: &[f32],
+    dgate: &mut [f32],
+    dup: &mut [f32],
+) {
+    let n = gate.len();
+    assert!([up.len(), dy.len(), dgate.len(), dup.len()] == [n; 4], "swiglu_row_backward: lengths differ");
+    let body = n - n % S::LANES;
+    for i in (0..body).step_by(S::LANES) {
+        let (dg, du) = swiglu_backward(s, s.load(&gate[i..]), s.load(&up[i..]), s.load(&dy[i..]));
+        s.store(dg, &mut dgate[i..]);
+        s.store(du, &mut dup[i..]);
+    }
+    let (dg, du) = swiglu_backward(s, s.load_tail(&gate[body..]), s.load_tail(&up[body..]), s.load_tail(&dy[body..]));
+    s.store_tail(dg, &mut dgate[body..]);
+    s.store_tail(du, &mut dup[body..]);
+}
+
+#[inline(always)]
+pub(super) fn max_row<S: Simd>(s: S, x: &[f32]) -> f32 {
+    let mut acc = s.splat(f32::NEG_INFINITY);
+    let mut chunks = x.chunks_exact(S::LANES);
+    for x in &mut chunks {
+        acc = s.max(acc, s.load(x));
+    }
+    chunks.remainder().iter().copied().fold(s.max_lane(acc), f32::max)
+}
+
+#[inline(always)]
+pub(super) fn exp_row<S: Simd>(s: S, x: &mut [f32], scale: f32, shift: f32) -> f32 {
+    let (a, b) = (s.splat(scale), s.splat(-shift));
+    let mut acc = s.splat(0.0);
+    let mut chunks = x.chunks_exact_mut(S::LANES);
+    for x in &mut chunks {
+        let e = exp(s, s.fma(a, s.load(x), b));
+        acc = s.add(acc, e);
+        s.store(e, x);
+    }
+    let tail = chunks.into_remainder();
+    s.store_tail(exp(s, s.fma(a, s.load_tail(tail), b)), tail);
+    s.sum(s.add(acc, s.load_tail(tail)))
+}
+
+#[inline(always)]
+pub(super) fn rope_row<S: Simd>(s: S, x: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let half = cos.len();
+    assert!(x.len() == 2 * half && sin.len() == half, "rope_row: lengths differ");
+    let (x1, x2) = x.split_at_mut(half);
+    let body = half - half % S::LANES;
+    for i in (0..body).step_by(S::LANES) {
+        let (a, b) = (s.load(&x1[i..]), s.load(&x2[i..]));
+        let (c, n) = (s.load(&cos[i..]), s.load(&sin[i..]));
+        s.store(s.sub(s.mul(a, c), s.mul(b, n)), &mut x1[i..]);
+        s.store(s.fma(a, n, s.mul(b, c)), &mut x2[i..]);
+    }
+    let (a, b) = (s.load_tail(&x1[body..]), s.load_tail(&x2[body..]));
+    let (c, n) = (s.load_tail(&cos[body..]), s.load_tail(&sin[body..]));
+    s.store_tail(s.sub(s.mul(a, c), s.mul(b, n)), &mut x1[body..]);
+    s.store_tail(s.fma(a, n, s.mul(b, c)), &mut x2[body..]);
+}
+
+#[inline(always)]
+pub(super) fn round_bf16<S: Simd>(s: S, x: &mut [f32]) {
+    let mut chunks = x.chunks_exact_mut(S::LANES);
+    for x in &mut chunks {
+        s.store(s.round_bf16(s.load(x)), x);
+    }
+    let tail = chunks.into_remainder();
+    s.store_tail(s.round_bf16(s.load_tail(tail)), tail);
+}
+
+#[inline(always)]
+pub(super) fn nf4_block<S: Simd>(s: S, packed: &[u8], scale: f32, code: &[f32; 16], out: &mut [f32]) {
+    assert_eq!(packed.len(), out.len().div_ceil(2), "nf4_block: lengths differ");
+    let scale_v = s.splat(scale);
+    let body = out.len() - out.len() % S::LANES;
+    let (whole, tail) = out.split_at_mut(body);
+    for (out, bytes) in whole.chunks_exact_mut(S::LANES).zip(packed.chunks_exact(S::LANES / 2)) {
+        s.store(s.mul(s.nf4_lookup(bytes, code), scale_v), out);
+    }
+    if !tail.is_empty() {
+        // The tail's bytes, moved to a buffer that is long enough for a whole lookup.
+        let mut bytes = [0; 8];
+        let rest = &packed[body / 2..];
+        bytes[..rest.len()].copy_from_slice(rest);
+        s.store_tail(s.mul(s.nf4_lookup(&bytes, code), scale_v), tail);
+    }
+}

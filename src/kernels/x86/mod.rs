@@ -1,0 +1,73 @@
+//! Tables for x86-64, best first.
+
+/// Writes the table of one instruction set: for each kernel a safe entry that holds the token, and below it the
+/// function that carries the `target_feature`.
+macro_rules! instantiate {
+    ($isa:literal, $token:ident, $features:literal, $mr:literal x $nv:literal) => {
+        use crate::kernels::{Kernels, generic};
+
+        pub(super) fn table() -> Option<Kernels> {
+            $token::detect()?;
+            Some(Kernels {
+                isa: $isa,
+                mr: $mr,
+                nr: $nv * <$token as generic::Simd>::LANES,
+                gemm_tile: |a, b, out| instantiate!(@enter $token, tile(a, b, out)),
+                dot: |x, y| instantiate!(@enter $token, dot(x, y)),
+                axpy: |alpha, x, y| instantiate!(@enter $token, axpy(alpha, x, y)),
+                rms_norm_row: |x, w, eps, y| instantiate!(@enter $token, rms_norm_row(x, w, eps, y)),
+                rms_norm_row_backward: |x, w, rstd, dy, dx| {
+                    instantiate!(@enter $token, rms_norm_row_backward(x, w, rstd, dy, dx))
+                },
+                swiglu_row: |gate, up, y| instantiate!(@enter $token, swiglu_row(gate, up, y)),
+                swiglu_row_backward: |gate, up, dy, dgate, dup| {
+                    instantiate!(@enter $token, swiglu_row_backward(gate, up, dy, dgate, dup))
+                },
+                max_row: |x| instantiate!(@enter $token, max_row(x)),
+                exp_row: |x, scale, shift| instantiate!(@enter $token, exp_row(x, scale, shift)),
+                rope_row: |x, cos, sin| instantiate!(@enter $token, rope_row(x, cos, sin)),
+                round_bf16: |x| instantiate!(@enter $token, round_bf16(x)),
+                nf4_block: |packed, scale, code, out| instantiate!(@enter $token, nf4_block(packed, scale, code, out)),
+            })
+        }
+
+        #[target_feature(enable = $features)]
+        fn tile(s: $token, a: &[f32], b: &[f32], out: &mut [f32]) {
+            generic::gemm_tile::<$token, $mr, $nv>(s, a, b, out);
+        }
+
+        instantiate!(@functions $token, $features,
+            dot(x: &[f32], y: &[f32]) -> f32;
+            axpy(alpha: f32, x: &[f32], y: &mut [f32]) -> ();
+            rms_norm_row(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) -> f32;
+            rms_norm_row_backward(x: &[f32], w: &[f32], rstd: f32, dy: &[f32], dx: &mut [f32]) -> ();
+            swiglu_row(gate: &[f32], up: &[f32], y: &mut [f32]) -> ();
+            swiglu_row_backward(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]) -> ();
+            max_row(x: &[f32]) -> f32;
+            exp_row(x: &mut [f32], scale: f32, shift: f32) -> f32;
+            rope_row(x: &mut [f32], cos: &[f32], sin: &[f32]) -> ();
+            round_bf16(x: &mut [f32]) -> ();
+            nf4_block(packed: &[u8], scale: f32, code: &[f32; 16], out: &mut [f32]) -> ();
+        );
+    };
+    (@enter $token:ident, $name:ident($($arg:ident),*)) => {
+        // SAFETY: only `table` hands this function out, after `detect` has seen the instruction set.
+        unsafe { $name($token(()), $($arg),*) }
+    };
+    (@functions $token:ident, $features:literal, $($name:ident($($arg:ident: $type:ty),*) -> $out:ty;)*) => {$(
+        #[target_feature(enable = $features)]
+        fn $name(s: $token, $($arg: $type),*) -> $out {
+            generic::$name(s, $($arg),*)
+        }
+    )*};
+}
+
+mod avx2;
+mod avx512;
+
+use super::Kernels;
+
+/// The tables this CPU and operating system can run.
+pub(super) fn tables() -> impl Iterator<Item = Kernels> {
+    [avx512::table(), avx2::table()].into_iter().flatten()
+}

@@ -1,0 +1,294 @@
+//! PEFT's adapter folders, both ways: `adapter_config.json` and `adapter_model.safetensors`.
+//!
+//! A key of the config that would change the numbers and is not supported is an error that names it; what it would do
+//! silently is exactly what must not happen. Tensors: `base_model.model.{module}.lora_A.weight` `[r, in]` and
+//! `lora_B.weight` `[out, r]`. Patterns follow PEFT: a key applies to a module if `(.*\.)?(key)$` matches its name.
+
+use super::{Init, Placement, inject, module_name};
+use crate::error::{Error, Result};
+use crate::io::safetensors::{Dtype, SafetensorsWriter, TensorFile, TensorSpec};
+use crate::model::Model;
+use crate::model::llama::LINEAR_NAMES;
+use serde_json::{Map, Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+/// The two files of an adapter.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+/// See [`CONFIG_FILE`].
+pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+
+const PREFIX: &str = "base_model.model.";
+
+/// Keys that say nothing about the numbers, or that are read below.
+const HARMLESS: [&str; 25] = [
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "target_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "layers_pattern",
+    "init_lora_weights",
+    "megatron_core",
+    "qalora_group_size",
+    "ensure_weight_tying",
+    "runtime_config",
+    "loftq_config",
+    "corda_config",
+    "eva_config",
+    "exclude_modules",
+];
+
+/// What an adapter was made with, beside its placements.
+#[derive(Clone, Debug, Default)]
+pub struct AdapterInfo {
+    /// The base model as the config names it.
+    pub base_model: Option<String>,
+    /// Default rank.
+    pub rank: usize,
+    /// Default alpha.
+    pub alpha: f64,
+    /// Dropout before A.
+    pub dropout: f64,
+    /// Whether the scale is alpha / sqrt(rank).
+    pub rslora: bool,
+    /// Names or name endings of the adapted modules.
+    pub target_modules: Vec<String>,
+    /// Layers that are adapted, all if absent.
+    pub layers_to_transform: Option<Vec<usize>>,
+    /// Ranks of modules that differ from the default.
+    pub rank_pattern: BTreeMap<String, usize>,
+    /// Alphas of modules that differ from the default.
+    pub alpha_pattern: BTreeMap<String, f64>,
+}
+
+impl AdapterInfo {
+    /// alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+    pub fn scale(&self, rank: usize, alpha: f64) -> f32 {
+        let denominator = if self.rslora { (rank as f64).sqrt() } else { rank as f64 };
+        (alpha / denominator) as f32
+    }
+
+    /// The rank and alpha of a module.
+    pub fn rank_and_alpha(&self, module: &str) -> (usize, f64) {
+        let rank = lookup(&self.rank_pattern, module).copied().unwrap_or(self.rank);
+        (rank, lookup(&self.alpha_pattern, module).copied().unwrap_or(self.alpha))
+    }
+
+    /// The placements this describes in a model of `n_layers`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a target that is no linear layer of the decoder, or a layer that does not exist.
+    pub fn placements(&self, n_layers: usize) -> Result<Vec<Placement>> {
+        for target in &self.target_modules {
+            let known =
+                (0..n_layers).any(|layer| (0..LINEAR_NAMES.len()).any(|l| ends_with(&module_name(layer, l), target)));
+            if !known {
+                let names: Vec<_> =
+                    LINEAR_NAMES.iter().map(|name| &name[name.find('.').map_or(0, |i| i + 1)..]).collect();
+                let expected =
+                    format!("no linear layer of the decoder has this name; expected some of {}", names.join(", "));
+                return Err(Error::config("target_modules", target, expected));
+            }
+        }
+        if let Some(layer) = self.layers_to_transform.iter().flatten().find(|&&layer| layer >= n_layers) {
+            let expected = format!("the model has layers 0 to {}", n_layers.saturating_sub(1));
+            return Err(Error::config("layers_to_transform", layer, expected));
+        }
+        let wanted = |layer: &usize| self.layers_to_transform.as_ref().is_none_or(|layers| layers.contains(layer));
+        let mut placements = Vec::new();
+        for layer_idx in (0..n_layers).filter(wanted) {
+            for linear_idx in 0..LINEAR_NAMES.len() {
+                let module = module_name(layer_idx, linear_idx);
+                if self.target_modules.iter().any(|target| ends_with(&module, target)) {
+                    let (rank, alpha) = self.rank_and_alpha(&module);
+                    let scale = self.scale(rank, alpha);
+                    placements.push(Placement { layer_idx, linear_idx, rank, scale, dropout: self.dropout as f32 });
+                }
+            }
+        }
+        Ok(placements)
+    }
+}
+
+/// Whether `target` is the module's name or an ending of it that starts at a dot.
+fn ends_with(module: &str, target: &str) -> bool {
+    module.strip_suffix(target).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+}
+
+/// The value of the first key that applies to `module`.
+///
+/// PEFT's keys are regular expressions; here they are names and endings of names, with `.` as itself. Keys with other
+/// special characters were refused when the config was read.
+fn lookup<'a, T>(pattern: &'a BTreeMap<String, T>, module: &str) -> Option<&'a T> {
+    pattern.iter().find(|(key, _)| ends_with(module, &key.replace("\\.", "."))).map(|(_, value)| value)
+}
+
+/// Reads `folder/adapter_config.json`.
+///
+/// # Errors
+/// [`Error::Io`] if it is missing, [`Error::Adapter`] if it is damaged or asks for what is not supported.
+pub fn read_config(folder: &Path) -> Result<AdapterInfo> {
+    let path = folder.join(CONFIG_FILE);
+    let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
+    let refuse = |key: &str, problem: String| Error::Adapter { path: path.clone(), key: key.to_owned(), problem };
+    let json: Map<String, Value> =
+        serde_json::from_str(&text).map_err(|e| refuse("(file)", format!("not a JSON object: {e}")))?;
+    let get = |key: &str| json.get(key).unwrap_or(&Value::Null);
+    if get("peft_type") != "LORA" {
+        return Err(refuse("peft_type", format!("{} is not supported; expected \"LORA\"", get("peft_type"))));
+    }
+    for (key, value) in &json {
+        let off = value.is_null() || value == false || value == &json!({}) || value == &json!([]) || value == "none";
+        let lora_init = key == "init_lora_weights" && (value == "pissa" || value == "olora" || value == "corda");
+        if lora_init {
+            let problem =
+                format!("{value} changes the base weights; convert the adapter to a plain one with PEFT first");
+            return Err(refuse(key, problem));
+        }
+        if !off && !HARMLESS.contains(&key.as_str()) {
+            return Err(refuse(key, format!("= {value} is not supported yet and would change the numbers")));
+        }
+    }
+    for key in ["exclude_modules", "corda_config", "eva_config"] {
+        if !get(key).is_null() && get(key) != &json!({}) {
+            return Err(refuse(key, format!("= {} is not supported yet and would change the numbers", get(key))));
+        }
+    }
+    let number = |key: &str| get(key).as_f64().ok_or_else(|| refuse(key, format!("= {}: expected a number", get(key))));
+    let rank = match get("r").as_u64() {
+        Some(r) if r > 0 => r as usize,
+        _ => return Err(refuse("r", format!("= {}: expected a rank of at least 1", get("r")))),
+    };
+    let target_modules = match get("target_modules") {
+        Value::Array(list) => list.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
+        Value::String(all) if all == "all-linear" => LINEAR_NAMES.iter().map(|name| (*name).to_owned()).collect(),
+        other => {
+            return Err(refuse("target_modules", format!("= {other}: expected a list of names or \"all-linear\"")));
+        }
+    };
+    let pattern = |key: &str| -> Result<BTreeMap<String, f64>> {
+        let Value::Object(map) = get(key) else { return Ok(BTreeMap::new()) };
+        map.iter()
+            .map(|(name, value)| {
+                if name.replace("\\.", ".").contains(['*', '+', '?', '(', '[', '|', '^', '$', '\\']) {
+                    return Err(refuse(key, format!("key {name:?} is a regular expression; expected a module's name")));
+                }
+                let number = value.as_f64().filter(|v| *v > 0.0);
+                let number =
+                    number.ok_or_else(|| refuse(key, format!("{name}: {value}: expected a positive number")))?;
+                Ok((name.clone(), number))
+            })
+            .collect()
+    };
+    let layers_to_transform = match get("layers_to_transform") {
+        Value::Null => None,
+        Value::Array(list) => Some(list.iter().filter_map(Value::as_u64).map(|l| l as usize).collect()),
+        one => Some(one.as_u64().into_iter().map(|l| l as usize).collect()),
+    };
+    Ok(AdapterInfo {
+        base_model: get("base_model_name_or_path").as_str().map(str::to_owned),
+        rank,
+        alpha: number("lora_alpha")?,
+        dropout: get("lora_dropout").as_f64().unwrap_or(0.0),
+        rslora: get("use_rslora").as_bool().unwrap_or(false),
+        target_modules,
+        layers_to_transform,
+        rank_pattern: pattern("rank_pattern")?.into_iter().map(|(k, v)| (k, v as usize)).collect(),
+        alpha_pattern: pattern("alpha_pattern")?,
+    })
+}
+
+/// Adds the adapter of `folder` to a model that has none, with its trained values.
+///
+/// # Errors
+/// Those of [`read_config`]; [`Error::Weights`] for a missing, surplus, misshapen or non-finite tensor.
+pub fn load(model: &mut Model, folder: &Path) -> Result<AdapterInfo> {
+    let info = read_config(folder)?;
+    let placements = info.placements(model.llama.layers.len())?;
+    let file = TensorFile::open(folder.join(WEIGHTS_FILE))?;
+    // Everything is read and checked before the model is touched.
+    let mut values = Vec::new();
+    let mut used = BTreeSet::new();
+    for place in &placements {
+        let linear = model.llama.layers[place.layer_idx].linears()[place.linear_idx];
+        for (part, shape) in [("lora_A", [place.rank, linear.inputs]), ("lora_B", [linear.outputs, place.rank])] {
+            let name = format!("{PREFIX}{}.{part}.weight", place.module());
+            let error = |problem: String| Error::weights(file.path(), &name, problem);
+            if !file.contains(&name) {
+                return Err(error("is missing, though adapter_config.json asks for it".to_owned()));
+            }
+            let got = &file.info(&name)?.shape;
+            if *got != shape {
+                return Err(error(format!("has shape {got:?}, but the model and adapter_config.json say {shape:?}")));
+            }
+            let tensor = file.read_f32(&name)?;
+            if let Some(bad) = tensor.iter().find(|v| !v.is_finite()) {
+                return Err(error(format!("holds {bad}: the adapter is damaged")));
+            }
+            values.push(tensor);
+            used.insert(name);
+        }
+    }
+    if let Some(name) = file.names().find(|name| !used.contains(*name)) {
+        return Err(Error::weights(file.path(), name, "is not part of what adapter_config.json describes"));
+    }
+    inject(model, &placements, Init::Uniform, 0)?;
+    for (param, value) in model.params.all_mut().iter_mut().zip(values) {
+        param.data = value;
+    }
+    Ok(info)
+}
+
+/// Writes the model's adapter into `folder`, which exists, as PEFT would.
+///
+/// # Errors
+/// [`Error::Config`] if the model has no adapter; [`Error::Io`].
+pub fn save(model: &Model, info: &AdapterInfo, folder: &Path) -> Result<()> {
+    let params = model.params.all();
+    if !model.llama.layers.iter().flat_map(|layer| layer.linears()).any(|linear| linear.lora.is_some()) {
+        return Err(Error::config("save_pretrained", "model", "has no adapter; call get_peft_model first"));
+    }
+    let specs: Vec<_> = params
+        .iter()
+        .map(|p| TensorSpec { name: format!("{PREFIX}{}", p.name), dtype: Dtype::F32, shape: p.shape.clone() })
+        .collect();
+    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+    let mut writer = SafetensorsWriter::create(folder.join(WEIGHTS_FILE), &specs, &metadata)?;
+    for (param, spec) in params.iter().zip(&specs) {
+        writer.write_f32(&spec.name, &param.data)?;
+    }
+    writer.finish()?;
+    let config = json!({
+        "base_model_name_or_path": info.base_model,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "layers_to_transform": info.layers_to_transform,
+        "layers_pattern": null,
+        "lora_alpha": info.alpha,
+        "lora_dropout": info.dropout,
+        "modules_to_save": null,
+        "peft_type": "LORA",
+        "r": info.rank,
+        "rank_pattern": info.rank_pattern,
+        "alpha_pattern": info.alpha_pattern,
+        "target_modules": info.target_modules,
+        "task_type": "CAUSAL_LM",
+        "use_dora": false,
+        "use_rslora": info.rslora,
+    });
+    let text = serde_json::to_vec_pretty(&config).expect("strings and finite numbers always serialise");
+    crate::io::atomic::write_file(folder.join(CONFIG_FILE), &text)
+}

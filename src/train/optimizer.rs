@@ -1,0 +1,423 @@
+//! What every optimizer offers the training loop, and the one place that makes them.
+
+use std::borrow::Cow;
+
+use serde::{Deserialize, Serialize};
+
+use super::adamw::AdamW;
+use super::adamw8bit::AdamW8bit;
+use crate::error::{Error, Result};
+
+/// The settings of Adam with decoupled weight decay.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct AdamHyper {
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the corrected second moment.
+    pub eps: f64,
+    /// Share of a parameter taken away in a step, times the learning rate; only where [`ParamSlot::decay`] is set.
+    pub weight_decay: f64,
+}
+
+/// The optimizers there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OptimizerKind {
+    /// AdamW with f32 state, 8 bytes a parameter.
+    #[serde(rename = "adamw")]
+    AdamW,
+    /// AdamW with 8-bit state in blocks of 256, 2.03 bytes a parameter.
+    #[serde(rename = "adamw_8bit")]
+    AdamW8bit,
+}
+
+/// One trainable tensor as a step sees it.
+#[derive(Debug)]
+pub struct ParamSlot<'a> {
+    /// Its name, the same in every step.
+    pub name: &'a str,
+    /// Its values, updated in place.
+    pub data: &'a mut [f32],
+    /// The gradient of the loss, already clipped; as long as `data`.
+    pub grad: &'a [f32],
+    /// Whether weight decay applies (not for norms and biases).
+    pub decay: bool,
+}
+
+/// The numbers of one state tensor.
+#[derive(Debug, Clone, PartialEq)]
+pub enum StateData<'a> {
+    /// Moments or scales.
+    F32(Cow<'a, [f32]>),
+    /// 8-bit codes.
+    U8(Cow<'a, [u8]>),
+}
+
+/// One tensor of an optimizer's state, one-dimensional.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NamedState<'a> {
+    /// The parameter's name, a dot, and which state it is.
+    pub name: String,
+    /// Its numbers.
+    pub data: StateData<'a>,
+}
+
+impl<'a> NamedState<'a> {
+    pub(super) fn f32(param: &str, part: &str, data: &'a [f32]) -> Self {
+        Self { name: format!("{param}.{part}"), data: StateData::F32(Cow::Borrowed(data)) }
+    }
+
+    pub(super) fn u8(param: &str, part: &str, data: &'a [u8]) -> Self {
+        Self { name: format!("{param}.{part}"), data: StateData::U8(Cow::Borrowed(data)) }
+    }
+}
+
+/// An optimizer over a fixed list of tensors.
+pub trait Optimizer: Send + Sync {
+    /// Updates every parameter once; the bits do not depend on the number of threads.
+    ///
+    /// Gradients must be finite: the loop checks their norm first.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `params` are not the tensors the optimizer was made for, in their order.
+    fn step(&mut self, params: &mut [ParamSlot<'_>], lr: f64) -> Result<()>;
+
+    /// Steps taken.
+    fn steps(&self) -> u64;
+
+    /// All state, to be written to a checkpoint together with [`Optimizer::steps`].
+    fn state(&self) -> Vec<NamedState<'_>>;
+
+    /// Takes over a stored state; what follows equals the uninterrupted run to the bit.
+    ///
+    /// # Errors
+    /// [`Error::Data`] naming a tensor that is missing, unknown, or of another length or type. Nothing is changed then.
+    fn load_state(&mut self, steps: u64, state: Vec<NamedState<'_>>) -> Result<()>;
+
+    /// Bytes of state.
+    fn state_bytes(&self) -> usize;
+}
+
+/// An optimizer for tensors of these names and numbers of elements, in this order.
+pub fn build(kind: OptimizerKind, hyper: AdamHyper, sizes: &[(String, usize)]) -> Box<dyn Optimizer> {
+    match kind {
+        OptimizerKind::AdamW => Box::new(AdamW::new(hyper, sizes)),
+        OptimizerKind::AdamW8bit => Box::new(AdamW8bit::new(hyper, sizes)),
+    }
+}
+
+/// The scalars of one step, the same for every element.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct StepScalars {
+    pub(super) beta1: f32,
+    pub(super) one_minus_beta1: f32,
+    pub(super) beta2: f32,
+    pub(super) one_minus_beta2: f32,
+    pub(super) eps: f32,
+    /// `sqrt(1 - beta2^t)`
+    pub(super) correction2_sqrt: f32,
+    /// `-lr / (1 - beta1^t)`
+    pub(super) step_size: f32,
+    /// `1 - lr * weight_decay`
+    pub(super) keep: f32,
+}
+
+impl StepScalars {
+    /// Step `t` counts from 1. Computed in f64 and rounded once, as PyTorch does with Python floats.
+    pub(super) fn new(hyper: &AdamHyper, t: u64, lr: f64) -> Self {
+        let t = t as f64;
+        Self {
+            beta1: hyper.beta1 as f32,
+            one_minus_beta1: (1.0 - hyper.beta1) as f32,
+            beta2: hyper.beta2 as f32,
+            one_minus_beta2: (1.0 - hyper.beta2) as f32,
+            eps: hyper.eps as f32,
+            correction2_sqrt: (1.0 - hyper.beta2.powf(t)).sqrt() as f32,
+            step_size: (-lr / (1.0 - hyper.beta1.powf(t))) as f32,
+            keep: (1.0 - lr * hyper.weight_decay) as f32,
+        }
+    }
+
+    /// One element: new moments from the old ones and the gradient, and the parameter updated with them.
+    ///
+    /// Loshchilov and Hutter 2019, algorithm 2, in the order of `torch.optim.AdamW`: decay first, epsilon outside the
+    /// root of the corrected second moment.
+    #[inline(always)]
+    pub(super) fn update(&self, p: &mut f32, m: f32, v: f32, g: f32, keep: f32) -> (f32, f32) {
+        let m = m * self.beta1 + self.one_minus_beta1 * g;
+        let v = v * self.beta2 + self.one_minus_beta2 * g * g;
+        let denominator = v.sqrt() / self.correction2_sqrt + self.eps;
+        *p = *p * keep + self.step_size * m / denominator;
+        (m, v)
+    }
+}
+
+/// Checks that the slots of a step are the tensors an optimizer was made for.
+pub(super) fn check_slots<'n>(
+    params: &[ParamSlot<'_>],
+    expected: impl ExactSizeIterator<Item = (&'n str, usize)>,
+) -> Result<()> {
+    if params.len() != expected.len() {
+        return Err(Error::Shape {
+            op: "optimizer.step",
+            expected: format!("{} tensors", expected.len()),
+            got: vec![params.len()],
+        });
+    }
+    for (slot, (name, len)) in params.iter().zip(expected) {
+        if slot.name != name || slot.data.len() != len || slot.grad.len() != len {
+            return Err(Error::Shape {
+                op: "optimizer.step",
+                expected: format!("tensor {name} of {len} elements with a gradient as long, not {}", slot.name),
+                got: vec![slot.data.len(), slot.grad.len()],
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Stored state by name, from which each tensor is taken once.
+pub(super) struct Stored<'a>(Vec<NamedState<'a>>);
+
+impl<'a> Stored<'a> {
+    pub(super) fn new(state: Vec<NamedState<'a>>) -> Self {
+        Self(state)
+    }
+
+    fn take(&mut self, param: &str, part: &str) -> Result<StateData<'a>> {
+        let name = format!("{param}.{part}");
+        let at = self.0.iter().position(|state| state.name == name).ok_or_else(|| {
+            Error::data(format!("optimizer state {name}"), "missing: the checkpoint is of another model or optimizer")
+        })?;
+        Ok(self.0.swap_remove(at).data)
+    }
+
+    pub(super) fn take_f32(&mut self, param: &str, part: &str, len: usize) -> Result<Vec<f32>> {
+        match self.take(param, part)? {
+            StateData::F32(data) if data.len() == len => Ok(data.into_owned()),
+            StateData::F32(data) => Err(misfit(param, part, &format!("{} numbers, not {len}", data.len()))),
+            StateData::U8(_) => Err(misfit(param, part, "bytes, not f32")),
+        }
+    }
+
+    pub(super) fn take_u8(&mut self, param: &str, part: &str, len: usize) -> Result<Vec<u8>> {
+        match self.take(param, part)? {
+            StateData::U8(data) if data.len() == len => Ok(data.into_owned()),
+            StateData::U8(data) => Err(misfit(param, part, &format!("{} bytes, not {len}", data.len()))),
+            StateData::F32(_) => Err(misfit(param, part, "f32, not bytes")),
+        }
+    }
+
+    /// # Errors
+    /// [`Error::Data`] if something was not taken.
+    pub(super) fn finish(self) -> Result<()> {
+        match self.0.first() {
+            None => Ok(()),
+            Some(left) => Err(Error::data(
+                format!("optimizer state {}", left.name),
+                "not a tensor this optimizer trains: the checkpoint is of another model or optimizer",
+            )),
+        }
+    }
+}
+
+fn misfit(param: &str, part: &str, found: &str) -> Error {
+    Error::data(format!("optimizer state {param}.{part}"), format!("holds {found}"))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+    use crate::data::order::Mt19937;
+    use crate::quant::nf4::tests::floats;
+
+    const HYPER: AdamHyper = AdamHyper { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 };
+    /// One tensor under and two above the size where 8 bits begin, with a tail.
+    const SIZES: [(&str, usize); 3] = [("a", 700), ("b", 5_000), ("c", 40_000)];
+
+    fn noise(n: usize, seed: u64) -> Vec<f32> {
+        let mut random = Mt19937::new(seed);
+        (0..n).map(|_| random.next_u32() as f32 / u32::MAX as f32 - 0.5).collect()
+    }
+
+    fn make(kind: OptimizerKind) -> Box<dyn Optimizer> {
+        build(kind, HYPER, &SIZES.map(|(name, len)| (name.to_owned(), len)))
+    }
+
+    fn start() -> Vec<Vec<f32>> {
+        SIZES.iter().map(|&(_, len)| noise(len, len as u64)).collect()
+    }
+
+    /// Steps `range` of a run whose gradients depend on the step alone.
+    fn run(optimizer: &mut dyn Optimizer, params: &mut [Vec<f32>], range: std::ops::Range<u64>) {
+        for step in range {
+            let grads: Vec<Vec<f32>> = SIZES.iter().map(|&(_, len)| noise(len, 1_000 * step + len as u64)).collect();
+            let mut slots: Vec<ParamSlot<'_>> = params
+                .iter_mut()
+                .zip(&grads)
+                .zip(SIZES)
+                .map(|((data, grad), (name, _))| ParamSlot { name, data, grad, decay: name != "b" })
+                .collect();
+            optimizer.step(&mut slots, 1e-3).unwrap();
+        }
+    }
+
+    fn owned(state: Vec<NamedState<'_>>) -> Vec<NamedState<'static>> {
+        let own = |data| match data {
+            StateData::F32(data) => StateData::F32(Cow::Owned(Cow::into_owned(data))),
+            StateData::U8(data) => StateData::U8(Cow::Owned(Cow::into_owned(data))),
+        };
+        state.into_iter().map(|NamedState { name, data }| NamedState { name, data: own(data) }).collect()
+    }
+
+    #[test]
+    fn resumed_run_equals_the_uninterrupted_one_to_the_bit() {
+        for kind in [OptimizerKind::AdamW, OptimizerKind::AdamW8bit] {
+            let (mut whole, mut params) = (make(kind), start());
+            run(&mut *whole, &mut params, 0..10);
+
+            let (mut first, mut resumed) = (make(kind), start());
+            run(&mut *first, &mut resumed, 0..5);
+            let mut second = make(kind);
+            second.load_state(first.steps(), owned(first.state())).unwrap();
+            drop(first);
+            run(&mut *second, &mut resumed, 5..10);
+            assert!(params == resumed && whole.state() == second.state() && second.steps() == 10, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn threads_do_not_change_a_bit() {
+        for kind in [OptimizerKind::AdamW, OptimizerKind::AdamW8bit] {
+            let train = |threads| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let (mut optimizer, mut params) = (make(kind), start());
+                pool.install(|| run(&mut *optimizer, &mut params, 0..3));
+                (params, owned(optimizer.state()))
+            };
+            let one = train(1);
+            assert!(train(2) == one && train(4) == one, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn adamw_equals_the_formula_in_f64() {
+        let (mut optimizer, mut params) = (make(OptimizerKind::AdamW), start());
+        run(&mut *optimizer, &mut params, 0..10);
+        for ((got, &(name, len)), from) in params.iter().zip(&SIZES).zip(start()) {
+            let decay = if name == "b" { 0.0 } else { 0.01 };
+            let (mut m, mut v, mut p) = (vec![0f64; len], vec![0f64; len], from);
+            let mut wide: Vec<f64> = p.drain(..).map(f64::from).collect();
+            for step in 0..10u64 {
+                let t = step as i32 + 1;
+                for (i, g) in noise(len, 1_000 * step + len as u64).into_iter().map(f64::from).enumerate() {
+                    wide[i] -= 1e-3 * decay * wide[i];
+                    m[i] = 0.9 * m[i] + 0.1 * g;
+                    v[i] = 0.999 * v[i] + 0.001 * g * g;
+                    let corrected = (v[i] / (1.0 - 0.999f64.powi(t))).sqrt();
+                    wide[i] -= 1e-3 * (m[i] / (1.0 - 0.9f64.powi(t))) / (corrected + 1e-8);
+                }
+            }
+            for (i, (got, want)) in got.iter().zip(wide).enumerate() {
+                // 1e-6: ten updates of 1e-3 in f32 on parameters up to 0.5, each rounded to 3e-8.
+                assert!((f64::from(*got) - want).abs() < 1e-6, "{name}[{i}]: {got}, not {want}");
+            }
+        }
+    }
+
+    #[test]
+    fn both_states_equal_bitsandbytes() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/adamw8bit.safetensors");
+        let bytes = std::fs::read(path).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let get = |name: &str| floats(&file.tensor(name).unwrap());
+        let (mut large, mut small) = (get("param8/0"), get("param32/0"));
+        let (grads8, grads32) = (get("grads8"), get("grads32"));
+        let sizes = [("large".to_owned(), large.len()), ("small".to_owned(), small.len())];
+        let mut optimizer = build(OptimizerKind::AdamW8bit, HYPER, &sizes);
+        for step in 1..=10usize {
+            let row = (step - 1) % 4;
+            let row_of = |grads: &[f32], len: usize| grads[row * len..][..len].to_vec();
+            let (grad8, grad32) = (row_of(&grads8, large.len()), row_of(&grads32, small.len()));
+            let mut slots = [
+                ParamSlot { name: "large", data: &mut large, grad: &grad8, decay: true },
+                ParamSlot { name: "small", data: &mut small, grad: &grad32, decay: true },
+            ];
+            optimizer.step(&mut slots, 1e-3).unwrap();
+            if ![1, 2, 10].contains(&step) {
+                continue;
+            }
+            let state = optimizer.state();
+            let find = |name: &str| &state.iter().find(|state| state.name == name).unwrap().data;
+            for part in ["state1", "state2"] {
+                let StateData::U8(codes) = find(&format!("large.{part}")) else { panic!("{part} is not bytes") };
+                let view = file.tensor(&format!("{part}/{step}")).unwrap();
+                let differ = codes.iter().zip(view.data()).filter(|(a, b)| a != b).count();
+                assert!(codes.iter().zip(view.data()).all(|(a, b)| a.abs_diff(*b) <= 1), "{part} at step {step}");
+                // Fused multiply-adds in the reference put a few values on the other side of a midpoint.
+                assert!(differ <= 10, "{part} at step {step}: {differ} of 5000 codes differ");
+            }
+            let close = |got: &[f32], want: &str, relative: f32, absolute: f32| {
+                let want_values = get(want);
+                assert_eq!(got.len(), want_values.len(), "{want}");
+                for (i, (a, b)) in got.iter().zip(&want_values).enumerate() {
+                    assert!((a - b).abs() <= relative * b.abs() + absolute, "{want}[{i}]: {a}, not {b}");
+                }
+            };
+            for part in ["absmax1", "absmax2"] {
+                let StateData::F32(scales) = find(&format!("large.{part}")) else { panic!("{part} is not f32") };
+                close(scales, &format!("{part}/{step}"), 1e-6, 0.0); // f32, operations fused or not
+            }
+            for part in ["exp_avg", "exp_avg_sq"] {
+                let StateData::F32(moment) = find(&format!("small.{part}")) else { panic!("{part} is not f32") };
+                // 1e-9: the first moment cancels; a rounding of gradients of 0.01 remains.
+                close(moment, &format!("{part}/{step}"), 1e-6, if part == "exp_avg" { 1e-9 } else { 0.0 });
+            }
+            let furthest =
+                |got: &[f32], want: &str| got.iter().zip(get(want)).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+            // 2e-7: some roundings of numbers up to 0.5; a code one step off moves a parameter by up to 5 % of an update.
+            assert!(furthest(&small, &format!("param32/{step}")) < 2e-7, "param32 at step {step}");
+            let tolerance = if step == 1 { 2e-7 } else { 5e-5 };
+            assert!(furthest(&large, &format!("param8/{step}")) < tolerance, "param8 at step {step}");
+        }
+    }
+
+    #[test]
+    fn sizes_and_names_are_checked() {
+        for kind in [OptimizerKind::AdamW, OptimizerKind::AdamW8bit] {
+            let mut optimizer = make(kind);
+            assert!(optimizer.step(&mut [], 1e-3).unwrap_err().to_string().contains("3 tensors"));
+            let (mut data, grad) = (vec![0.0; 700], vec![0.0; 699]);
+            let slots = &mut [ParamSlot { name: "a", data: &mut data, grad: &grad, decay: true }];
+            let mut one = build(kind, HYPER, &[("a".to_owned(), 700)]);
+            assert!(one.step(slots, 1e-3).unwrap_err().to_string().contains("tensor a of 700"));
+            assert_eq!(one.steps(), 0);
+
+            let good = owned(optimizer.state());
+            let message =
+                |optimizer: &mut dyn Optimizer, state| optimizer.load_state(1, state).unwrap_err().to_string();
+            let mut missing = good.clone();
+            missing.pop();
+            assert!(message(&mut *optimizer, missing).contains("missing"));
+            let mut short = good.clone();
+            short[0].data = StateData::F32(vec![0.0].into());
+            assert!(message(&mut *optimizer, short).contains("a.exp_avg: holds 1 numbers, not 700"));
+            let mut typed = good.clone();
+            typed[1].data = StateData::U8(vec![0; 700].into());
+            assert!(message(&mut *optimizer, typed).contains("bytes"));
+            let mut more = good.clone();
+            more.push(NamedState { name: "x.exp_avg".to_owned(), data: StateData::U8(vec![0].into()) });
+            assert!(message(&mut *optimizer, more).contains("x.exp_avg"));
+            assert_eq!(optimizer.steps(), 0);
+        }
+    }
+
+    #[test]
+    fn state_bytes_count_the_state() {
+        assert_eq!(make(OptimizerKind::AdamW).state_bytes(), 8 * (700 + 5_000 + 40_000));
+        let blocks = 5_000usize.div_ceil(256) + 40_000usize.div_ceil(256);
+        assert_eq!(make(OptimizerKind::AdamW8bit).state_bytes(), 8 * 700 + 2 * 45_000 + 8 * blocks);
+    }
+}
