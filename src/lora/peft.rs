@@ -18,7 +18,8 @@ pub const CONFIG_FILE: &str = "adapter_config.json";
 /// See [`CONFIG_FILE`].
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
-const PREFIX: &str = "base_model.model.";
+/// What stands before a module's name in the weights file.
+pub const PREFIX: &str = "base_model.model.";
 
 /// Keys that say nothing about the numbers, or that are read below.
 const HARMLESS: [&str; 25] = [

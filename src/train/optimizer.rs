@@ -2,35 +2,10 @@
 
 use std::borrow::Cow;
 
-use serde::{Deserialize, Serialize};
-
 use super::adamw::AdamW;
 use super::adamw8bit::AdamW8bit;
+pub use crate::config::{AdamHyper, OptimizerKind};
 use crate::error::{Error, Result};
-
-/// The settings of Adam with decoupled weight decay.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct AdamHyper {
-    /// Decay of the first moment.
-    pub beta1: f64,
-    /// Decay of the second moment.
-    pub beta2: f64,
-    /// Added to the root of the corrected second moment.
-    pub eps: f64,
-    /// Share of a parameter taken away in a step, times the learning rate; only where [`ParamSlot::decay`] is set.
-    pub weight_decay: f64,
-}
-
-/// The optimizers there are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum OptimizerKind {
-    /// AdamW with f32 state, 8 bytes a parameter.
-    #[serde(rename = "adamw")]
-    AdamW,
-    /// AdamW with 8-bit state in blocks of 256, 2.03 bytes a parameter.
-    #[serde(rename = "adamw_8bit")]
-    AdamW8bit,
-}
 
 /// One trainable tensor as a step sees it.
 #[derive(Debug)]

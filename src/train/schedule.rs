@@ -2,19 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// How the learning rate goes after warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ScheduleKind {
-    /// Down to zero in a straight line.
-    Linear,
-    /// Down to zero along half a cosine (Loshchilov and Hutter 2017, without restarts).
-    Cosine,
-    /// No change and no warm-up.
-    Constant,
-    /// No change.
-    ConstantWithWarmup,
-}
+pub use crate::config::ScheduleKind;
 
 /// A schedule ready to run.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -52,11 +40,6 @@ impl Schedule {
             }
         }
     }
-}
-
-/// Steps of warm-up: `warmup_steps` if any were asked for, else the share `warmup_ratio` of the run, rounded up.
-pub fn warmup_steps(total_steps: usize, warmup_steps: usize, warmup_ratio: f64) -> usize {
-    if warmup_steps > 0 { warmup_steps } else { (total_steps as f64 * warmup_ratio).ceil() as usize }
 }
 
 #[cfg(test)]
@@ -108,13 +91,5 @@ mod tests {
                 }
             }
         }
-    }
-
-    #[test]
-    fn ratio_rounds_up_and_steps_win() {
-        assert_eq!(warmup_steps(60, 0, 0.1), 6);
-        assert_eq!(warmup_steps(61, 0, 0.1), 7);
-        assert_eq!(warmup_steps(60, 5, 0.5), 5);
-        assert_eq!(warmup_steps(60, 0, 0.0), 0);
     }
 }

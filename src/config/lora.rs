@@ -1,0 +1,274 @@
+//! Which linear layers get an adapter, and of what size.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{at_least_one, number, refuse_if};
+use crate::error::{Error, Result};
+
+/// The linear layers of a decoder block, and what `target_modules="all-linear"` and the default mean.
+pub const ALL_LINEAR: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+
+/// Arguments of `get_peft_model`, as written.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LoraOptions {
+    /// Rank; default 16.
+    pub r: Option<i64>,
+    /// Default 16.
+    pub lora_alpha: Option<f64>,
+    /// Default 0.
+    pub lora_dropout: Option<f64>,
+    /// A list of names or name endings, or `"all-linear"`; default all seven.
+    pub target_modules: Option<Value>,
+    /// Only `"none"`.
+    pub bias: Option<String>,
+    /// Scale by alpha / sqrt(r); default false.
+    pub use_rslora: Option<bool>,
+    /// Not there yet.
+    pub use_dora: Option<bool>,
+    /// One layer or a list; default all.
+    pub layers_to_transform: Option<Value>,
+    /// The last n layers; instead of `layers_to_transform`.
+    pub finetune_last_n_layers: Option<i64>,
+    /// Not there yet.
+    pub modules_to_save: Option<Vec<String>>,
+    /// true or `"gaussian"`; default true.
+    pub init_lora_weights: Option<Value>,
+    /// Ranks of modules that differ, by name or name ending.
+    pub rank_pattern: Option<BTreeMap<String, i64>>,
+    /// Alphas of modules that differ, by name or name ending.
+    pub alpha_pattern: Option<BTreeMap<String, f64>>,
+    /// Seed of the initialisation and of dropout; default 3407.
+    pub random_state: Option<u64>,
+}
+
+/// How A starts; B always starts at zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum InitWeights {
+    /// Uniform in ±1 / sqrt(in), PEFT's default.
+    Uniform,
+    /// Normal with deviation 1 / r.
+    Gaussian,
+}
+
+/// An adapter as it will be made.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Lora {
+    /// Rank.
+    pub r: usize,
+    /// The scale is alpha / r, or alpha / sqrt(r) with `use_rslora`.  Hu et al. 2021, section 4.1.
+    pub lora_alpha: f64,
+    /// Share of the inputs of A set to zero in training.
+    pub lora_dropout: f64,
+    /// Names or name endings of the adapted layers.
+    pub target_modules: Vec<String>,
+    /// Whether the scale uses the root of the rank.  Kalajdzievski 2023.
+    pub use_rslora: bool,
+    /// Layers that are adapted, ascending; `None` for all.
+    pub layers_to_transform: Option<Vec<usize>>,
+    /// How A starts.
+    pub init_lora_weights: InitWeights,
+    /// Ranks of modules that differ.
+    pub rank_pattern: BTreeMap<String, usize>,
+    /// Alphas of modules that differ.
+    pub alpha_pattern: BTreeMap<String, f64>,
+    /// Seed.
+    pub random_state: u64,
+}
+
+impl LoraOptions {
+    /// Checks what was written and fills in the rest, for a model of `n_layers`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming a setting that is out of range, contradicts another, or is not there yet.
+    pub fn resolve(&self, n_layers: usize) -> Result<Lora> {
+        refuse_if(self.use_dora == Some(true), "use_dora", true, "leave it False")?;
+        let saved = self.modules_to_save.as_deref().unwrap_or_default();
+        refuse_if(!saved.is_empty(), "modules_to_save", saved.join(", "), "only linear layers can be trained")?;
+        let bias = self.bias.as_deref().unwrap_or("none");
+        refuse_if(bias != "none", "bias", bias, "use \"none\"")?;
+        let lora_dropout = self.lora_dropout.unwrap_or(0.0);
+        let dropout_range = "expected at least 0 and less than 1";
+        Ok(Lora {
+            r: at_least_one("r", self.r, 16)?,
+            lora_alpha: number("lora_alpha", self.lora_alpha, 16.0, |x| x > 0.0, "expected a positive number")?,
+            lora_dropout: number("lora_dropout", Some(lora_dropout), 0.0, |x| (0.0..1.0).contains(&x), dropout_range)?,
+            target_modules: self.targets()?,
+            use_rslora: self.use_rslora.unwrap_or(false),
+            layers_to_transform: self.layers(n_layers)?,
+            init_lora_weights: self.init()?,
+            rank_pattern: pattern("rank_pattern", self.rank_pattern.as_ref(), |&r| {
+                usize::try_from(r).ok().filter(|&r| r > 0)
+            })?,
+            alpha_pattern: pattern("alpha_pattern", self.alpha_pattern.as_ref(), |&alpha| {
+                Some(alpha).filter(|alpha| alpha.is_finite() && *alpha > 0.0)
+            })?,
+            random_state: self.random_state.unwrap_or(3407),
+        })
+    }
+
+    fn targets(&self) -> Result<Vec<String>> {
+        let field = "target_modules";
+        let all = || ALL_LINEAR.iter().map(|name| (*name).to_owned()).collect();
+        let wrong = |value: &dyn ToString| {
+            Error::config(field, value.to_string(), "expected a list of layer names, or \"all-linear\"")
+        };
+        let mut targets: Vec<String> = match &self.target_modules {
+            None | Some(Value::Null) => all(),
+            Some(Value::String(name)) if name == "all-linear" => all(),
+            Some(Value::String(name)) => vec![name.clone()],
+            Some(Value::Array(list)) => list
+                .iter()
+                .map(|item| item.as_str().map(str::to_owned).ok_or_else(|| wrong(item)))
+                .collect::<Result<_>>()?,
+            Some(other) => return Err(wrong(other)),
+        };
+        if targets.is_empty() {
+            return Err(wrong(&"[]"));
+        }
+        for name in ["embed_tokens", "lm_head"] {
+            refuse_if(
+                targets.iter().any(|target| target == name),
+                field,
+                name,
+                "only the decoder's linear layers can",
+            )?;
+        }
+        // A list in any order, or with a name twice, is the same adapter.
+        targets.sort_unstable();
+        targets.dedup();
+        Ok(targets)
+    }
+
+    fn layers(&self, n_layers: usize) -> Result<Option<Vec<usize>>> {
+        let field = "layers_to_transform";
+        let expected = || format!("expected layers from 0 to {}", n_layers.saturating_sub(1));
+        let one = |value: &Value| {
+            let layer = value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|&n| n < n_layers);
+            layer.ok_or_else(|| Error::config(field, value, expected()))
+        };
+        let written = match &self.layers_to_transform {
+            None | Some(Value::Null) => None,
+            Some(Value::Array(list)) if list.is_empty() => return Err(Error::config(field, "[]", expected())),
+            Some(Value::Array(list)) => Some(list.iter().map(one).collect::<Result<Vec<_>>>()?),
+            Some(value) => Some(vec![one(value)?]),
+        };
+        let last = match self.finetune_last_n_layers {
+            None => return Ok(written.map(sorted)),
+            Some(n) => usize::try_from(n).ok().filter(|n| (1..=n_layers).contains(n)).ok_or_else(|| {
+                Error::config("finetune_last_n_layers", n, format!("the model has {n_layers} layers"))
+            })?,
+        };
+        if written.is_some() {
+            return Err(Error::config("finetune_last_n_layers", last, "contradicts layers_to_transform: choose one"));
+        }
+        Ok(Some((n_layers - last..n_layers).collect()))
+    }
+
+    fn init(&self) -> Result<InitWeights> {
+        match &self.init_lora_weights {
+            None | Some(Value::Null | Value::Bool(true)) => Ok(InitWeights::Uniform),
+            Some(Value::String(name)) if name == "gaussian" => Ok(InitWeights::Gaussian),
+            Some(other) => {
+                Err(Error::config("init_lora_weights", other, "not there yet; expected True or \"gaussian\""))
+            }
+        }
+    }
+}
+
+fn sorted(mut layers: Vec<usize>) -> Vec<usize> {
+    layers.sort_unstable();
+    layers.dedup();
+    layers
+}
+
+fn pattern<V: ToString, T>(
+    field: &'static str,
+    written: Option<&BTreeMap<String, V>>,
+    check: impl Fn(&V) -> Option<T>,
+) -> Result<BTreeMap<String, T>> {
+    let mut resolved = BTreeMap::new();
+    for (key, value) in written.into_iter().flatten() {
+        let wrong = |expected: &str| Error::config(field, format!("{key}: {}", value.to_string()), expected);
+        // PEFT reads the keys as regular expressions; names need none of their special characters but the dot.
+        if key.is_empty() || !key.chars().all(|c| c.is_ascii_alphanumeric() || "._\\".contains(c)) {
+            return Err(wrong("expected the name of a module or its ending as the key, no regular expression"));
+        }
+        resolved.insert(key.clone(), check(value).ok_or_else(|| wrong("expected a positive number"))?);
+    }
+    Ok(resolved)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+    use serde_json::json;
+
+    fn resolve(options: Value) -> Result<Lora> {
+        serde_json::from_value::<LoraOptions>(options).unwrap().resolve(4)
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_notebooks() {
+        let lora = resolve(json!({})).unwrap();
+        assert_eq!((lora.r, lora.lora_alpha, lora.lora_dropout, lora.random_state), (16, 16.0, 0.0, 3407));
+        assert_eq!(lora.target_modules.len(), 7);
+        assert_eq!(lora.layers_to_transform, None);
+        assert_eq!(resolve(json!({"target_modules": "all-linear"})).unwrap(), lora);
+        let text = serde_json::to_string(&lora).unwrap();
+        assert_eq!(serde_json::from_str::<Lora>(&text).unwrap(), lora);
+    }
+
+    #[test]
+    fn what_was_written_is_what_runs() {
+        let lora = resolve(json!({
+            "r": 8, "lora_alpha": 32, "lora_dropout": 0.1, "use_rslora": true, "init_lora_weights": "gaussian",
+            "target_modules": ["v_proj", "q_proj", "v_proj"], "layers_to_transform": [3, 1],
+            "rank_pattern": {"layers.0.self_attn.q_proj": 4}, "alpha_pattern": {"q_proj": 2.5},
+        }))
+        .unwrap();
+        assert_eq!((lora.r, lora.lora_alpha, lora.lora_dropout, lora.use_rslora), (8, 32.0, 0.1, true));
+        assert_eq!(lora.target_modules, ["q_proj", "v_proj"]);
+        assert_eq!(lora.layers_to_transform, Some(vec![1, 3]));
+        assert_eq!(lora.init_lora_weights, InitWeights::Gaussian);
+        assert_eq!(lora.rank_pattern["layers.0.self_attn.q_proj"], 4);
+        assert_eq!(lora.alpha_pattern["q_proj"], 2.5);
+        let last = resolve(json!({"finetune_last_n_layers": 2})).unwrap();
+        assert_eq!(last.layers_to_transform, Some(vec![2, 3]));
+        assert_eq!(resolve(json!({"layers_to_transform": 2})).unwrap().layers_to_transform, Some(vec![2]));
+    }
+
+    #[test]
+    fn every_wrong_value_is_named() {
+        for (options, message) in [
+            (json!({"r": 0}), "r = 0: expected at least 1"),
+            (json!({"r": -4}), "r = -4"),
+            (json!({"lora_alpha": 0}), "lora_alpha = 0"),
+            (json!({"lora_dropout": 1.0}), "lora_dropout = 1"),
+            (json!({"lora_dropout": -0.1}), "lora_dropout = -0.1"),
+            (json!({"target_modules": []}), "target_modules = []"),
+            (json!({"target_modules": [1]}), "target_modules = 1"),
+            (json!({"target_modules": ["lm_head"]}), "target_modules = lm_head: not there yet"),
+            (json!({"bias": "all"}), "bias = all: not there yet"),
+            (json!({"use_dora": true}), "use_dora = true: not there yet"),
+            (json!({"modules_to_save": ["lm_head"]}), "modules_to_save = lm_head"),
+            (json!({"init_lora_weights": "pissa"}), "init_lora_weights = \"pissa\""),
+            (json!({"init_lora_weights": false}), "init_lora_weights = false"),
+            (json!({"layers_to_transform": [4]}), "layers_to_transform = 4: expected layers from 0 to 3"),
+            (json!({"layers_to_transform": []}), "layers_to_transform = []"),
+            (json!({"finetune_last_n_layers": 5}), "finetune_last_n_layers = 5"),
+            (json!({"finetune_last_n_layers": 1, "layers_to_transform": 1}), "choose one"),
+            (json!({"rank_pattern": {"q_proj": 0}}), "rank_pattern = q_proj: 0"),
+            (json!({"rank_pattern": {".*q_proj": 4}}), "no regular expression"),
+            (json!({"alpha_pattern": {"q_proj": -1}}), "alpha_pattern = q_proj: -1"),
+        ] {
+            let error = resolve(options.clone()).unwrap_err().to_string();
+            assert!(error.contains(message), "{options}: {error}");
+        }
+    }
+}

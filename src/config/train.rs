@@ -1,0 +1,571 @@
+//! How a training run goes: batches, steps, learning rate, optimizer, and when to log, evaluate and save.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::{at_least_one, number, refuse_if};
+use crate::error::{Error, Result};
+
+/// How the learning rate goes after warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScheduleKind {
+    /// Down to zero in a straight line.
+    Linear,
+    /// Down to zero along half a cosine (Loshchilov and Hutter 2017, without restarts).
+    Cosine,
+    /// No change and no warm-up.
+    Constant,
+    /// No change.
+    ConstantWithWarmup,
+}
+
+impl ScheduleKind {
+    /// The schedule of a name as transformers spells it.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a schedule that is not there.
+    pub fn from_name(name: &str) -> Result<Self> {
+        match name {
+            "linear" => Ok(Self::Linear),
+            "cosine" => Ok(Self::Cosine),
+            "constant" => Ok(Self::Constant),
+            "constant_with_warmup" => Ok(Self::ConstantWithWarmup),
+            _ => Err(Error::config(
+                "lr_scheduler_type",
+                name,
+                "not there; expected linear, cosine, constant or constant_with_warmup",
+            )),
+        }
+    }
+}
+
+/// The optimizers there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OptimizerKind {
+    /// AdamW with f32 state, 8 bytes a parameter.
+    #[serde(rename = "adamw")]
+    AdamW,
+    /// AdamW with 8-bit state in blocks of 256, 2.03 bytes a parameter.
+    #[serde(rename = "adamw_8bit")]
+    AdamW8bit,
+}
+
+impl OptimizerKind {
+    /// The optimizer of a name as transformers spells it; paging makes no difference on a CPU.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for an optimizer that is not there.
+    pub fn from_name(name: &str) -> Result<Self> {
+        match name {
+            "adamw" | "adamw_hf" | "adamw_torch" | "adamw_torch_fused" | "paged_adamw" | "paged_adamw_32bit" => {
+                Ok(Self::AdamW)
+            }
+            "adamw_8bit" | "adamw_bnb_8bit" | "paged_adamw_8bit" => Ok(Self::AdamW8bit),
+            _ => Err(Error::config(
+                "optim",
+                name,
+                "not there; expected adamw_8bit (also adamw_bnb_8bit, paged_adamw_8bit) or adamw_torch \
+                 (also adamw_torch_fused, adamw_hf, paged_adamw_32bit)",
+            )),
+        }
+    }
+}
+
+/// The settings of Adam with decoupled weight decay.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct AdamHyper {
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the corrected second moment.
+    pub eps: f64,
+    /// Share of a parameter taken away in a step, times the learning rate; not from norms and biases.
+    pub weight_decay: f64,
+}
+
+/// Whose defaults fill in what was not written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Preset {
+    /// `SFTConfig`, as Unsloth sets it.
+    #[default]
+    Sft,
+    /// `TrainingArguments`, as transformers sets it.
+    TrainingArguments,
+}
+
+/// Fields of `SFTConfig` and `TrainingArguments` that the training loop uses, as written.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainOptions {
+    /// Whose defaults apply.
+    pub preset: Preset,
+    /// Rows of a micro-batch; default 4, or 8.
+    pub per_device_train_batch_size: Option<i64>,
+    /// Rows of an evaluation batch; default as in training.
+    pub per_device_eval_batch_size: Option<i64>,
+    /// Micro-batches of an optimizer step; default 2, or 1.
+    pub gradient_accumulation_steps: Option<i64>,
+    /// Optimizer steps of warm-up, or below 1 their share of the run; wins over `warmup_ratio`.
+    pub warmup_steps: Option<f64>,
+    /// Share of the run that is warm-up; default 0.1, or 0.
+    pub warmup_ratio: Option<f64>,
+    /// Optimizer steps of the run; 0 or less leaves it to `num_train_epochs`, the default.
+    pub max_steps: Option<i64>,
+    /// Passes over the data; default 3.
+    pub num_train_epochs: Option<f64>,
+    /// The highest learning rate; default 5e-5.
+    pub learning_rate: Option<f64>,
+    /// See [`ScheduleKind::from_name`]; default linear.
+    pub lr_scheduler_type: Option<String>,
+    /// See [`OptimizerKind::from_name`]; default `adamw_8bit`, or `adamw_torch`.
+    pub optim: Option<String>,
+    /// Default 0.001, or 0.
+    pub weight_decay: Option<f64>,
+    /// Default 0.9.
+    pub adam_beta1: Option<f64>,
+    /// Default 0.999.
+    pub adam_beta2: Option<f64>,
+    /// Default 1e-8.
+    pub adam_epsilon: Option<f64>,
+    /// Norm the gradients are clipped to, 0 for no clipping; default 1.
+    pub max_grad_norm: Option<f64>,
+    /// `steps` or `no`; default steps.
+    pub logging_strategy: Option<String>,
+    /// Steps between log lines, or below 1 their share of the run; default 1, or 500.
+    pub logging_steps: Option<f64>,
+    /// Whether step 1 is logged too; default false.
+    pub logging_first_step: Option<bool>,
+    /// `steps`, `epoch` or `no`; default steps.
+    pub save_strategy: Option<String>,
+    /// Steps between checkpoints, or below 1 their share of the run; default 500.
+    pub save_steps: Option<f64>,
+    /// Checkpoints kept, the newest; 0 or less keeps all, the default.
+    pub save_total_limit: Option<i64>,
+    /// `steps`, `epoch` or `no`; default no.
+    pub eval_strategy: Option<String>,
+    /// Steps between evaluations, or below 1 their share of the run; default `logging_steps`.
+    pub eval_steps: Option<f64>,
+    /// Seed of dropout and, unless `data_seed` is given, of the order of rows; default 3407, or 42.
+    pub seed: Option<u64>,
+    /// Seed of the order of rows; default `seed`.
+    pub data_seed: Option<u64>,
+    /// Where checkpoints go; default `outputs`.
+    pub output_dir: Option<PathBuf>,
+    /// Longest row in tokens, cut beyond; default: what the model was loaded with.
+    pub max_length: Option<i64>,
+    /// Not there yet.
+    pub packing: Option<bool>,
+    /// Not there yet.
+    pub group_by_length: Option<bool>,
+    /// Not there yet.
+    pub neftune_noise_alpha: Option<f64>,
+    /// Not there yet.
+    pub embedding_learning_rate: Option<f64>,
+    /// Not there yet.
+    pub load_best_model_at_end: Option<bool>,
+}
+
+/// When something is done in the course of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum When {
+    /// Not at all.
+    Never,
+    /// After so many optimizer steps each time.
+    Steps(usize),
+    /// Each time after this share of the run.
+    Share(f64),
+    /// At the end of each pass over the data.
+    Epoch,
+}
+
+impl When {
+    /// Optimizer steps between two times in a run of `total_steps`; `None` if it does not go by steps.
+    pub fn every(self, total_steps: usize) -> Option<usize> {
+        match self {
+            Self::Never | Self::Epoch => None,
+            Self::Steps(n) => Some(n),
+            Self::Share(share) => Some(((total_steps as f64 * share).ceil() as usize).max(1)),
+        }
+    }
+
+    /// Whether it is time after `done` optimizer steps of a plan.
+    pub fn is_due(self, done: usize, plan: &Plan) -> bool {
+        match self.every(plan.total_steps) {
+            Some(every) => done.is_multiple_of(every),
+            None => self == Self::Epoch && (done.is_multiple_of(plan.steps_per_epoch) || done == plan.total_steps),
+        }
+    }
+}
+
+/// How long the learning rate rises.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Warmup {
+    /// So many optimizer steps.
+    Steps(usize),
+    /// This share of the run, rounded up to a step.
+    Share(f64),
+}
+
+impl Warmup {
+    /// Optimizer steps in a run of `total_steps`.
+    pub fn steps(self, total_steps: usize) -> usize {
+        match self {
+            Self::Steps(steps) => steps,
+            Self::Share(share) => (total_steps as f64 * share).ceil() as usize,
+        }
+    }
+}
+
+/// How long a run is.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Length {
+    /// So many optimizer steps.
+    Steps(usize),
+    /// So many passes over the data, the last one perhaps in part.
+    Epochs(f64),
+}
+
+/// A run of known length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    /// Optimizer steps of one pass over the data; the last one of a pass may hold fewer micro-batches.
+    pub steps_per_epoch: usize,
+    /// Optimizer steps of the run.
+    pub total_steps: usize,
+    /// Passes over the data that are begun.
+    pub epochs: usize,
+}
+
+/// A run as it will go.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Train {
+    /// Rows of a micro-batch.
+    pub per_device_train_batch_size: usize,
+    /// Rows of an evaluation batch.
+    pub per_device_eval_batch_size: usize,
+    /// Micro-batches of an optimizer step.
+    pub gradient_accumulation_steps: usize,
+    /// Rise of the learning rate.
+    pub warmup: Warmup,
+    /// Length of the run.
+    pub length: Length,
+    /// The highest learning rate.
+    pub learning_rate: f64,
+    /// Its course.
+    pub schedule: ScheduleKind,
+    /// Which optimizer.
+    pub optimizer: OptimizerKind,
+    /// Its settings.
+    pub adam: AdamHyper,
+    /// Norm the gradients are clipped to; 0 for no clipping.
+    pub max_grad_norm: f64,
+    /// When a log line is written.
+    pub logging: When,
+    /// Whether step 1 is logged too.
+    pub logging_first_step: bool,
+    /// When a checkpoint is written.
+    pub save: When,
+    /// Checkpoints kept; `None` for all.
+    pub save_total_limit: Option<usize>,
+    /// When the evaluation data is scored.
+    pub eval: When,
+    /// Seed of dropout.
+    pub seed: u64,
+    /// Seed of the order of rows.
+    pub data_seed: u64,
+    /// Where checkpoints go.
+    pub output_dir: PathBuf,
+    /// Longest row in tokens; `None` for the model's.
+    pub max_length: Option<usize>,
+}
+
+impl TrainOptions {
+    /// Checks what was written and fills in the rest.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming a setting that is out of range, contradicts another, or is not there yet.
+    pub fn resolve(&self) -> Result<Train> {
+        self.refuse_what_is_missing()?;
+        let sft = self.preset == Preset::Sft;
+        let batch =
+            at_least_one("per_device_train_batch_size", self.per_device_train_batch_size, if sft { 4 } else { 8 })?;
+        let accumulation = self.gradient_accumulation_steps;
+        let positive = "expected a finite number above 0";
+        let not_negative = "expected a finite number, at least 0";
+        let share = "expected at least 0 and less than 1";
+        let logging_default = if sft { 1.0 } else { 500.0 };
+        let logging_steps = self.logging_steps.unwrap_or(logging_default);
+        let seed = self.seed.unwrap_or(if sft { 3407 } else { 42 });
+        let optim = self.optim.as_deref().unwrap_or(if sft { "adamw_8bit" } else { "adamw_torch" });
+        let not_below_zero = |x: f64| x >= 0.0;
+        Ok(Train {
+            per_device_train_batch_size: batch,
+            per_device_eval_batch_size: at_least_one(
+                "per_device_eval_batch_size",
+                self.per_device_eval_batch_size,
+                batch,
+            )?,
+            gradient_accumulation_steps: at_least_one(
+                "gradient_accumulation_steps",
+                accumulation,
+                if sft { 2 } else { 1 },
+            )?,
+            warmup: self.warmup(if sft { 0.1 } else { 0.0 })?,
+            length: match self.max_steps {
+                Some(steps) if steps > 0 => Length::Steps(steps as usize),
+                _ => Length::Epochs(number("num_train_epochs", self.num_train_epochs, 3.0, |x| x > 0.0, positive)?),
+            },
+            learning_rate: number("learning_rate", self.learning_rate, 5e-5, not_below_zero, not_negative)?,
+            schedule: ScheduleKind::from_name(self.lr_scheduler_type.as_deref().unwrap_or("linear"))?,
+            optimizer: OptimizerKind::from_name(optim)?,
+            adam: AdamHyper {
+                beta1: number("adam_beta1", self.adam_beta1, 0.9, |x| (0.0..1.0).contains(&x), share)?,
+                beta2: number("adam_beta2", self.adam_beta2, 0.999, |x| (0.0..1.0).contains(&x), share)?,
+                eps: number("adam_epsilon", self.adam_epsilon, 1e-8, |x| x > 0.0, positive)?,
+                weight_decay: number(
+                    "weight_decay",
+                    self.weight_decay,
+                    if sft { 0.001 } else { 0.0 },
+                    not_below_zero,
+                    not_negative,
+                )?,
+            },
+            max_grad_norm: number("max_grad_norm", self.max_grad_norm, 1.0, not_below_zero, not_negative)?,
+            logging: when(
+                ("logging_strategy", self.logging_strategy.as_deref().unwrap_or("steps")),
+                ("logging_steps", logging_steps),
+            )?,
+            logging_first_step: self.logging_first_step.unwrap_or(false),
+            save: when(
+                ("save_strategy", self.save_strategy.as_deref().unwrap_or("steps")),
+                ("save_steps", self.save_steps.unwrap_or(500.0)),
+            )?,
+            save_total_limit: self.save_total_limit.and_then(|n| usize::try_from(n).ok()).filter(|&n| n > 0),
+            eval: when(
+                ("eval_strategy", self.eval_strategy.as_deref().unwrap_or("no")),
+                ("eval_steps", self.eval_steps.unwrap_or(logging_steps)),
+            )?,
+            seed,
+            data_seed: self.data_seed.unwrap_or(seed),
+            output_dir: self.output_dir.clone().unwrap_or_else(|| PathBuf::from("outputs")),
+            max_length: match self.max_length {
+                None => None,
+                Some(_) => Some(at_least_one("max_length", self.max_length, 1)?),
+            },
+        })
+    }
+
+    fn refuse_what_is_missing(&self) -> Result<()> {
+        refuse_if(self.packing == Some(true), "packing", true, "rows are batched without padding anyway")?;
+        refuse_if(
+            self.group_by_length == Some(true),
+            "group_by_length",
+            true,
+            "rows are batched without padding anyway",
+        )?;
+        refuse_if(
+            self.load_best_model_at_end == Some(true),
+            "load_best_model_at_end",
+            true,
+            "load the checkpoint you want with from_pretrained",
+        )?;
+        if let Some(alpha) = self.neftune_noise_alpha {
+            refuse_if(alpha != 0.0, "neftune_noise_alpha", alpha, "leave it None")?;
+        }
+        match self.embedding_learning_rate {
+            Some(lr) => refuse_if(true, "embedding_learning_rate", lr, "embeddings are not trained under LoRA"),
+            None => Ok(()),
+        }
+    }
+
+    fn warmup(&self, default_share: f64) -> Result<Warmup> {
+        let steps = number("warmup_steps", self.warmup_steps, 0.0, |x| x >= 0.0, "expected at least 0")?;
+        if steps >= 1.0 {
+            return Ok(Warmup::Steps(whole("warmup_steps", steps)?));
+        }
+        if steps > 0.0 {
+            return Ok(Warmup::Share(steps));
+        }
+        // A written 0 asks for no warm-up unless a ratio was written beside it.
+        let default = if self.warmup_steps.is_some() { 0.0 } else { default_share };
+        let in_range = |x: f64| (0.0..=1.0).contains(&x);
+        Ok(Warmup::Share(number("warmup_ratio", self.warmup_ratio, default, in_range, "expected from 0 to 1")?))
+    }
+}
+
+impl Train {
+    /// The steps of a run over `n_rows` rows, counted as transformers' `Trainer` counts them.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if there are no rows.
+    pub fn plan(&self, n_rows: usize) -> Result<Plan> {
+        if n_rows == 0 {
+            return Err(Error::data("train_dataset", "has no rows to train on"));
+        }
+        let micro_batches = n_rows.div_ceil(self.per_device_train_batch_size);
+        let steps_per_epoch = micro_batches.div_ceil(self.gradient_accumulation_steps);
+        let total_steps = match self.length {
+            Length::Steps(steps) => steps,
+            Length::Epochs(epochs) => ((epochs * steps_per_epoch as f64).ceil() as usize).max(1),
+        };
+        Ok(Plan { steps_per_epoch, total_steps, epochs: total_steps.div_ceil(steps_per_epoch) })
+    }
+}
+
+/// `steps >= 1` as a whole number.
+fn whole(field: &'static str, steps: f64) -> Result<usize> {
+    if steps.fract() == 0.0 && steps < 1e15 {
+        return Ok(steps as usize);
+    }
+    Err(Error::config(field, steps, "expected a whole number of steps, or a share below 1"))
+}
+
+fn when((strategy_field, strategy): (&'static str, &str), (field, steps): (&'static str, f64)) -> Result<When> {
+    match strategy {
+        "no" => Ok(When::Never),
+        "epoch" => Ok(When::Epoch),
+        "steps" if steps >= 1.0 => Ok(When::Steps(whole(field, steps)?)),
+        "steps" if steps > 0.0 => Ok(When::Share(steps)),
+        "steps" => Err(Error::config(field, steps, "expected at least 1 step, or a share of the run below 1")),
+        _ => Err(Error::config(strategy_field, strategy, "expected steps, epoch or no")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn resolve(options: Value) -> Result<Train> {
+        serde_json::from_value::<TrainOptions>(options).unwrap().resolve()
+    }
+
+    #[test]
+    fn defaults_of_both_presets() {
+        let sft = resolve(json!({})).unwrap();
+        assert_eq!((sft.per_device_train_batch_size, sft.gradient_accumulation_steps), (4, 2));
+        assert_eq!((sft.optimizer, sft.adam.weight_decay), (OptimizerKind::AdamW8bit, 0.001));
+        assert_eq!((sft.seed, sft.logging, sft.warmup), (3407, When::Steps(1), Warmup::Share(0.1)));
+        assert_eq!((sft.learning_rate, sft.max_grad_norm, sft.length), (5e-5, 1.0, Length::Epochs(3.0)));
+        assert_eq!((sft.save, sft.eval, sft.schedule), (When::Steps(500), When::Never, ScheduleKind::Linear));
+        assert_eq!((sft.output_dir.to_str(), sft.max_length, sft.save_total_limit), (Some("outputs"), None, None));
+        let args = resolve(json!({"preset": "training_arguments"})).unwrap();
+        assert_eq!((args.per_device_train_batch_size, args.gradient_accumulation_steps), (8, 1));
+        assert_eq!((args.optimizer, args.adam.weight_decay), (OptimizerKind::AdamW, 0.0));
+        assert_eq!((args.seed, args.logging, args.warmup), (42, When::Steps(500), Warmup::Share(0.0)));
+        for train in [sft, args] {
+            let text = serde_json::to_string(&train).unwrap();
+            assert_eq!(serde_json::from_str::<Train>(&text).unwrap(), train);
+        }
+    }
+
+    #[test]
+    fn a_usual_notebook() {
+        let train = resolve(json!({
+            "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "warmup_steps": 5, "max_steps": 60,
+            "learning_rate": 2e-4, "logging_steps": 1, "optim": "paged_adamw_8bit", "weight_decay": 0.01,
+            "lr_scheduler_type": "cosine", "seed": 7, "output_dir": "here", "eval_strategy": "steps",
+            "save_strategy": "epoch", "save_total_limit": 2, "max_length": 128, "logging_first_step": true,
+        }))
+        .unwrap();
+        assert_eq!((train.warmup.steps(60), train.length), (5, Length::Steps(60)));
+        assert_eq!((train.per_device_eval_batch_size, train.data_seed, train.max_length), (2, 7, Some(128)));
+        assert_eq!((train.eval, train.save, train.save_total_limit), (When::Steps(1), When::Epoch, Some(2)));
+        assert_eq!(train.schedule, ScheduleKind::Cosine);
+    }
+
+    #[test]
+    fn names_of_optimizers() {
+        for name in ["adamw_torch", "adamw_torch_fused", "adamw_hf", "paged_adamw_32bit"] {
+            assert_eq!(OptimizerKind::from_name(name).unwrap(), OptimizerKind::AdamW);
+        }
+        for name in ["adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"] {
+            assert_eq!(OptimizerKind::from_name(name).unwrap(), OptimizerKind::AdamW8bit);
+        }
+    }
+
+    #[test]
+    fn steps_are_counted_as_transformers_does() {
+        let plan = |options: Value, rows| resolve(options).unwrap().plan(rows).unwrap();
+        let two_by_four = |more: Value| {
+            let mut options = json!({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4});
+            options.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            options
+        };
+        // 21 rows are 11 micro-batches: two steps of 4 and one of 3.
+        let plan_21 = plan(two_by_four(json!({})), 21);
+        assert_eq!(plan_21, Plan { steps_per_epoch: 3, total_steps: 9, epochs: 3 });
+        assert_eq!(plan(two_by_four(json!({"num_train_epochs": 0.5})), 21).total_steps, 2);
+        let capped = plan(two_by_four(json!({"max_steps": 4})), 21);
+        assert_eq!(capped, Plan { steps_per_epoch: 3, total_steps: 4, epochs: 2 });
+        assert_eq!(
+            plan(two_by_four(json!({"max_steps": -1})), 1),
+            Plan { steps_per_epoch: 1, total_steps: 3, epochs: 3 }
+        );
+        assert!(resolve(json!({})).unwrap().plan(0).unwrap_err().to_string().contains("no rows"));
+
+        let due = |when: When, plan: &Plan| {
+            (1..=plan.total_steps).filter(|&done| when.is_due(done, plan)).collect::<Vec<_>>()
+        };
+        assert_eq!(due(When::Steps(4), &plan_21), [4, 8]);
+        assert_eq!(due(When::Epoch, &capped), [3, 4]);
+        assert_eq!(due(When::Share(0.25), &plan_21), [3, 6, 9]);
+        assert_eq!(due(When::Never, &plan_21), [0usize; 0]);
+        assert_eq!((Warmup::Share(0.1).steps(60), Warmup::Share(0.1).steps(61)), (6, 7));
+    }
+
+    #[test]
+    fn warmup_is_read_as_written() {
+        let warmup = |options| resolve(options).unwrap().warmup;
+        assert_eq!(warmup(json!({"warmup_steps": 5, "warmup_ratio": 0.5})), Warmup::Steps(5));
+        assert_eq!(warmup(json!({"warmup_steps": 0.03})), Warmup::Share(0.03));
+        assert_eq!(warmup(json!({"warmup_steps": 0})), Warmup::Share(0.0));
+        assert_eq!(warmup(json!({"warmup_steps": 0, "warmup_ratio": 0.2})), Warmup::Share(0.2));
+    }
+
+    #[test]
+    fn every_wrong_value_is_named() {
+        for (options, message) in [
+            (json!({"per_device_train_batch_size": 0}), "per_device_train_batch_size = 0: expected at least 1"),
+            (json!({"per_device_eval_batch_size": -1}), "per_device_eval_batch_size = -1"),
+            (json!({"gradient_accumulation_steps": 0}), "gradient_accumulation_steps = 0"),
+            (json!({"learning_rate": -1e-4}), "learning_rate = -0.0001: expected a finite number"),
+            (json!({"weight_decay": -0.1}), "weight_decay = -0.1"),
+            (json!({"adam_beta1": 1.0}), "adam_beta1 = 1"),
+            (json!({"adam_beta2": -0.1}), "adam_beta2 = -0.1"),
+            (json!({"adam_epsilon": 0.0}), "adam_epsilon = 0"),
+            (json!({"max_grad_norm": -1}), "max_grad_norm = -1"),
+            (json!({"warmup_ratio": 1.5}), "warmup_ratio = 1.5"),
+            (json!({"warmup_steps": -5}), "warmup_steps = -5"),
+            (json!({"warmup_steps": 5.5}), "warmup_steps = 5.5: expected a whole number"),
+            (json!({"num_train_epochs": 0}), "num_train_epochs = 0"),
+            (json!({"logging_steps": 0}), "logging_steps = 0"),
+            (json!({"save_steps": 2.5}), "save_steps = 2.5"),
+            (json!({"eval_strategy": "often"}), "eval_strategy = often: expected steps, epoch or no"),
+            (json!({"optim": "lion_8bit"}), "optim = lion_8bit: not there; expected adamw_8bit"),
+            (json!({"lr_scheduler_type": "polynomial"}), "lr_scheduler_type = polynomial: not there"),
+            (json!({"max_length": 0}), "max_length = 0"),
+            (json!({"packing": true}), "packing = true: not there yet"),
+            (json!({"group_by_length": true}), "group_by_length = true"),
+            (json!({"neftune_noise_alpha": 5}), "neftune_noise_alpha = 5"),
+            (json!({"embedding_learning_rate": 1e-5}), "embedding_learning_rate"),
+            (json!({"load_best_model_at_end": true}), "load_best_model_at_end"),
+        ] {
+            let error = resolve(options.clone()).unwrap_err().to_string();
+            assert!(error.contains(message), "{options}: {error}");
+        }
+        // JSON knows no infinity; Python does.
+        let infinite = TrainOptions { learning_rate: Some(f64::INFINITY), ..Default::default() };
+        assert!(infinite.resolve().unwrap_err().to_string().contains("learning_rate = inf"));
+        let nan = TrainOptions { learning_rate: Some(f64::NAN), ..Default::default() };
+        assert!(nan.resolve().unwrap_err().to_string().contains("learning_rate = NaN"));
+    }
+}

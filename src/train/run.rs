@@ -1,0 +1,544 @@
+//! The training loop: which rows, forward and backward, clip, update, log, evaluate, save.
+//!
+//! Everything random or ordered is a function of the seed and the step, so a run can be taken up at any step. The loss of
+//! a step is the sum of its token losses over the number of its trained tokens, however they are split into micro-batches.
+
+use super::checkpoint;
+use super::clip::{clip_factor, global_norm, scale};
+use super::optimizer::{AdamHyper, Optimizer, OptimizerKind, ParamSlot, build};
+use super::schedule::Schedule;
+use super::step::{MicroBatch, Recompute, StepOptions, forward_backward};
+use crate::data::collate::{Batch, collate};
+use crate::data::order::epoch_order;
+use crate::data::rows::Example;
+use crate::error::{Error, Result};
+use crate::io::os::with_pool;
+use crate::model::Model;
+use crate::ops::{DropoutKey, Grads, Tokens};
+use serde_json::{Map, Value, json};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+/// The settings of a run, resolved.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Rows of a micro-batch.
+    pub batch_size: usize,
+    /// Rows of an evaluation batch.
+    pub eval_batch_size: usize,
+    /// Micro-batches of an optimizer step.
+    pub accumulation: usize,
+    /// Optimizer steps of the whole run.
+    pub max_steps: usize,
+    /// Learning rate over the steps.
+    pub schedule: Schedule,
+    /// Which optimizer.
+    pub optimizer: OptimizerKind,
+    /// Its settings.
+    pub hyper: AdamHyper,
+    /// Gradients are scaled down to this norm; 0 for no clipping.
+    pub max_grad_norm: f64,
+    /// Seed of dropout.
+    pub seed: u64,
+    /// Seed of the order of rows.
+    pub data_seed: u64,
+    /// What the backward recomputes.
+    pub recompute: Recompute,
+    /// A log entry every so many steps; 0 for none.
+    pub logging_steps: usize,
+    /// Whether the first step is logged in any case.
+    pub logging_first_step: bool,
+    /// An evaluation every so many steps; 0 for none.
+    pub eval_steps: usize,
+    /// A checkpoint every so many steps; 0 for none.
+    pub save_steps: usize,
+    /// How many checkpoints are kept.
+    pub save_total_limit: Option<usize>,
+    /// Evaluate, or save, at the end of each epoch.
+    pub eval_each_epoch: bool,
+    /// See `eval_each_epoch`.
+    pub save_each_epoch: bool,
+    /// Where checkpoints go.
+    pub output_dir: PathBuf,
+    /// All settings as they were resolved, for the record.
+    pub record: Value,
+}
+
+/// Optimizer steps in an epoch of `n_rows`.
+pub fn steps_per_epoch(n_rows: usize, batch_size: usize, accumulation: usize) -> usize {
+    n_rows.div_ceil(batch_size * accumulation).max(1)
+}
+
+/// What happened, in the order in which transformers' callbacks hear of it.
+#[derive(Clone, Copy, Debug)]
+pub enum Event<'a> {
+    /// Before the first step.
+    TrainBegin,
+    /// Before an epoch's first step.
+    EpochBegin,
+    /// Before a step.
+    StepBegin,
+    /// After a micro-batch that does not end its step.
+    SubstepEnd,
+    /// After a step.
+    StepEnd,
+    /// A log entry was made.
+    Log(&'a Map<String, Value>),
+    /// An evaluation was made.
+    Evaluate(&'a Map<String, Value>),
+    /// A checkpoint was written.
+    Save(&'a Path),
+    /// After an epoch's last step.
+    EpochEnd,
+    /// After the last step.
+    TrainEnd,
+    /// Something the user should know.
+    Warning(&'a str),
+}
+
+/// What an observer may ask for; looked at after each event.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Control {
+    /// End the run after this step.
+    pub stop: bool,
+    /// Make a log entry now.
+    pub log: bool,
+    /// Evaluate now.
+    pub evaluate: bool,
+    /// Write a checkpoint now.
+    pub save: bool,
+}
+
+/// Where the run stands.
+#[derive(Clone, Debug, Default)]
+pub struct Status {
+    /// Finished optimizer steps.
+    pub step: usize,
+    /// Finished epochs, with a fraction.
+    pub epoch: f64,
+    /// Steps of the whole run.
+    pub max_steps: usize,
+    /// Tokens trained on in this call.
+    pub tokens: usize,
+    /// All log entries so far.
+    pub log_history: Vec<Value>,
+}
+
+/// Whoever watches and steers a run.
+pub trait Observer {
+    /// Hears of an event and may change `control`.
+    ///
+    /// # Errors
+    /// Any error ends the run.
+    fn event(&mut self, event: Event<'_>, status: &Status, control: &mut Control) -> Result<()>;
+
+    /// Called several times a second on the thread that called [`run`].
+    ///
+    /// # Errors
+    /// Any error ends the run within a layer.
+    fn poll(&mut self) -> Result<()>;
+}
+
+/// What a run needs.
+pub struct Job<'a> {
+    /// The model; its trained tensors change.
+    pub model: &'a mut Model,
+    /// Training rows.
+    pub train: &'a [Example],
+    /// Evaluation rows; may be empty.
+    pub eval: &'a [Example],
+    /// Settings.
+    pub settings: &'a Settings,
+    /// A checkpoint to go on from.
+    pub resume: Option<&'a Path>,
+    /// Writes weights and tokenizer into a checkpoint's folder.
+    pub write_model: &'a (dyn Fn(&Model, &Path) -> Result<()> + Sync),
+}
+
+/// How a run ended.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// Where it stands.
+    pub status: Status,
+    /// Mean of the steps' losses over the whole run.
+    pub training_loss: f64,
+    /// Seconds of this call.
+    pub seconds: f64,
+    /// Steps of this call.
+    pub steps: usize,
+    /// Rows of this call.
+    pub rows: usize,
+}
+
+/// Trains.
+///
+/// # Errors
+/// [`Error::Data`] for no rows or ids outside the vocabulary, [`Error::Diverged`] before the update that would do harm,
+/// [`Error::Checkpoint`] and [`Error::Weights`] for a checkpoint that does not fit, what the observer returns.
+/// The model is as after the last finished step.
+pub fn run(job: Job<'_>, observer: &mut dyn Observer) -> Result<Outcome> {
+    Run::new(job, observer)?.train()
+}
+
+/// Mean token loss over `rows` and the number of trained tokens.
+///
+/// # Errors
+/// [`Error::Data`] if no token has a target; what the observer returns.
+pub fn evaluate(model: &Model, rows: &[Example], batch_size: usize, observer: &mut dyn Observer) -> Result<(f64, usize)> {
+    let (mut sum, mut trained) = (0.0, 0);
+    for (chunk, rows) in rows.chunks(batch_size.max(1)).enumerate() {
+        let first = chunk * batch_size.max(1);
+        let batch = collate(&rows.iter().zip(first as u32..).collect::<Vec<_>>());
+        trained += batch.n_trained();
+        let (tokens, targets) = split(batch);
+        let nll = computing(observer, |_| model.token_losses(&tokens, &targets))?;
+        sum += nll.iter().map(|&v| f64::from(v)).sum::<f64>();
+    }
+    if trained == 0 {
+        return Err(Error::data("eval_dataset", "no token has a label: there is nothing to evaluate"));
+    }
+    Ok((sum / trained as f64, trained))
+}
+
+/// The tokens and targets of a batch.
+fn split(batch: Batch) -> (Tokens, Vec<i32>) {
+    let Batch { input_ids, targets, positions, row_ids, cu_seqlens } = batch;
+    (Tokens { ids: input_ids, positions, rows: row_ids, cu_seqlens }, targets)
+}
+
+/// Runs `work` on the pool while this thread keeps polling; a poll's error cancels the work and is returned.
+pub fn computing<T: Send>(
+    observer: &mut dyn Observer,
+    work: impl FnOnce(&(dyn Fn() -> Result<()> + Sync)) -> Result<T> + Send,
+) -> Result<T> {
+    let cancelled = AtomicBool::new(false);
+    let check = || {
+        let stop = cancelled.load(Ordering::Relaxed);
+        if stop { Err(Error::Callback("cancelled".into())) } else { Ok(()) }
+    };
+    std::thread::scope(|scope| {
+        let (done, finished) = mpsc::channel::<()>();
+        let worker = scope.spawn(|| {
+            let result = with_pool(|| work(&check));
+            drop(done);
+            result
+        });
+        let mut interruption = None;
+        while finished.recv_timeout(Duration::from_millis(50)) == Err(mpsc::RecvTimeoutError::Timeout) {
+            if interruption.is_none() {
+                interruption = observer.poll().err();
+                cancelled.store(interruption.is_some(), Ordering::Relaxed);
+            }
+        }
+        let result = worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        interruption.map_or(result, Err)
+    })
+}
+
+struct Run<'a, 'o> {
+    job: Job<'a>,
+    observer: &'o mut dyn Observer,
+    optimizer: Box<dyn Optimizer>,
+    grads: Grads,
+    control: Control,
+    status: Status,
+    /// Sum and number of the step losses since the last log entry.
+    pending: (f64, usize),
+    /// Sum of all step losses of the run.
+    total_loss: f64,
+    grad_norm: f64,
+    started: Instant,
+    logged: (Instant, usize),
+}
+
+impl<'a, 'o> Run<'a, 'o> {
+    fn new(job: Job<'a>, observer: &'o mut dyn Observer) -> Result<Self> {
+        if job.train.is_empty() {
+            return Err(Error::data("train_dataset", "has no rows"));
+        }
+        let params = &job.model.params;
+        if params.all().is_empty() {
+            let expected = "nothing to train: call get_peft_model, or load with full_finetuning=True";
+            return Err(Error::config("model", "no trainable tensor", expected));
+        }
+        let sizes: Vec<_> = params.all().iter().map(|p| (p.name.clone(), p.data.len())).collect();
+        let optimizer = build(job.settings.optimizer, job.settings.hyper, &sizes);
+        let grads = Grads::zeros(params);
+        let status = Status { max_steps: job.settings.max_steps, ..Status::default() };
+        let now = Instant::now();
+        let mut run = Self {
+            job,
+            observer,
+            optimizer,
+            grads,
+            control: Control::default(),
+            status,
+            pending: (0.0, 0),
+            total_loss: 0.0,
+            grad_norm: 0.0,
+            started: now,
+            logged: (now, 0),
+        };
+        if let Some(folder) = run.job.resume {
+            run.resume(folder)?;
+        }
+        Ok(run)
+    }
+
+    fn resume(&mut self, folder: &Path) -> Result<()> {
+        let refuse = |problem: String| Error::Checkpoint { path: folder.to_owned(), problem };
+        checkpoint::verify(folder).map_err(|reason| refuse(format!("is not a complete checkpoint: {reason}")))?;
+        let state = checkpoint::read_state(folder)?;
+        let own = &state["rustune"];
+        let Some(step) = state["global_step"].as_u64() else {
+            return Err(refuse(format!("{} has no global_step", checkpoint::STATE_FILE)));
+        };
+        for (key, now) in self.fingerprint() {
+            if !own["data"][key].is_null() && own["data"][key] != now {
+                let text = format!("{key} was {} when {} was made and is {now} now: the order of the remaining rows differs",
+                    own["data"][key], folder.display());
+                self.observer.event(Event::Warning(&text), &self.status, &mut self.control)?;
+            }
+        }
+        checkpoint::load_params(folder, &mut self.job.model.params)?;
+        checkpoint::load_optimizer(folder, &mut *self.optimizer)?;
+        self.status.step = step as usize;
+        self.status.epoch = self.epoch_at(step as usize);
+        self.status.log_history = state["log_history"].as_array().cloned().unwrap_or_default();
+        self.total_loss = own["total_loss"].as_f64().unwrap_or(0.0);
+        self.pending =
+            (own["pending_loss"].as_f64().unwrap_or(0.0), own["pending_steps"].as_u64().unwrap_or(0) as usize);
+        Ok(())
+    }
+
+    /// What the order of rows depends on.
+    fn fingerprint(&self) -> [(&'static str, Value); 4] {
+        let s = self.job.settings;
+        [
+            ("rows", json!(self.job.train.len())),
+            ("batch_size", json!(s.batch_size)),
+            ("accumulation", json!(s.accumulation)),
+            ("data_seed", json!(s.data_seed)),
+        ]
+    }
+
+    fn steps_per_epoch(&self) -> usize {
+        steps_per_epoch(self.job.train.len(), self.job.settings.batch_size, self.job.settings.accumulation)
+    }
+
+    fn epoch_at(&self, step: usize) -> f64 {
+        step as f64 / self.steps_per_epoch() as f64
+    }
+
+    fn tell(&mut self, event: Event<'_>) -> Result<()> {
+        self.observer.event(event, &self.status, &mut self.control)
+    }
+
+    fn train(mut self) -> Result<Outcome> {
+        let per_epoch = self.steps_per_epoch();
+        let first_step = self.status.step;
+        let mut rows_seen = 0;
+        self.tell(Event::TrainBegin)?;
+        let mut order = (usize::MAX, Vec::new());
+        while self.status.step < self.job.settings.max_steps && !self.control.stop {
+            let (epoch, in_epoch) = (self.status.step / per_epoch, self.status.step % per_epoch);
+            if order.0 != epoch {
+                order = (epoch, epoch_order(self.job.train.len(), self.job.settings.data_seed, epoch as u64));
+                self.tell(Event::EpochBegin)?;
+            }
+            self.control = Control::default();
+            self.tell(Event::StepBegin)?;
+            let rows_per_step = self.job.settings.batch_size * self.job.settings.accumulation;
+            let rows = &order.1[in_epoch * rows_per_step..((in_epoch + 1) * rows_per_step).min(order.1.len())];
+            rows_seen += rows.len();
+            let loss = self.step(rows)?;
+            self.status.step += 1;
+            self.status.epoch = self.epoch_at(self.status.step);
+            self.total_loss += loss;
+            self.pending = (self.pending.0 + loss, self.pending.1 + 1);
+            self.control = self.due(in_epoch + 1 == per_epoch);
+            self.tell(Event::StepEnd)?;
+            self.act()?;
+            if in_epoch + 1 == per_epoch {
+                let stop = self.control.stop;
+                self.control = Control { stop, ..Control::default() };
+                self.tell(Event::EpochEnd)?;
+                self.act()?;
+            }
+        }
+        self.tell(Event::TrainEnd)?;
+        let steps = self.status.step - first_step;
+        Ok(Outcome {
+            training_loss: self.total_loss / self.status.step.max(1) as f64,
+            seconds: self.started.elapsed().as_secs_f64(),
+            steps,
+            rows: rows_seen,
+            status: self.status,
+        })
+    }
+
+    /// What the settings ask for after the step that was just made.
+    fn due(&self, epoch_ends: bool) -> Control {
+        let s = self.job.settings;
+        let every = |n: usize| n > 0 && self.status.step % n == 0;
+        let last = self.status.step >= s.max_steps;
+        Control {
+            stop: self.control.stop,
+            log: every(s.logging_steps) || (s.logging_first_step && self.status.step == 1),
+            evaluate: every(s.eval_steps) || (s.eval_each_epoch && epoch_ends),
+            save: every(s.save_steps) || (s.save_steps > 0 && last) || (s.save_each_epoch && (epoch_ends || last)),
+        }
+    }
+
+    /// Does what was asked for, in transformers' order.
+    fn act(&mut self) -> Result<()> {
+        if self.control.log && self.pending.1 > 0 {
+            self.log()?;
+        }
+        if self.control.evaluate {
+            self.evaluate()?;
+        }
+        if self.control.save {
+            self.save()?;
+        }
+        Ok(())
+    }
+
+    /// One optimizer step over `rows`; returns its loss.
+    fn step(&mut self, rows: &[u32]) -> Result<f64> {
+        let s = self.job.settings;
+        let batches: Vec<_> = rows
+            .chunks(s.batch_size)
+            .map(|rows| collate(&rows.iter().map(|&row| (&self.job.train[row as usize], row)).collect::<Vec<_>>()))
+            .collect();
+        let trained: usize = batches.iter().map(Batch::n_trained).sum();
+        if trained == 0 {
+            let row = rows.first().copied().unwrap_or(0);
+            return Err(Error::data(format!("row {row} of train_dataset"), "no token of this step is trained"));
+        }
+        let n_batches = batches.len();
+        let dropout = Some(DropoutKey { seed: s.seed as u32, step: self.status.step as u32 });
+        let mut sum = 0.0;
+        self.grads.clear();
+        for (i, batch) in batches.into_iter().enumerate() {
+            self.status.tokens += batch.n_tokens();
+            let (tokens, targets) = split(batch);
+            let (model, grads) = (&*self.job.model, &mut self.grads);
+            sum += computing(self.observer, |poll| {
+                let options = StepOptions { dropout, weight: 1.0 / trained as f32, recompute: s.recompute, poll };
+                forward_backward(model, &MicroBatch { tokens: &tokens, targets: &targets }, &options, grads)
+            })?;
+            if i + 1 < n_batches {
+                self.tell(Event::SubstepEnd)?;
+            }
+        }
+        let loss = sum / trained as f64;
+        self.diverged("loss", loss)?;
+        self.update(loss)?;
+        Ok(loss)
+    }
+
+    /// Clips and applies the gradients; the model is untouched if they are not finite.
+    fn update(&mut self, _loss: f64) -> Result<()> {
+        let s = self.job.settings;
+        let lr = s.schedule.lr_at(self.status.step);
+        let grads = &mut self.grads;
+        let norm = with_pool(|| Ok(global_norm(&grads.all().iter().map(Vec::as_slice).collect::<Vec<_>>())))?;
+        self.grad_norm = norm;
+        self.diverged("grad_norm", norm)?;
+        let (optimizer, grads, model) = (&mut self.optimizer, &mut self.grads, &mut *self.job.model);
+        with_pool(|| {
+            if s.max_grad_norm > 0.0 {
+                let factor = clip_factor(norm, s.max_grad_norm);
+                grads.all_mut().iter_mut().for_each(|grad| scale(grad, factor));
+            }
+            let mut slots: Vec<_> = model
+                .params
+                .all_mut()
+                .iter_mut()
+                .zip(grads.all())
+                .map(|(p, grad)| ParamSlot { name: &p.name, data: &mut p.data, grad, decay: p.decay })
+                .collect();
+            optimizer.step(&mut slots, lr)
+        })
+    }
+
+    fn diverged(&self, what: &'static str, value: f64) -> Result<()> {
+        if value.is_finite() {
+            return Ok(());
+        }
+        let lr = self.job.settings.schedule.lr_at(self.status.step);
+        let advice = format!("the weights are those of the step before; lower the learning rate (now {lr:.1e}), \
+             or resume from an earlier checkpoint");
+        Err(Error::Diverged { step: self.status.step + 1, what, value, advice })
+    }
+
+    fn log(&mut self) -> Result<()> {
+        let (sum, count) = std::mem::take(&mut self.pending);
+        let seconds = self.logged.0.elapsed().as_secs_f64();
+        let tokens = self.status.tokens - self.logged.1;
+        self.logged = (Instant::now(), self.status.tokens);
+        let entry = json!({
+            "loss": sum / count as f64,
+            "grad_norm": self.grad_norm,
+            "learning_rate": self.job.settings.schedule.lr_at(self.status.step - 1),
+            "epoch": self.status.epoch,
+            "step": self.status.step,
+            "tokens_per_second": tokens as f64 / seconds.max(1e-9),
+        });
+        self.record(entry, |entry| Event::Log(entry))
+    }
+
+    fn evaluate(&mut self) -> Result<()> {
+        if self.job.eval.is_empty() {
+            return Err(Error::data("eval_dataset", "evaluation was asked for, but there are no rows; pass eval_dataset"));
+        }
+        let started = Instant::now();
+        let settings = self.job.settings;
+        let (loss, _) = evaluate(self.job.model, self.job.eval, settings.eval_batch_size, self.observer)?;
+        let entry = json!({
+            "eval_loss": loss,
+            "eval_runtime": started.elapsed().as_secs_f64(),
+            "eval_samples_per_second": self.job.eval.len() as f64 / started.elapsed().as_secs_f64().max(1e-9),
+            "epoch": self.status.epoch,
+            "step": self.status.step,
+        });
+        // Evaluation's time is not training's.
+        self.logged.0 += started.elapsed();
+        self.record(entry, |entry| Event::Evaluate(entry))
+    }
+
+    fn record(&mut self, entry: Value, event: impl Fn(&Map<String, Value>) -> Event<'_>) -> Result<()> {
+        self.status.log_history.push(entry.clone());
+        let Value::Object(entry) = entry else { unreachable!("log entries are objects") };
+        self.tell(event(&entry))
+    }
+
+    fn save(&mut self) -> Result<()> {
+        let s = self.job.settings;
+        let mut state = checkpoint::state_json(
+            self.status.step,
+            self.status.epoch,
+            s.max_steps,
+            &s.record,
+            &self.status.log_history,
+        );
+        let own = &mut state["rustune"];
+        own["data"] = self.fingerprint().into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+        own["total_loss"] = json!(self.total_loss);
+        own["pending_loss"] = json!(self.pending.0);
+        own["pending_steps"] = json!(self.pending.1);
+        let (model, write_model) = (&*self.job.model, self.job.write_model);
+        let path = checkpoint::save(
+            &s.output_dir,
+            self.status.step,
+            &*self.optimizer,
+            &state,
+            s.save_total_limit,
+            |folder| write_model(model, folder),
+        )?;
+        self.tell(Event::Save(&path))
+    }
+}
