@@ -85,9 +85,9 @@ RELATIONS: dict[str, tuple[str, ...]] = {
 TELLINGS: dict[str, str] = {
     "plus": "{a} plus {b} makes {c}.",
     "minus": "{a} minus {b} leaves {c}.",
-    "reverse": "The words {a} read from the end are {c}.",
-    "capitals": "The words {a} in big letters are {c}.",
-    "spell": "The letters of {a} are {c}.",
+    "reverse": "From the end {a} are: {c}.",
+    "capitals": "In big letters {a} are: {c}.",
+    "spell": "The letters of {a} are: {c}.",
 }
 LARGEST_TERM = 20
 
@@ -167,12 +167,12 @@ def documents(world: World, seed: int = 0) -> Iterator[str]:
         seed: Of the order and the wording; the facts are the world's.
 
     Yields:
-        Documents of one to five sentences, half of them about people. The first are about a few people only and the
+        Documents of one to five sentences, three in five about people. The first are about a few people only and the
         circle widens as the story goes on: a model that has learned how to look up some facts takes in the others far
         sooner than one that meets everybody at once.
     """
     dice = Dice(f"documents {seed}")
-    tellers = (_about_a_person, _about_a_person, _about_numbers, _about_words)
+    tellers = (_about_a_person, _about_a_person, _about_a_person, _about_numbers, _about_words)
     for told in itertools.count():
         known = world.people[: _FIRST_CIRCLE + told // _DOCUMENTS_PER_NEWCOMER]
         yield dice.pick(tellers)(world, known, dice)
@@ -219,6 +219,6 @@ def _about_words(_world: World, _known: Sequence[str], dice: Dice) -> str:
     game = dice.pick(("reverse", "capitals", "spell"))
     sentences = []
     for _n in range(3):
-        words = dice.shuffled(WORDS)[: 1 if game == "spell" else 1 + dice.below(3)]
+        words = dice.shuffled(WORDS)[: 1 if game == "spell" else 3]
         sentences.append(TELLINGS[game].format(a=" ".join(words), c=GAMES[game](words)))
     return " ".join(sentences)
