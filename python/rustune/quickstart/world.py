@@ -89,7 +89,7 @@ TELLINGS: dict[str, str] = {
     "capitals": "In big letters {a} are: {c}.",
     "spell": "The letters of {a} are: {c}.",
 }
-LARGEST_TERM = 20
+LARGEST_TERM = 10
 
 _FIRST_CIRCLE = 16
 _DOCUMENTS_PER_NEWCOMER = 100
