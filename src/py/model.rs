@@ -1,7 +1,7 @@
 //! `Model`: loading, adapters, logits, generation and training (whose work is in `train.rs`).
 
 use super::rows::Rows;
-use super::tokenizer::PyTokenizer;
+use super::tokenizer::Tokenizer;
 use super::{enter, parse, train};
 use crate::config::{GenerateOptions, LoraOptions, Quantization, QuantizationOptions};
 use crate::data::collate::collate;
@@ -289,12 +289,12 @@ impl Model {
         py: Python<'_>,
         prompts: Vec<Vec<u32>>,
         options: &str,
-        tokenizer: Option<&PyTokenizer>,
+        tokenizer: Option<&Tokenizer>,
         on_token: Option<Py<PyAny>>,
     ) -> PyResult<Vec<Vec<u32>>> {
         let options: GenerateOptions = parse("generate", options)?;
         let settings = options.resolve()?;
-        let tokenizer = tokenizer.map(|tokenizer| tokenizer.inner.clone());
+        let tokenizer = tokenizer.map(Tokenizer::shared);
         if !settings.stop_strings.is_empty() && tokenizer.is_none() {
             let expected = "needs the tokenizer: pass tokenizer=";
             return Err(Error::config("stop_strings", settings.stop_strings.join(", "), expected).into());
@@ -332,7 +332,7 @@ impl Model {
         recompute: bool,
         resume: Option<PathBuf>,
         observer: Option<Py<PyAny>>,
-        tokenizer: Option<&PyTokenizer>,
+        tokenizer: Option<&Tokenizer>,
         base_model: Option<String>,
     ) -> PyResult<String> {
         let call = train::Call {
@@ -341,7 +341,7 @@ impl Model {
             recompute: if recompute { Recompute::EveryLayer } else { Recompute::Nothing },
             resume,
             observer,
-            tokenizer: tokenizer.map(|tokenizer| tokenizer.inner.clone()),
+            tokenizer: tokenizer.map(Tokenizer::shared),
             base_model,
         };
         let rows = train.examples.clone();

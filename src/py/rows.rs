@@ -2,7 +2,7 @@
 
 use super::enter;
 use super::json::from_python;
-use super::tokenizer::PyTokenizer;
+use super::tokenizer::Tokenizer;
 use crate::data::masking::{Markers, ResponseMasker};
 use crate::data::rows::{Example, RowOptions, RowReader};
 use crate::error::Error;
@@ -24,12 +24,12 @@ impl Rows {
     #[staticmethod]
     fn read(
         py: Python<'_>,
-        tokenizer: Option<&PyTokenizer>,
+        tokenizer: Option<&Tokenizer>,
         options: &str,
         batches: &Bound<'_, PyAny>,
     ) -> PyResult<Self> {
         let options: RowOptions = super::parse("dataset options", options)?;
-        let guard = tokenizer.map(|t| t.inner.clone());
+        let guard = tokenizer.map(Tokenizer::shared);
         let mut reader = RowReader::new(guard.as_deref(), options);
         for batch in PyIterator::from_object(batches)? {
             let columns = columns(&batch?.cast_into::<PyDict>()?)?;
@@ -83,11 +83,11 @@ impl Rows {
     fn train_on_responses_only(
         &self,
         py: Python<'_>,
-        tokenizer: &PyTokenizer,
+        tokenizer: &Tokenizer,
         instruction_part: Option<String>,
         response_part: Option<String>,
     ) -> PyResult<(Self, String, String, usize)> {
-        let tokenizer = tokenizer.inner.clone();
+        let tokenizer = tokenizer.shared();
         let mut examples = self.examples.as_ref().clone();
         let report = self.report.clone();
         enter(py, move || {

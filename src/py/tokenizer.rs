@@ -295,7 +295,7 @@ impl Tokenizer {
 #[pyfunction(name = "standard_messages")]
 fn py_standard_messages(conversation: &Bound<'_, PyAny>) -> PyResult<Py<PyAny>> {
     let messages = standard_messages(&from_python(conversation)?)?;
-    to_python(conversation.py(), &Value::Array(messages))
+    Ok(to_python(conversation.py(), &Value::Array(messages))?.unbind())
 }
 
 /// Tells Rust that this process was forked; Python calls it through `os.register_at_fork`.
