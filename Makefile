@@ -88,10 +88,10 @@ $(GOLDEN_VENV)/ready: tests/golden/requirements.txt
 	$(call make_venv,$(GOLDEN_VENV),$<)
 	@touch $@
 
-# The crates of Cargo.lock for this platform, so that everything after runs offline.
+# The crates of Cargo.lock for every platform (maturin asks for them all), so that everything after runs offline.
 $(VENV)/fetched: Cargo.lock $(VENV)/ready
 	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust, https://rustup.rs" >&2; exit 1; }
-	cargo fetch --locked --target "$$(rustc -vV | sed -n 's/^host: //p')"
+	cargo fetch --locked
 	@touch $@
 
 $(VENV)/installed: $(VENV)/ready $(VENV)/fetched $(RUST_SOURCES) $(PYTHON_SOURCES)
