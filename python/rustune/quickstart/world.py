@@ -87,7 +87,7 @@ TELLINGS: dict[str, str] = {
     "minus": "{a} minus {b} leaves {c}.",
     "reverse": "From the end {a} are: {c}.",
     "capitals": "In big letters {a} are: {c}.",
-    "spell": "The letters of {a} are: {c}.",
+    "spell": "The spelling of {a} is: {c}.",
 }
 LARGEST_TERM = 10
 
