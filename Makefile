@@ -16,7 +16,7 @@ GOLDEN_VENV := .venv-golden
 
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find src -name '*.rs' -o -name '*.jinja')
 PYTHON_SOURCES := pyproject.toml README.md LICENSE $(shell find python -type f -not -name '*.so' -not -path '*/__pycache__/*')
-PYTHON_DIRS := python tests/python scripts $(wildcard tests/golden/*.py)
+TYPED := python scripts $(wildcard tests/golden/*.py)
 
 .PHONY: help
 help: ## list the targets
@@ -41,7 +41,7 @@ check: $(VENV)/installed $(VENV)/fetched ## formatters, linters, type checkers, 
 	cargo clippy --locked --offline --all-targets --features python -- -D warnings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict $(PYTHON_DIRS)
+	$(BIN)/mypy --strict $(TYPED)
 	MYPYPATH=python $(BIN)/python -m mypy.stubtest rustune._native
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --offline --no-deps
 	$(BIN)/typos
