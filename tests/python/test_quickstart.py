@@ -21,7 +21,7 @@ IDS = {token: place for place, token in enumerate(TOKENS)}
 def test_the_world_is_the_same_everywhere() -> None:
     told = "\n".join(itertools.islice(world.documents(world.make_world(), 1), 2000))
     # If this changes, the shipped model no longer knows the world it is asked about: train it anew.
-    assert zlib.crc32(told.encode()) == 0x0
+    assert zlib.crc32(told.encode()) == 0x7fee194f
 
 
 def test_everyone_has_every_fact_and_no_one_is_their_own_friend() -> None:

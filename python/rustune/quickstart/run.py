@@ -86,7 +86,7 @@ def run(out: Path, *, seed: int = 3407) -> Outcome:
                 lr_scheduler_type="linear",
                 warmup_steps=10,
                 weight_decay=0.0,
-                logging_steps=10,
+                logging_steps=5,
                 save_strategy="no",
                 seed=seed,
             ),
@@ -104,7 +104,7 @@ def run(out: Path, *, seed: int = 3407) -> Outcome:
         steps=[entry["step"] for entry in logs],
         title="rustune quickstart: LoRA on a 4-bit base",
     )
-    print(f"   {len(logs)} steps in {train_seconds:.0f} s; the loss curve is in {picture}")
+    print(f"   {trainer.state.global_step} steps in {train_seconds:.0f} s; the loss curve is in {picture}")
 
     print("4. Save the adapter and load it again")
     adapter = out / "adapter"
