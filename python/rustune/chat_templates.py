@@ -15,6 +15,7 @@ from rustune._native import ConfigError, DataError
 
 from rustune import _native
 from rustune.data import iter_columns
+from rustune.trainer import train_on_responses_only
 
 
 class ChatTemplate(NamedTuple):

@@ -111,6 +111,10 @@ class ModelConfig:
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"config.json has no {name}")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Notebooks write use_cache and the like; the engine keeps to the file.
+        self.__dict__[name] = value
+
     def __getitem__(self, name: str) -> Any:
         return self.__dict__[name]
 
