@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from rustune.chat_templates import train_on_responses_only
 
 from rustune import (
     CheckpointError,
@@ -28,6 +27,7 @@ from rustune import (
     TrainerCallback,
     TrainingArguments,
 )
+from rustune.chat_templates import train_on_responses_only
 
 Make = Callable[..., SFTTrainer]
 
