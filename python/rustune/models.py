@@ -249,7 +249,8 @@ def _rectangle(name: str, value: Any, fill: int) -> tuple[NDArray[np.int64], NDA
 
 
 def _whole(name: str, array: NDArray[Any]) -> None:
-    if array.size and array.dtype.kind not in "iub":
+    # A mask made by np.ones is of floats.
+    if array.size and array.dtype.kind not in ("iubf" if name == "attention_mask" else "iub"):
         raise DataError(f"{name}: expected whole numbers, got {array.dtype}")
 
 
