@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SEED = 1
 ROW = 128  # tokens
 ROWS_PER_STEP = 8
-STEPS = 2400
+STEPS = 3000
 
 README = """# The shipped model
 

@@ -86,7 +86,7 @@ def run(out: Path, *, seed: int = 3407) -> Outcome:
                 lr_scheduler_type="linear",
                 warmup_steps=10,
                 weight_decay=0.0,
-                logging_steps=5,
+                logging_steps=10,
                 save_strategy="no",
                 seed=seed,
             ),
