@@ -4,6 +4,7 @@ use crate::error::Result;
 use pyo3::prelude::*;
 
 mod errors;
+mod nf4;
 
 /// Runs `work` without the GIL and turns its error into a Python exception: the one door into Rust.
 pub(crate) fn enter<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send) -> PyResult<T> {
@@ -15,5 +16,6 @@ pub(crate) fn enter<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + 
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     errors::register(module)?;
+    nf4::register(module)?;
     Ok(())
 }
