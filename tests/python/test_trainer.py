@@ -324,7 +324,7 @@ def test_settings_read_back_as_they_will_run() -> None:
     assert config.plan(8) == {"steps_per_epoch": 2, "total_steps": 2, "epochs": 1}
     assert SFTConfig(hub_token="hf_secret").to_dict()["hub_token"] == "<HUB_TOKEN>"
     assert "hf_secret" not in repr(SFTConfig(hub_token="hf_secret"))
-    assert SFTConfig(**{"max_seq_length": 17}).max_length == 17 and SFTConfig(report_to=["none"]).report_to == "none"
+    assert SFTConfig(max_seq_length=17).max_length == 17 and SFTConfig(report_to=["none"]).report_to == "none"
 
 
 @pytest.mark.parametrize(
