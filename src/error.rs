@@ -121,6 +121,7 @@ impl Error {
     }
 
     /// An [`Error::Config`] about `field`.
+    #[allow(clippy::needless_pass_by_value, reason = "callers hand over numbers and temporaries")]
     pub fn config(field: &'static str, value: impl ToString, expected: impl Into<String>) -> Self {
         Self::Config { field, value: value.to_string(), expected: expected.into() }
     }

@@ -75,7 +75,7 @@ impl ChatTemplate {
         env.set_formatter(write_as_python);
         env.add_filter("tojson", tojson);
         env.add_filter("string", |value: &Jinja| python_str(value));
-        env.add_test("iterable", |value: &Jinja| !value.is_none() && !value.is_undefined() && value.try_iter().is_ok());
+        env.add_test("iterable", |value: &Jinja| !value.is_none() && value.try_iter().is_ok());
         env.add_function("raise_exception", |message: String| -> std::result::Result<Jinja, minijinja::Error> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
         });
@@ -517,4 +517,117 @@ fn failed(error: &minijinja::Error) -> Error {
     };
     let words = innermost.detail().map(str::to_owned);
     Error::Tokenizer { what, problem: words.unwrap_or_else(|| innermost.kind().to_string()) }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+    use crate::data::testing::shared_data;
+    use serde_json::json;
+
+    fn special(bos: &str, eos: &str) -> BTreeMap<String, String> {
+        [("bos_token", bos), ("eos_token", eos)].map(|(role, token)| (role.to_owned(), token.to_owned())).into()
+    }
+
+    /// Renders made by Jinja2, see `tests/fixtures/make_chat_templates.py`.
+    #[test]
+    fn renders_what_jinja2_renders() {
+        let text = include_str!("../../tests/fixtures/chat_templates.json");
+        let file: Value = serde_json::from_str(text).unwrap();
+        let cases = file["cases"].as_array().unwrap();
+        assert!(cases.len() >= 8);
+        for case in cases {
+            let name = case["name"].as_str().unwrap();
+            let template = ChatTemplate::new(case["template"].as_str().unwrap()).unwrap();
+            let variables = case["variables"].as_object().unwrap();
+            let input = RenderInput {
+                messages: case["messages"].as_array().unwrap(),
+                tools: variables.get("tools"),
+                add_generation_prompt: variables.contains_key("add_generation_prompt"),
+                variables: Some(variables),
+            };
+            let result = template.render(&special("<s>", "</s>"), &input);
+            if let Some(words) = case.get("refusal") {
+                assert!(result.unwrap_err().to_string().contains(words.as_str().unwrap()), "{name}");
+                continue;
+            }
+            let rendered = result.unwrap();
+            assert_eq!(rendered.text, case["expected"].as_str().unwrap(), "{name}");
+            let answers: Vec<&str> = rendered.answers.iter().map(|&(from, to)| &rendered.text[from..to]).collect();
+            assert_eq!(json!(answers), case["answers"], "{name}");
+        }
+    }
+
+    #[test]
+    fn renders_real_templates_as_jinja2_does() {
+        let Some(data) = shared_data(30) else { return };
+        let text = std::fs::read_to_string(data.join("chat-templates/chat_template_cases.json")).unwrap();
+        let file: Value = serde_json::from_str(&text).unwrap();
+        let mut compared = 0;
+        for case in file["cases"].as_array().unwrap() {
+            if case["jinja2_matches"] != true || case["system_merged_into_user"] == true {
+                continue;
+            }
+            let field = |name: &str| case[name].as_str().unwrap_or_default();
+            let template = ChatTemplate::new(field("template_str")).unwrap();
+            let messages = file["messages"].as_array().unwrap();
+            let input = RenderInput { add_generation_prompt: true, ..RenderInput::new(messages) };
+            let rendered = template.render(&special(field("bos_token"), field("eos_token")), &input).unwrap();
+            let jinja = field("expected_output_jinja");
+            let expected = if jinja.is_empty() { field("expected_output") } else { jinja };
+            assert_eq!(rendered.text, expected, "{}", field("name"));
+            compared += 1;
+        }
+        assert!(compared >= 4, "only {compared} cases compared");
+    }
+
+    #[test]
+    fn compiles_and_renders_every_real_template() {
+        let Some(data) = shared_data(17) else { return };
+        let messages = [json!({"role": "user", "content": "Hi"}), json!({"role": "assistant", "content": "Yes?"})];
+        let tools = json!([{"type": "function", "function": {"name": "f", "description": "d",
+                            "parameters": {"type": "object", "properties": {}, "required": []}}}]);
+        // One of the templates adds `functions` and `datetime` to a text without asking whether they are there.
+        let variables = json!({"date_string": "26 Jul 2024", "functions": "[]", "datetime": "noon"});
+        let mut rendered = 0;
+        for entry in std::fs::read_dir(data.join("chat-templates")).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_none_or(|ext| ext != "jinja") {
+                continue;
+            }
+            let template = ChatTemplate::new(&std::fs::read_to_string(&path).unwrap()).unwrap();
+            for tools in [None, Some(&tools)] {
+                let input = RenderInput { tools, variables: variables.as_object(), ..RenderInput::new(&messages) };
+                let result = template.render(&special("<s>", "</s>"), &input);
+                let text = result.unwrap_or_else(|e| panic!("{}: {e}", path.display())).text;
+                assert!(text.contains("Yes?"), "{}: {text}", path.display());
+            }
+            rendered += 1;
+        }
+        assert_eq!(rendered, 17);
+    }
+
+    #[test]
+    fn says_where_a_template_is_wrong() {
+        let error = ChatTemplate::new("{% for m in messages %}\n{{ m.content }").unwrap_err().to_string();
+        assert!(error.contains("line 2"), "{error}");
+        let template = ChatTemplate::new("\n\n{{ messages[0].nothing.at_all }}").unwrap();
+        let messages = [json!({"role": "user"})];
+        let error = template.render(&BTreeMap::new(), &RenderInput::new(&messages)).unwrap_err().to_string();
+        assert!(error.contains("line 3"), "{error}");
+    }
+
+    #[test]
+    fn knows_the_calendar() {
+        assert_eq!(civil_from_days(0), (1970, 1, 1));
+        assert_eq!(civil_from_days(19_782), (2024, 2, 29));
+        assert_eq!(
+            strftime("%a %e %b %Y %I:%M %p %%", (2000, 2, 29), 13 * 3600 + 5 * 60),
+            "Tue 29 Feb 2000 01:05 PM %"
+        );
+        assert_eq!(now("%d/%m/%y", Some("2024-07-26")), "26/07/24");
+        assert_eq!(now("%d/%m/%y", Some("some day")), "some day");
+        assert!(now("%Y", None).parse::<i64>().unwrap() >= 2024);
+    }
 }

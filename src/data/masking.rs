@@ -149,7 +149,7 @@ impl<'a> ResponseMasker<'a> {
     /// # Errors
     /// [`Error::Data`] naming the marker and the nearest text found, if no example has a trained token.
     pub fn apply(&self, examples: &mut Vec<Example>) -> Result<usize> {
-        let labels = threads::map(examples, |example| self.labels(&example.input_ids));
+        let labels = threads::map(examples, |example| self.labels(&example.input_ids))?;
         if !examples.is_empty() && labels.iter().all(|labels| !is_trained(labels)) {
             return Err(self.nothing_trained(&examples[0]));
         }
@@ -230,4 +230,102 @@ fn occurrences(bytes: &[u8], spellings: &[Vec<u8>]) -> Option<(usize, Vec<usize>
             .collect();
         (!found.is_empty()).then_some((spelling.len(), found))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+    use crate::data::testing::{chatml, tokenizer_with};
+
+    fn markers(instruction: &str, response: &str) -> Markers {
+        Markers { instruction: instruction.to_owned(), response: response.to_owned() }
+    }
+
+    /// The text of the trained tokens.
+    fn trained(tokenizer: &Tokenizer, labels: &[i32]) -> String {
+        let ids: Vec<u32> = labels.iter().filter(|&&label| label != IGNORE).map(|&label| label as u32).collect();
+        String::from_utf8(tokenizer.bytes_of(&ids).0).unwrap()
+    }
+
+    #[test]
+    fn finds_the_markers_of_usual_templates() {
+        let found = |template: &str| {
+            let config = serde_json::json!({"bos_token": "<s>", "eos_token": "</s>", "chat_template": template});
+            let markers = Markers::from_template(&tokenizer_with(&config)).unwrap();
+            (markers.instruction, markers.response)
+        };
+        let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
+        let chat = crate::data::testing::CHATML;
+        assert_eq!(found(chat), pair("<|im_start|>user\n", "<|im_start|>assistant\n"));
+        let llama3 = "{{ bos_token }}{% for m in messages %}{{ '<|h|>' + m.role + '<|e|>\n\n' + m.content | trim + '<|eot|>' }}{% endfor %}\
+            {% if add_generation_prompt %}{{ '<|h|>assistant<|e|>\n\n' }}{% endif %}";
+        assert_eq!(found(llama3), pair("<|h|>user<|e|>\n\n", "<|h|>assistant<|e|>\n\n"));
+        let mistral = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}\
+            {% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}";
+        assert_eq!(found(mistral), pair("[INST] ", " [/INST] "));
+        let vicuna = "{% for m in messages %}{% if m.role == 'user' %}{{ 'USER: ' + m.content + ' ' }}\
+            {% else %}{{ 'ASSISTANT: ' + m.content + eos_token }}{% endif %}{% endfor %}\
+            {% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}";
+        assert_eq!(found(vicuna), pair("USER: ", "ASSISTANT: "));
+        let thinking = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + eos_token }}{% endfor %}\
+            {% if add_generation_prompt %}{{ '<|assistant|><think>' }}{% endif %}";
+        assert_eq!(found(thinking), pair("<|user|>", "<|assistant|>"));
+        let unclear =
+            tokenizer_with(&serde_json::json!({"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}));
+        assert!(Markers::from_template(&unclear).unwrap_err().to_string().contains("response_part"));
+    }
+
+    #[test]
+    fn trains_every_answer_and_its_end_of_turn() {
+        let tokenizer = chatml();
+        let masker = ResponseMasker::new(&tokenizer, Markers::from_template(&tokenizer).unwrap()).unwrap();
+        let text = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHi you<|im_end|>\n\
+                    <|im_start|>user\nB<|im_end|>\n<|im_start|>assistant\nend<|im_end|>\n";
+        let ids = tokenizer.encode(text, false).unwrap();
+        let labels = masker.labels(&ids);
+        assert_eq!(trained(&tokenizer, &labels), "Hi you<|im_end|>\nend<|im_end|>\n");
+        assert_eq!(labels.len(), ids.len());
+    }
+
+    #[test]
+    fn survives_merges_across_the_marker() {
+        let tokenizer = chatml();
+        // `:` + `\n` and `\n` + `H` are merges: the marker's tokens alone occur nowhere in the row.
+        let masker = ResponseMasker::new(&tokenizer, markers("### Q:", "### A:\n")).unwrap();
+        let ids = tokenizer.encode("### Q: x\n### A:\n\nHi", false).unwrap();
+        assert_eq!(trained(&tokenizer, &masker.labels(&ids)), "\n\nHi");
+        let masker = ResponseMasker::new(&tokenizer, markers("Q", "A:")).unwrap();
+        let ids = tokenizer.encode("Q x A:\nHi", false).unwrap();
+        // The token `:\n` lies partly in the answer.
+        assert_eq!(trained(&tokenizer, &masker.labels(&ids)), ":\nHi");
+        // Blanks around a marker may be lost in a vocabulary's normalisation.
+        let masker = ResponseMasker::new(&tokenizer, markers("Q", " A: \n")).unwrap();
+        let ids = tokenizer.encode("Qx A:yes", false).unwrap();
+        assert_eq!(trained(&tokenizer, &masker.labels(&ids)), "yes");
+    }
+
+    #[test]
+    fn drops_rows_without_answers_and_refuses_when_all_are() {
+        let tokenizer = chatml();
+        let masker = ResponseMasker::new(&tokenizer, markers("<|im_start|>user\n", "<|im_start|>asistant\n")).unwrap();
+        let row = |text: &str| {
+            let input_ids = tokenizer.encode(text, false).unwrap();
+            Example { labels: input_ids.iter().map(|&id| id as i32).collect(), input_ids }
+        };
+        let good = row("<|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\nB<|im_end|>");
+        let bad = row("<|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\n");
+        let error = masker.apply(&mut vec![good.clone(), bad.clone()]).unwrap_err().to_string();
+        assert!(
+            error.contains("asistant") && error.contains("nearest") && error.contains("<|im_start|>assistant"),
+            "{error}"
+        );
+        let masker = ResponseMasker::new(&tokenizer, Markers::from_template(&tokenizer).unwrap()).unwrap();
+        let mut rows = vec![bad.clone(), good];
+        assert_eq!(masker.apply(&mut rows).unwrap(), 1);
+        assert_eq!(trained(&tokenizer, &rows[0].labels), "B<|im_end|>");
+        let error = masker.apply(&mut vec![bad]).unwrap_err().to_string();
+        assert!(error.contains("nothing follows"), "{error}");
+        assert!(ResponseMasker::new(&tokenizer, markers("", "x")).is_err());
+    }
 }

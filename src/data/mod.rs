@@ -6,5 +6,7 @@ pub mod masking;
 pub mod nearest;
 pub mod order;
 pub mod rows;
+#[cfg(test)]
+mod testing;
 pub mod threads;
 pub mod tokenizer;

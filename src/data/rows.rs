@@ -28,7 +28,8 @@ impl Example {
 }
 
 /// How rows are to be read.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, serde::Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct RowOptions {
     /// The column that holds plain text.
     pub text_field: String,
@@ -55,7 +56,7 @@ impl Default for RowOptions {
 }
 
 /// What became of the rows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
 pub struct RowReport {
     /// Rows read.
     pub rows: usize,
@@ -137,7 +138,7 @@ impl<'a> RowReader<'a> {
                 }
                 other => other,
             })
-        });
+        })?;
         self.report.rows += n_rows;
         for example in read {
             self.keep(example?);
@@ -531,5 +532,144 @@ fn kind_of(value: &Value) -> &'static str {
         Value::String(_) => "a text",
         Value::Array(_) => "a list",
         Value::Object(_) => "an object",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+    use crate::data::testing::{CHATML, chatml, tokenizer_with};
+
+    fn columns(columns: &Value) -> Vec<(String, Vec<Value>)> {
+        let columns = columns.as_object().unwrap();
+        columns.iter().map(|(name, values)| (name.clone(), values.as_array().unwrap().clone())).collect()
+    }
+
+    fn read(tokenizer: Option<&Tokenizer>, options: RowOptions, rows: &Value) -> Result<(Vec<Example>, RowReport)> {
+        let mut reader = RowReader::new(tokenizer, options);
+        reader.push(&columns(rows))?;
+        reader.finish()
+    }
+
+    /// The text of all tokens, and of the trained ones.
+    fn texts(tokenizer: &Tokenizer, example: &Example) -> (String, String) {
+        let trained: Vec<u32> = example.labels.iter().filter(|&&l| l != IGNORE).map(|&l| l as u32).collect();
+        assert_eq!(example.labels.len(), example.input_ids.len());
+        let text = |ids: &[u32]| String::from_utf8(tokenizer.bytes_of(ids).0).unwrap();
+        (text(&example.input_ids), text(&trained))
+    }
+
+    #[test]
+    fn text_rows_get_one_bos_and_one_eos() {
+        let tokenizer = chatml();
+        let rows = json!({"text": ["Hi", "<s>Hi", "Hi<|im_end|>\n", null, "  "]});
+        let (examples, report) = read(Some(&tokenizer), RowOptions::default(), &rows).unwrap();
+        let seen: Vec<String> = examples.iter().map(|example| texts(&tokenizer, example).0).collect();
+        assert_eq!(seen, ["<s>Hi<|im_end|>", "<s>Hi<|im_end|>", "<s>Hi<|im_end|>\n"]);
+        assert_eq!(report, RowReport { rows: 5, kept: 3, empty: 2, ..RowReport::default() });
+    }
+
+    #[test]
+    fn conversations_are_rendered_and_masked() {
+        let tokenizer = chatml();
+        let messages = json!({"messages": [[{"role": "user", "content": "Q", "tool_calls": null}, {"role": "assistant", "content": "A"}], []]});
+        let sharegpt =
+            json!({"conversations": [[{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], null]});
+        let whole = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n";
+        for rows in [&messages, &sharegpt] {
+            let (examples, report) = read(Some(&tokenizer), RowOptions::default(), rows).unwrap();
+            assert_eq!(texts(&tokenizer, &examples[0]), (whole.to_owned(), whole.to_owned()));
+            assert_eq!((report.kept, report.empty), (1, 1));
+            let options = RowOptions { assistant_only_loss: true, ..RowOptions::default() };
+            let (examples, _) = read(Some(&tokenizer), options.clone(), rows).unwrap();
+            assert_eq!(texts(&tokenizer, &examples[0]).1, "A<|im_end|>");
+            // Without marks in the template the answers are found by its markers.
+            let unmarked = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "");
+            let other = tokenizer_with(&json!({"eos_token": "<|im_end|>", "chat_template": unmarked}));
+            let (examples, _) = read(Some(&other), options, rows).unwrap();
+            assert_eq!(texts(&other, &examples[0]).1, "A<|im_end|>\n");
+        }
+    }
+
+    #[test]
+    fn completions_are_trained_alone_unless_asked_otherwise() {
+        let tokenizer = chatml();
+        let rows = json!({"prompt": ["Q: x\n"], "completion": ["Hey"]});
+        let chat = json!({"prompt": [[{"role": "user", "content": "Q"}]], "completion": [[{"role": "assistant", "content": "A"}]]});
+        let (examples, _) = read(Some(&tokenizer), RowOptions::default(), &rows).unwrap();
+        // `\n` and `H` merge into one token, which lies partly in the completion.
+        assert_eq!(
+            texts(&tokenizer, &examples[0]),
+            ("<s>Q: x\nHey<|im_end|>".to_owned(), "\nHey<|im_end|>".to_owned())
+        );
+        let (examples, _) = read(Some(&tokenizer), RowOptions::default(), &chat).unwrap();
+        assert_eq!(texts(&tokenizer, &examples[0]).1, "A<|im_end|>\n");
+        let options = RowOptions { completion_only_loss: Some(false), ..RowOptions::default() };
+        let (examples, _) = read(Some(&tokenizer), options, &rows).unwrap();
+        assert_eq!(examples[0].labels.iter().filter(|&&l| l == IGNORE).count(), 0);
+    }
+
+    #[test]
+    fn instructions_work_with_and_without_a_chat_template() {
+        let rows = json!({"instruction": ["I", "J"], "input": ["X", ""], "output": ["O", "P"]});
+        let options = RowOptions { completion_only_loss: Some(true), ..RowOptions::default() };
+        let tokenizer = chatml();
+        let (examples, _) = read(Some(&tokenizer), options.clone(), &rows).unwrap();
+        let (text, trained) = texts(&tokenizer, &examples[0]);
+        assert_eq!(text, "<|im_start|>user\nI\n\nX<|im_end|>\n<|im_start|>assistant\nO<|im_end|>\n");
+        assert_eq!(trained, "O<|im_end|>\n");
+        let plain = tokenizer_with(&json!({"eos_token": "</s>"}));
+        let (examples, _) = read(Some(&plain), options, &rows).unwrap();
+        assert_eq!(texts(&plain, &examples[0]).0, "<s>### Instruction:\nI\n\n### Input:\nX\n\n### Response:\nO</s>");
+        assert_eq!(
+            texts(&plain, &examples[1]),
+            ("<s>### Instruction:\nJ\n\n### Response:\nP</s>".to_owned(), "P</s>".to_owned())
+        );
+    }
+
+    #[test]
+    fn tokenised_rows_need_no_tokenizer() {
+        let rows = json!({"input_ids": [[5, 6, 0], [7, 8], [9]], "labels": [[-100, 6, 0], [-100, -100], [9]],
+                          "attention_mask": [[1, 1, 0], [1, 1], [1]]});
+        let (examples, report) = read(None, RowOptions::default(), &rows).unwrap();
+        assert_eq!(examples, [Example { input_ids: vec![5, 6], labels: vec![IGNORE, 6] }]);
+        assert_eq!((report.kept, report.untrained), (1, 2));
+        let error = read(None, RowOptions::default(), &json!({"text": ["x"]})).unwrap_err().to_string();
+        assert!(error.contains("no tokenizer"), "{error}");
+        for bad in [
+            json!({"input_ids": [[-1]]}),
+            json!({"input_ids": [["a"]]}),
+            json!({"input_ids": [[1]], "labels": [[1, 2]]}),
+        ] {
+            assert!(matches!(read(None, RowOptions::default(), &bad), Err(Error::Data { .. })));
+        }
+    }
+
+    #[test]
+    fn long_rows_are_cut_and_counted() {
+        let rows = json!({"input_ids": [[1, 2, 3, 4, 5], [1, 2], [1, 2, 3, 4]], "labels": [[1, 2, 3, 4, 5], [1, 2], [-100, -100, -100, 4]]});
+        let options = RowOptions { max_length: Some(3), ..RowOptions::default() };
+        let (examples, report) = read(None, options, &rows).unwrap();
+        assert_eq!(examples[0].input_ids, [1, 2, 3]);
+        assert_eq!(report, RowReport { rows: 3, kept: 2, cut: 2, tokens_lost: 3, empty: 0, untrained: 1 });
+    }
+
+    #[test]
+    fn errors_name_the_row_the_column_and_the_nearest_one() {
+        let tokenizer = chatml();
+        let fails = |rows: Value| read(Some(&tokenizer), RowOptions::default(), &rows).unwrap_err().to_string();
+        let error = fails(json!({"texts": ["x"], "label": [1]}));
+        assert!(error.contains("[texts, label]") && error.contains("did you mean \"texts\""), "{error}");
+        let error = fails(json!({"text": ["x", 3]}));
+        assert!(error.contains("row 1") && error.contains("a number"), "{error}");
+        let error = fails(json!({"messages": [[{"role": "wizard", "content": "x"}]]}));
+        assert!(error.contains("wizard") && error.contains("message 0"), "{error}");
+        let error = fails(json!({"text": ["", null]}));
+        assert!(error.contains("2 are empty"), "{error}");
+        let error = fails(json!({"text": []}));
+        assert!(error.contains("no rows"), "{error}");
+        let options = RowOptions { completion_only_loss: Some(true), ..RowOptions::default() };
+        assert!(read(Some(&tokenizer), options, &json!({"text": ["x"]})).is_err());
     }
 }

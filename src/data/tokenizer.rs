@@ -40,6 +40,10 @@ const PAD_CANDIDATES: [&str; 10] = [
 /// The name of the template used when none is named.
 pub const DEFAULT_TEMPLATE: &str = "default";
 
+/// Keys of `tokenizer_config.json`, besides [`ROLES`], whose values are kept in fields of their own.
+const KEPT_APART: [&str; 5] =
+    ["chat_template", "additional_special_tokens", "extra_special_tokens", "eos_token_ids", "padding_side"];
+
 /// Longest `model_max_length` taken seriously: transformers writes 1e30 for "no limit".
 const NO_LIMIT: f64 = 1e9;
 
@@ -88,7 +92,7 @@ pub struct Encoded {
 #[derive(Clone)]
 pub struct Tokenizer {
     inner: Inner,
-    /// `tokenizer_config.json` as read; what we know better is overwritten when saving.
+    /// The rest of `tokenizer_config.json`, as read.
     config: Map<String, Value>,
     /// Role (one of [`ROLES`]) to token.
     special: BTreeMap<String, String>,
@@ -160,6 +164,12 @@ impl Tokenizer {
         tokenizer.find_eos(&[&generation, &model])?;
         tokenizer.find_pad(&generation)?;
         tokenizer.reconcile_bos()?;
+        for key in KEPT_APART {
+            tokenizer.config.remove(key);
+        }
+        for role in ROLES {
+            tokenizer.config.remove(role);
+        }
         Ok(Some(tokenizer))
     }
 
@@ -212,7 +222,7 @@ impl Tokenizer {
     /// # Errors
     /// As [`encode`](Self::encode).
     pub fn encode_batch<T: AsRef<str> + Sync>(&self, texts: &[T], add_special: bool) -> Result<Vec<Vec<u32>>> {
-        threads::map(texts, |text| self.encode(text.as_ref(), add_special)).into_iter().collect()
+        threads::map(texts, |text| self.encode(text.as_ref(), add_special))?.into_iter().collect()
     }
 
     /// The text of `ids`; with `skip_special`, without the special tokens.
@@ -420,6 +430,21 @@ impl Tokenizer {
         self.choose_template(input.tools.is_some())?.render(&self.special, input)
     }
 
+    /// Renders a conversation with another template than the tokenizer's own, if one is given.
+    ///
+    /// # Errors
+    /// As [`render`](Self::render); also if `template` is not valid Jinja.
+    pub fn render_with(&self, template: Option<&str>, input: &RenderInput<'_>) -> Result<Rendered> {
+        match template {
+            Some(source) if source.contains('{') => ChatTemplate::new(source)?.render(&self.special, input),
+            Some(name) => match self.template(name) {
+                Some(template) => template.render(&self.special, input),
+                None => Err(bad("chat_template", format!("{name:?} is neither a template nor the name of one"))),
+            },
+            None => self.render(input),
+        }
+    }
+
     /// The bytes each of `ids` stands for, end to end, and where each starts: `[n + 1]`.
     ///
     /// Unlike [`decode`](Self::decode) this never merges, trims or replaces anything, so that positions in the bytes
@@ -459,8 +484,10 @@ impl Tokenizer {
         let inner = self.inner.to_string(false).map_err(|e| bad("tokenizer.json", e))?;
         let templates: Vec<Value> =
             self.templates.iter().map(|(name, template)| json!([name, template.source()])).collect();
+        // Sorted, because the order of a config's keys means nothing and must not change the hash.
+        let config: BTreeMap<&String, &Value> = self.config.iter().collect();
         let state = json!({
-            "tokenizer": inner, "config": self.config, "special": self.special, "additional": self.additional,
+            "tokenizer": inner, "config": config, "special": self.special, "additional": self.additional,
             "eos_ids": self.eos_ids, "templates": templates, "padding_side": self.padding_side.name(),
         });
         Ok(state.to_string())
@@ -531,9 +558,6 @@ impl Tokenizer {
     /// `tokenizer_config.json` as read, with what may have changed since.
     fn config_to_save(&self, special: &Map<String, Value>) -> Map<String, Value> {
         let mut config = self.config.clone();
-        for key in ROLES.iter().chain(&["chat_template", "additional_special_tokens", "eos_token_ids"]) {
-            config.remove(*key);
-        }
         config.extend(special.clone());
         config.entry("tokenizer_class").or_insert_with(|| json!("PreTrainedTokenizerFast"));
         config.insert("padding_side".to_owned(), json!(self.padding_side.name()));
@@ -877,4 +901,212 @@ fn read_template_files(folder: &Path, templates: &mut Vec<(String, ChatTemplate)
         templates.push((name, ChatTemplate::new(&source)?));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+    use crate::data::testing::{CHATML, chatml, shared_data, tokenizer_json, tokenizer_with, write_folder};
+    use proptest::prelude::*;
+
+    #[test]
+    fn encodes_and_decodes() {
+        let tokenizer = chatml();
+        let ids = tokenizer.encode("<|im_start|>user\n\nHi<|im_end|>", true).unwrap();
+        assert_eq!(ids, [262, 264, 117, 115, 101, 114, 256, 257, 265]);
+        assert_eq!(tokenizer.decode(&ids, true).unwrap(), "user\n\nHi");
+        assert_eq!(tokenizer.decode(&ids, false).unwrap(), "<s><|im_start|>user\n\nHi<|im_end|>");
+        let texts = ["a", "", "Grüße 🙂"];
+        let batch = tokenizer.encode_batch(&texts, false).unwrap();
+        for (text, ids) in texts.iter().zip(batch) {
+            assert_eq!(tokenizer.decode(&ids, true).unwrap(), *text);
+        }
+    }
+
+    #[test]
+    fn streams_whole_characters() {
+        let tokenizer = chatml();
+        let text = "é 🙂!";
+        let mut next = tokenizer.stream(true);
+        let mut streamed = String::new();
+        for id in tokenizer.encode(text, false).unwrap() {
+            let piece = next(id).unwrap().unwrap_or_default();
+            assert!(!piece.contains('\u{FFFD}'));
+            streamed += &piece;
+        }
+        assert_eq!(streamed, text);
+    }
+
+    #[test]
+    fn spans_cover_the_text() {
+        let tokenizer = chatml();
+        let text = "Hi you <|im_end|> \n";
+        let encoded = tokenizer.encode_with_spans(text, true).unwrap();
+        assert_eq!(encoded.spans[0], (0, 0), "the added bos stands for nothing");
+        let joined: String = encoded.spans.iter().map(|&(from, to)| &text[from..to]).collect();
+        assert_eq!(joined, text);
+        // The leading space belongs to its token, although the post-processor trims it off the offsets.
+        assert!(encoded.spans.contains(&(2, 4)), "{:?}", encoded.spans);
+    }
+
+    #[test]
+    fn pads_with_anything_but_eos() {
+        let pad = |config: Value| {
+            let tokenizer = tokenizer_with(&config);
+            (tokenizer.special("pad_token").unwrap().to_owned(), tokenizer.len())
+        };
+        assert_eq!(pad(json!({"eos_token": "</s>", "pad_token": "<s>"})), ("<s>".to_owned(), 266));
+        assert_eq!(pad(json!({"eos_token": "</s>", "pad_token": "</s>"})), ("<unk>".to_owned(), 266));
+        assert_eq!(pad(json!({"eos_token": "</s>"})), ("<unk>".to_owned(), 266));
+        let everything = json!({"eos_token": "<unk>", "bos_token": "<unk>", "unk_token": "<unk>"});
+        assert_eq!(pad(everything), ("<|pad|>".to_owned(), 267));
+        let mut tokenizer = tokenizer_with(&json!({"eos_token": "</s>"}));
+        assert!(tokenizer.set_special("pad_token", "</s>").is_err());
+        tokenizer.set_special("eos_token", "<unk>").unwrap();
+        assert_eq!(tokenizer.special("pad_token"), Some("<|pad|>"), "eos moved onto the pad token");
+    }
+
+    #[test]
+    fn reads_tokens_however_they_are_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = json!({
+            "bos_token": {"content": "<s>", "lstrip": false}, "eos_token": null, "model_max_length": 1e30,
+            "added_tokens_decoder": {"266": {"content": "<tool>", "special": true}},
+            "chat_template": [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}],
+        });
+        write_folder(folder.path(), &config);
+        let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+        write("special_tokens_map.json", r#"{"unk_token": "<unk>", "additional_special_tokens": ["<|im_start|>"]}"#);
+        write("generation_config.json", r#"{"eos_token_id": [263, 265, 99999]}"#);
+        write("chat_template.jinja", "file");
+        let tokenizer = Tokenizer::from_folder(folder.path()).unwrap().unwrap();
+        assert_eq!(tokenizer.special("bos_token"), Some("<s>"));
+        assert_eq!(tokenizer.special("unk_token"), Some("<unk>"));
+        assert_eq!(tokenizer.special("eos_token"), Some("</s>"), "from generation_config.json");
+        assert_eq!(tokenizer.eos_ids(), [263, 265]);
+        assert_eq!(tokenizer.token_to_id("<tool>"), Some(266));
+        assert_eq!(tokenizer.additional_special_tokens(), ["<|im_start|>"]);
+        assert_eq!(tokenizer.model_max_length(), None);
+        assert_eq!(tokenizer.template("default").unwrap().source(), "file");
+        assert_eq!(tokenizer.choose_template(true).unwrap().source(), "t");
+    }
+
+    #[test]
+    fn saves_what_it_reads() {
+        let mut tokenizer = chatml();
+        tokenizer.set_padding_side(PaddingSide::Left);
+        tokenizer.set_model_max_length(Some(77));
+        assert_eq!(tokenizer.add_special_tokens(&["<|tool|>".to_owned()]).unwrap(), 1);
+        assert_eq!(tokenizer.add_tokens(&["zzz".to_owned()]).unwrap(), 1);
+        tokenizer.set_special("eos_token", "</s>").unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        tokenizer.save(folder.path()).unwrap();
+        let again = Tokenizer::from_folder(folder.path()).unwrap().unwrap();
+        assert_eq!(again.eos_ids(), tokenizer.eos_ids());
+        assert_eq!(again.special_tokens(), tokenizer.special_tokens());
+        assert_eq!(again.additional_special_tokens(), tokenizer.additional_special_tokens());
+        assert_eq!(again.padding_side(), PaddingSide::Left);
+        assert_eq!(again.model_max_length(), Some(77));
+        assert_eq!(again.template(DEFAULT_TEMPLATE).unwrap().source(), CHATML);
+        let text = "<|tool|> zzz you\n\n";
+        assert_eq!(again.encode(text, true).unwrap(), tokenizer.encode(text, true).unwrap());
+        // Saving what was saved changes nothing any more.
+        let second = tempfile::tempdir().unwrap();
+        again.save(second.path()).unwrap();
+        let third = Tokenizer::from_folder(second.path()).unwrap().unwrap();
+        assert_eq!(third.content_hash().unwrap(), again.content_hash().unwrap());
+        // The bare tokenizers library opens it too.
+        let bare = Inner::from_file(folder.path().join("tokenizer.json")).unwrap();
+        assert_eq!(bare.encode(text, true).unwrap().get_ids(), tokenizer.encode(text, true).unwrap());
+    }
+
+    #[test]
+    fn state_is_stable_and_complete() {
+        let tokenizer = chatml();
+        let again = Tokenizer::from_state(&tokenizer.to_state().unwrap()).unwrap();
+        assert_eq!(again.content_hash().unwrap(), tokenizer.content_hash().unwrap());
+        assert_eq!(chatml().content_hash().unwrap(), tokenizer.content_hash().unwrap());
+        let mut other = chatml();
+        other.set_padding_side(PaddingSide::Left);
+        assert_ne!(other.content_hash().unwrap(), tokenizer.content_hash().unwrap());
+        assert!(Tokenizer::from_state("{}").is_err());
+    }
+
+    #[test]
+    fn no_vocabulary_is_no_tokenizer_and_a_broken_one_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(Tokenizer::from_folder(folder.path()).unwrap().is_none());
+        assert!(matches!(Tokenizer::from_folder(&folder.path().join("gone")), Err(Error::Io { .. })));
+        std::fs::write(folder.path().join("tokenizer.model"), "x").unwrap();
+        let error = Tokenizer::from_folder(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("tokenizer.json"), "{error}");
+        std::fs::write(folder.path().join("tokenizer.json"), "{").unwrap();
+        let error = Tokenizer::from_folder(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("tokenizer.json"), "{error}");
+        let mut json = tokenizer_json();
+        json["added_tokens"] = json!([]);
+        std::fs::write(folder.path().join("tokenizer.json"), json.to_string()).unwrap();
+        std::fs::write(folder.path().join("added_tokens.json"), r#"{"<x>": 500}"#).unwrap();
+        let error = Tokenizer::from_folder(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("<x>") && error.contains("500"), "{error}");
+    }
+
+    #[test]
+    fn llama_classes_follow_their_bos_flag() {
+        let config = |flag| json!({"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "LlamaTokenizerFast", "add_bos_token": flag});
+        assert!(tokenizer_with(&config(true)).adds_bos());
+        assert!(!tokenizer_with(&config(false)).adds_bos());
+    }
+
+    #[test]
+    fn agrees_with_llama_cpp_on_gpt2_and_phi2() {
+        let Some(data) = shared_data(2) else { return };
+        let read = |name: &str| std::fs::read_to_string(data.join("tokenizers").join(name)).unwrap();
+        let texts = read("vectors/ggml-vocab-gpt-2.gguf.inp");
+        let expected = read("vectors/ggml-vocab-gpt-2.gguf.out");
+        let tokenizer = Tokenizer::from_folder(&data.join("tokenizers/gpt2")).unwrap().unwrap();
+        let texts: Vec<&str> = texts.split("\n__ggml_vocab_test__\n").collect();
+        let lines: Vec<&str> = expected.lines().collect();
+        let mut compared = 0;
+        for (text, line) in texts.iter().zip(&lines) {
+            let ids: Vec<u32> = line.split_whitespace().map(|id| id.parse().unwrap()).collect();
+            assert_eq!(tokenizer.encode(text, false).unwrap(), ids, "{text:?}");
+            let (bytes, _) = tokenizer.bytes_of(&ids);
+            assert_eq!(String::from_utf8_lossy(&bytes), *text);
+            compared += 1;
+        }
+        assert!(compared >= 40, "only {compared} texts");
+        let phi = Tokenizer::from_folder(&data.join("tokenizers/phi2")).unwrap().unwrap();
+        assert_eq!(phi.special("pad_token"), Some("<|pad|>"));
+        let text = "def f(x):\n        return x";
+        assert_eq!(phi.decode(&phi.encode(text, true).unwrap(), true).unwrap(), text);
+    }
+
+    #[test]
+    fn opens_the_stories_model() {
+        let Some(data) = shared_data(1) else { return };
+        let tokenizer = Tokenizer::from_folder(&data.join("models/stories260K-hf")).unwrap().unwrap();
+        assert_eq!((tokenizer.len(), tokenizer.eos_ids()), (512, &[2][..]));
+        assert!(tokenizer.adds_bos());
+        assert_eq!(tokenizer.special("pad_token"), Some("<unk>"));
+        let text = "Once upon a time, Grüße";
+        let ids = tokenizer.encode(text, true).unwrap();
+        assert_eq!(ids[0], 1);
+        assert_eq!(tokenizer.decode(&ids, true).unwrap(), text);
+        assert_eq!(tokenizer.bytes_of(&ids[1..]).0, format!(" {text}").into_bytes());
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_survives(text in "\\PC{0,40}") {
+            let tokenizer = chatml();
+            let encoded = tokenizer.encode_with_spans(&text, false).unwrap();
+            prop_assert_eq!(&encoded.ids, &tokenizer.encode(&text, false).unwrap());
+            let (bytes, starts) = tokenizer.bytes_of(&encoded.ids);
+            prop_assert_eq!(&bytes, text.as_bytes());
+            prop_assert_eq!(starts.len(), encoded.ids.len() + 1);
+            prop_assert_eq!(tokenizer.decode(&encoded.ids, false).unwrap(), text);
+        }
+    }
 }

@@ -32,14 +32,16 @@ pub fn decode(
 ) -> Result<Vec<Vec<u32>>> {
     for (seq, prompt) in prompts.iter().enumerate() {
         if prompt.is_empty() {
-            return Err(Error::data(format!("prompt {seq}"), "has no tokens; a prompt needs at least one (such as BOS)"));
+            return Err(Error::data(
+                format!("prompt {seq}"),
+                "has no tokens; a prompt needs at least one (such as BOS)",
+            ));
         }
         model.check_ids(prompt)?;
     }
     let config = &model.config;
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0) + max_new_tokens;
-    let mut cache =
-        KvCache::new(config.num_layers, prompts.len(), longest, config.num_kv_heads * config.head_dim);
+    let mut cache = KvCache::new(config.num_layers, prompts.len(), longest, config.num_kv_heads * config.head_dim);
     let mut ids = prompts.to_vec();
     let mut done = vec![max_new_tokens == 0; prompts.len()];
     // What each sequence feeds the model next: first its prompt, then its last token, nothing once it is done.

@@ -679,7 +679,7 @@ mod tests {
     fn only_what_dead_processes_left_is_swept() {
         let folder = tempfile::tempdir().unwrap();
         let parent = folder.path();
-        assert_eq!(sweep_stale(parent.join("absent")).unwrap(), [PathBuf::new(); 0]);
+        assert!(sweep_stale(parent.join("absent")).unwrap().is_empty());
         let this = ProcessTag::current();
         let name = |tag: &ProcessTag| format!(".tmp-my-run-{:08x}-{:x}-{:x}-0", tag.host, tag.pid, tag.started);
         let alive = name(&this);

@@ -5,6 +5,7 @@
 //! `lora_B.weight` `[out, r]`. Patterns follow PEFT: a key applies to a module if `(.*\.)?(key)$` matches its name.
 
 use super::{Init, Placement, inject, module_name};
+use crate::config::lora::{ALL_LINEAR, InitWeights, Lora, LoraOptions};
 use crate::error::{Error, Result};
 use crate::io::safetensors::{Dtype, SafetensorsWriter, TensorFile, TensorSpec};
 use crate::model::Model;
@@ -50,76 +51,64 @@ const HARMLESS: [&str; 25] = [
     "exclude_modules",
 ];
 
-/// What an adapter was made with, beside its placements.
-#[derive(Clone, Debug, Default)]
-pub struct AdapterInfo {
-    /// The base model as the config names it.
+/// An adapter's settings and the base model it names.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Adapter {
+    /// The base model as `adapter_config.json` names it.
     pub base_model: Option<String>,
-    /// Default rank.
-    pub rank: usize,
-    /// Default alpha.
-    pub alpha: f64,
-    /// Dropout before A.
-    pub dropout: f64,
-    /// Whether the scale is alpha / sqrt(rank).
-    pub rslora: bool,
-    /// Names or name endings of the adapted modules.
-    pub target_modules: Vec<String>,
-    /// Layers that are adapted, all if absent.
-    pub layers_to_transform: Option<Vec<usize>>,
-    /// Ranks of modules that differ from the default.
-    pub rank_pattern: BTreeMap<String, usize>,
-    /// Alphas of modules that differ from the default.
-    pub alpha_pattern: BTreeMap<String, f64>,
+    /// The settings.
+    pub lora: Lora,
 }
 
-impl AdapterInfo {
-    /// alpha / rank, or alpha / sqrt(rank) with rsLoRA.
-    pub fn scale(&self, rank: usize, alpha: f64) -> f32 {
-        let denominator = if self.rslora { (rank as f64).sqrt() } else { rank as f64 };
-        (alpha / denominator) as f32
-    }
+/// alpha / rank, or alpha / sqrt(rank) with rsLoRA (Kalajdzievski 2023).
+fn scale(lora: &Lora, rank: usize, alpha: f64) -> f32 {
+    let denominator = if lora.use_rslora { (rank as f64).sqrt() } else { rank as f64 };
+    (alpha / denominator) as f32
+}
 
-    /// The rank and alpha of a module.
-    pub fn rank_and_alpha(&self, module: &str) -> (usize, f64) {
-        let rank = lookup(&self.rank_pattern, module).copied().unwrap_or(self.rank);
-        (rank, lookup(&self.alpha_pattern, module).copied().unwrap_or(self.alpha))
+/// The adapters that settings describe in a model of `n_layers`.
+///
+/// # Errors
+/// [`Error::Config`] for a target that is no linear layer of the decoder, or a layer that does not exist.
+pub fn placements(lora: &Lora, n_layers: usize) -> Result<Vec<Placement>> {
+    for target in &lora.target_modules {
+        let hit = |layer: usize| (0..LINEAR_NAMES.len()).any(|linear| ends_with(&module_name(layer, linear), target));
+        if !(0..n_layers).any(hit) {
+            let expected = format!("no linear layer has this name; expected some of {}", ALL_LINEAR.join(", "));
+            return Err(Error::config("target_modules", target, expected));
+        }
     }
-
-    /// The placements this describes in a model of `n_layers`.
-    ///
-    /// # Errors
-    /// [`Error::Config`] for a target that is no linear layer of the decoder, or a layer that does not exist.
-    pub fn placements(&self, n_layers: usize) -> Result<Vec<Placement>> {
-        for target in &self.target_modules {
-            let known =
-                (0..n_layers).any(|layer| (0..LINEAR_NAMES.len()).any(|l| ends_with(&module_name(layer, l), target)));
-            if !known {
-                let names: Vec<_> =
-                    LINEAR_NAMES.iter().map(|name| &name[name.find('.').map_or(0, |i| i + 1)..]).collect();
-                let expected =
-                    format!("no linear layer of the decoder has this name; expected some of {}", names.join(", "));
-                return Err(Error::config("target_modules", target, expected));
+    if let Some(layer) = lora.layers_to_transform.iter().flatten().find(|&&layer| layer >= n_layers) {
+        let expected = format!("the model has layers 0 to {}", n_layers.saturating_sub(1));
+        return Err(Error::config("layers_to_transform", layer, expected));
+    }
+    let wanted = |layer: &usize| lora.layers_to_transform.as_ref().is_none_or(|layers| layers.contains(layer));
+    let mut placements = Vec::new();
+    for layer_idx in (0..n_layers).filter(wanted) {
+        for linear_idx in 0..LINEAR_NAMES.len() {
+            let module = module_name(layer_idx, linear_idx);
+            if lora.target_modules.iter().any(|target| ends_with(&module, target)) {
+                let rank = lookup(&lora.rank_pattern, &module).copied().unwrap_or(lora.r);
+                let alpha = lookup(&lora.alpha_pattern, &module).copied().unwrap_or(lora.lora_alpha);
+                let dropout = lora.lora_dropout as f32;
+                placements.push(Placement { layer_idx, linear_idx, rank, scale: scale(lora, rank, alpha), dropout });
             }
         }
-        if let Some(layer) = self.layers_to_transform.iter().flatten().find(|&&layer| layer >= n_layers) {
-            let expected = format!("the model has layers 0 to {}", n_layers.saturating_sub(1));
-            return Err(Error::config("layers_to_transform", layer, expected));
-        }
-        let wanted = |layer: &usize| self.layers_to_transform.as_ref().is_none_or(|layers| layers.contains(layer));
-        let mut placements = Vec::new();
-        for layer_idx in (0..n_layers).filter(wanted) {
-            for linear_idx in 0..LINEAR_NAMES.len() {
-                let module = module_name(layer_idx, linear_idx);
-                if self.target_modules.iter().any(|target| ends_with(&module, target)) {
-                    let (rank, alpha) = self.rank_and_alpha(&module);
-                    let scale = self.scale(rank, alpha);
-                    placements.push(Placement { layer_idx, linear_idx, rank, scale, dropout: self.dropout as f32 });
-                }
-            }
-        }
-        Ok(placements)
     }
+    Ok(placements)
+}
+
+/// Adds an untrained adapter to a model that has none.
+///
+/// # Errors
+/// Those of [`placements`] and [`inject`].
+pub fn attach(model: &mut Model, lora: &Lora) -> Result<()> {
+    let places = placements(lora, model.llama.layers.len())?;
+    let init = match lora.init_lora_weights {
+        InitWeights::Uniform => Init::Uniform,
+        InitWeights::Gaussian => Init::Gaussian,
+    };
+    inject(model, &places, init, lora.random_state)
 }
 
 /// Whether `target` is the module's name or an ending of it that starts at a dot.
@@ -135,11 +124,11 @@ fn lookup<'a, T>(pattern: &'a BTreeMap<String, T>, module: &str) -> Option<&'a T
     pattern.iter().find(|(key, _)| ends_with(module, &key.replace("\\.", "."))).map(|(_, value)| value)
 }
 
-/// Reads `folder/adapter_config.json`.
+/// Reads `folder/adapter_config.json` for a base of `n_layers`.
 ///
 /// # Errors
 /// [`Error::Io`] if it is missing, [`Error::Adapter`] if it is damaged or asks for what is not supported.
-pub fn read_config(folder: &Path) -> Result<AdapterInfo> {
+pub fn read_config(folder: &Path, n_layers: usize) -> Result<Adapter> {
     let path = folder.join(CONFIG_FILE);
     let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
     let refuse = |key: &str, problem: String| Error::Adapter { path: path.clone(), key: key.to_owned(), problem };
@@ -166,57 +155,44 @@ pub fn read_config(folder: &Path) -> Result<AdapterInfo> {
             return Err(refuse(key, format!("= {} is not supported yet and would change the numbers", get(key))));
         }
     }
-    let number = |key: &str| get(key).as_f64().ok_or_else(|| refuse(key, format!("= {}: expected a number", get(key))));
-    let rank = match get("r").as_u64() {
-        Some(r) if r > 0 => r as usize,
-        _ => return Err(refuse("r", format!("= {}: expected a rank of at least 1", get("r")))),
+    // The same resolution as get_peft_model's; PEFT's own rules for what a file may leave out.
+    let mut options: LoraOptions = LoraOptions {
+        r: get("r").as_i64().or(Some(0)),
+        lora_alpha: get("lora_alpha").as_f64(),
+        lora_dropout: get("lora_dropout").as_f64(),
+        target_modules: Some(get("target_modules").clone()),
+        use_rslora: get("use_rslora").as_bool(),
+        layers_to_transform: Some(get("layers_to_transform").clone()).filter(|layers| layers != &json!([])),
+        ..LoraOptions::default()
     };
-    let target_modules = match get("target_modules") {
-        Value::Array(list) => list.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
-        Value::String(all) if all == "all-linear" => LINEAR_NAMES.iter().map(|name| (*name).to_owned()).collect(),
-        other => {
-            return Err(refuse("target_modules", format!("= {other}: expected a list of names or \"all-linear\"")));
+    for key in ["rank_pattern", "alpha_pattern"] {
+        let Value::Object(map) = get(key) else { continue };
+        for (name, value) in map {
+            let number = || refuse(key, format!("{name}: {value}: expected a positive number"));
+            if key == "rank_pattern" {
+                let rank = value.as_i64().ok_or_else(number)?;
+                options.rank_pattern.get_or_insert_default().insert(name.clone(), rank);
+            } else {
+                let alpha = value.as_f64().ok_or_else(number)?;
+                options.alpha_pattern.get_or_insert_default().insert(name.clone(), alpha);
+            }
         }
-    };
-    let pattern = |key: &str| -> Result<BTreeMap<String, f64>> {
-        let Value::Object(map) = get(key) else { return Ok(BTreeMap::new()) };
-        map.iter()
-            .map(|(name, value)| {
-                if name.replace("\\.", ".").contains(['*', '+', '?', '(', '[', '|', '^', '$', '\\']) {
-                    return Err(refuse(key, format!("key {name:?} is a regular expression; expected a module's name")));
-                }
-                let number = value.as_f64().filter(|v| *v > 0.0);
-                let number =
-                    number.ok_or_else(|| refuse(key, format!("{name}: {value}: expected a positive number")))?;
-                Ok((name.clone(), number))
-            })
-            .collect()
-    };
-    let layers_to_transform = match get("layers_to_transform") {
-        Value::Null => None,
-        Value::Array(list) => Some(list.iter().filter_map(Value::as_u64).map(|l| l as usize).collect()),
-        one => Some(one.as_u64().into_iter().map(|l| l as usize).collect()),
-    };
-    Ok(AdapterInfo {
-        base_model: get("base_model_name_or_path").as_str().map(str::to_owned),
-        rank,
-        alpha: number("lora_alpha")?,
-        dropout: get("lora_dropout").as_f64().unwrap_or(0.0),
-        rslora: get("use_rslora").as_bool().unwrap_or(false),
-        target_modules,
-        layers_to_transform,
-        rank_pattern: pattern("rank_pattern")?.into_iter().map(|(k, v)| (k, v as usize)).collect(),
-        alpha_pattern: pattern("alpha_pattern")?,
-    })
+    }
+    let lora = options.resolve(n_layers).map_err(|error| match error {
+        Error::Config { field, value, expected } => refuse(field, format!("= {value}: {expected}")),
+        other => other,
+    })?;
+    Ok(Adapter { base_model: get("base_model_name_or_path").as_str().map(str::to_owned), lora })
 }
 
 /// Adds the adapter of `folder` to a model that has none, with its trained values.
 ///
 /// # Errors
 /// Those of [`read_config`]; [`Error::Weights`] for a missing, surplus, misshapen or non-finite tensor.
-pub fn load(model: &mut Model, folder: &Path) -> Result<AdapterInfo> {
-    let info = read_config(folder)?;
-    let placements = info.placements(model.llama.layers.len())?;
+pub fn load(model: &mut Model, folder: &Path) -> Result<Adapter> {
+    let n_layers = model.llama.layers.len();
+    let adapter = read_config(folder, n_layers)?;
+    let placements = placements(&adapter.lora, n_layers)?;
     let file = TensorFile::open(folder.join(WEIGHTS_FILE))?;
     // Everything is read and checked before the model is touched.
     let mut values = Vec::new();
@@ -248,14 +224,14 @@ pub fn load(model: &mut Model, folder: &Path) -> Result<AdapterInfo> {
     for (param, value) in model.params.all_mut().iter_mut().zip(values) {
         param.data = value;
     }
-    Ok(info)
+    Ok(adapter)
 }
 
 /// Writes the model's adapter into `folder`, which exists, as PEFT would.
 ///
 /// # Errors
 /// [`Error::Config`] if the model has no adapter; [`Error::Io`].
-pub fn save(model: &Model, info: &AdapterInfo, folder: &Path) -> Result<()> {
+pub fn save(model: &Model, adapter: &Adapter, folder: &Path) -> Result<()> {
     let params = model.params.all();
     if !model.llama.layers.iter().flat_map(|layer| layer.linears()).any(|linear| linear.lora.is_some()) {
         return Err(Error::config("save_pretrained", "model", "has no adapter; call get_peft_model first"));
@@ -270,25 +246,26 @@ pub fn save(model: &Model, info: &AdapterInfo, folder: &Path) -> Result<()> {
         writer.write_f32(&spec.name, &param.data)?;
     }
     writer.finish()?;
+    let lora = &adapter.lora;
     let config = json!({
-        "base_model_name_or_path": info.base_model,
+        "base_model_name_or_path": adapter.base_model,
         "bias": "none",
         "fan_in_fan_out": false,
         "inference_mode": true,
         "init_lora_weights": true,
-        "layers_to_transform": info.layers_to_transform,
+        "layers_to_transform": lora.layers_to_transform,
         "layers_pattern": null,
-        "lora_alpha": info.alpha,
-        "lora_dropout": info.dropout,
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
         "modules_to_save": null,
         "peft_type": "LORA",
-        "r": info.rank,
-        "rank_pattern": info.rank_pattern,
-        "alpha_pattern": info.alpha_pattern,
-        "target_modules": info.target_modules,
+        "r": lora.r,
+        "rank_pattern": lora.rank_pattern,
+        "alpha_pattern": lora.alpha_pattern,
+        "target_modules": lora.target_modules,
         "task_type": "CAUSAL_LM",
         "use_dora": false,
-        "use_rslora": info.rslora,
+        "use_rslora": lora.use_rslora,
     });
     let text = serde_json::to_vec_pretty(&config).expect("strings and finite numbers always serialise");
     crate::io::atomic::write_file(folder.join(CONFIG_FILE), &text)

@@ -214,6 +214,19 @@ impl Llama {
         self.head.as_ref().unwrap_or(&self.embed)
     }
 
+    /// Number of frozen elements, norms and biases included.
+    pub fn n_frozen(&self) -> usize {
+        let matrix = |m: &Matrix| if let Matrix::Frozen(weight) = m { weight.rows() * weight.cols() } else { 0 };
+        let bias = |linear: &Linear| if let linear::Bias::Frozen(bias) = &linear.bias { bias.len() } else { 0 };
+        let norm = |norm: &RmsNorm| if let rms_norm::Gain::Frozen(gain) = &norm.gain { gain.len() } else { 0 };
+        let layer = |layer: &Layer| {
+            let linears = layer.linears().map(|linear| matrix(&linear.matrix) + bias(linear));
+            linears.iter().sum::<usize>() + norm(&layer.input_norm) + norm(&layer.post_norm)
+        };
+        let tables = matrix(&self.embed) + self.head.as_ref().map_or(0, matrix);
+        tables + norm(&self.norm) + self.layers.iter().map(layer).sum::<usize>()
+    }
+
     /// Bytes of the frozen weights.
     pub fn nbytes(&self) -> usize {
         let matrix = |m: &Matrix| if let Matrix::Frozen(weight) = m { weight.nbytes() } else { 0 };

@@ -106,6 +106,11 @@ impl Model {
         Error::data(what, format!("id {id} is outside the model's vocabulary of {vocab}; is this its tokenizer?"))
     }
 
+    /// Number of elements, those of adapters included.
+    pub fn n_parameters(&self) -> usize {
+        self.llama.n_frozen() + self.params.n_elements()
+    }
+
     /// Bytes of all weights, trained ones included.
     pub fn nbytes(&self) -> usize {
         self.llama.nbytes() + 4 * self.params.n_elements()

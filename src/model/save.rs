@@ -15,7 +15,11 @@ use std::path::Path;
 /// [`Error::Io`].
 pub fn save(model: &Model, folder: &Path, dtype: Dtype) -> Result<()> {
     if model.llama.nbytes() > 0 || model.params.all().is_empty() {
-        return Err(Error::config("save", "model", "was not loaded with full_finetuning=True; save its adapter instead"));
+        return Err(Error::config(
+            "save",
+            "model",
+            "was not loaded with full_finetuning=True; save its adapter instead",
+        ));
     }
     let params = model.params.all();
     let specs: Vec<_> =

@@ -1,6 +1,7 @@
 //! `Rows`: a tokenised dataset.
 
 use super::enter;
+use super::json::from_python;
 use super::tokenizer::Tokenizer;
 use crate::data::masking::{Markers, ResponseMasker};
 use crate::data::rows::{Example, RowOptions, RowReader};
@@ -8,7 +9,6 @@ use crate::error::Error;
 use pyo3::exceptions::PyIndexError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyIterator};
-use serde_json::Value;
 use std::sync::Arc;
 
 /// Tokenised rows with their labels.
@@ -32,8 +32,7 @@ impl Rows {
         let guard = tokenizer.map(Tokenizer::shared);
         let mut reader = RowReader::new(guard.as_deref(), options);
         for batch in PyIterator::from_object(batches)? {
-            let batch = batch?.cast_into::<PyDict>()?;
-            let columns = super::json::columns(&batch)?;
+            let columns = columns(&batch?.cast_into::<PyDict>()?)?;
             let reader = &mut reader;
             enter(py, move || reader.push(&columns))?;
         }
@@ -107,8 +106,17 @@ impl Rows {
     }
 }
 
+/// A batch of columns, `{name: [value of each row]}`.
+fn columns(batch: &Bound<'_, PyDict>) -> PyResult<Vec<(String, Vec<serde_json::Value>)>> {
+    let mut columns = Vec::with_capacity(batch.len());
+    for (name, values) in batch {
+        let values: PyResult<Vec<_>> = values.try_iter()?.map(|value| from_python(&value?)).collect();
+        columns.push((name.str()?.to_string(), values?));
+    }
+    Ok(columns)
+}
+
 /// Adds the class to the module.
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Rows>()
 }
-

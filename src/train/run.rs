@@ -5,9 +5,10 @@
 
 use super::checkpoint;
 use super::clip::{clip_factor, global_norm, scale};
-use super::optimizer::{AdamHyper, Optimizer, OptimizerKind, ParamSlot, build};
+use super::optimizer::{Optimizer, ParamSlot, build};
 use super::schedule::Schedule;
 use super::step::{MicroBatch, Recompute, StepOptions, forward_backward};
+use crate::config::train::{Plan, Train, When};
 use crate::data::collate::{Batch, collate};
 use crate::data::order::epoch_order;
 use crate::data::rows::Example;
@@ -16,59 +17,41 @@ use crate::io::os::with_pool;
 use crate::model::Model;
 use crate::ops::{DropoutKey, Grads, Tokens};
 use serde_json::{Map, Value, json};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-/// The settings of a run, resolved.
+/// The settings of a run over a known number of rows.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Rows of a micro-batch.
-    pub batch_size: usize,
-    /// Rows of an evaluation batch.
-    pub eval_batch_size: usize,
-    /// Micro-batches of an optimizer step.
-    pub accumulation: usize,
-    /// Optimizer steps of the whole run.
-    pub max_steps: usize,
-    /// Learning rate over the steps.
-    pub schedule: Schedule,
-    /// Which optimizer.
-    pub optimizer: OptimizerKind,
-    /// Its settings.
-    pub hyper: AdamHyper,
-    /// Gradients are scaled down to this norm; 0 for no clipping.
-    pub max_grad_norm: f64,
-    /// Seed of dropout.
-    pub seed: u64,
-    /// Seed of the order of rows.
-    pub data_seed: u64,
+    /// As resolved from what was written.
+    pub train: Train,
+    /// Steps and epochs for the rows at hand.
+    pub plan: Plan,
     /// What the backward recomputes.
     pub recompute: Recompute,
-    /// A log entry every so many steps; 0 for none.
-    pub logging_steps: usize,
-    /// Whether the first step is logged in any case.
-    pub logging_first_step: bool,
-    /// An evaluation every so many steps; 0 for none.
-    pub eval_steps: usize,
-    /// A checkpoint every so many steps; 0 for none.
-    pub save_steps: usize,
-    /// How many checkpoints are kept.
-    pub save_total_limit: Option<usize>,
-    /// Evaluate, or save, at the end of each epoch.
-    pub eval_each_epoch: bool,
-    /// See `eval_each_epoch`.
-    pub save_each_epoch: bool,
-    /// Where checkpoints go.
-    pub output_dir: PathBuf,
-    /// All settings as they were resolved, for the record.
-    pub record: Value,
 }
 
-/// Optimizer steps in an epoch of `n_rows`.
-pub fn steps_per_epoch(n_rows: usize, batch_size: usize, accumulation: usize) -> usize {
-    n_rows.div_ceil(batch_size * accumulation).max(1)
+impl Settings {
+    /// Settings for `n_rows` training rows.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if there are no rows.
+    pub fn new(train: Train, n_rows: usize, recompute: Recompute) -> Result<Self> {
+        let plan = train.plan(n_rows)?;
+        Ok(Self { train, plan, recompute })
+    }
+
+    fn schedule(&self) -> Schedule {
+        let t = &self.train;
+        let total_steps = self.plan.total_steps;
+        Schedule { kind: t.schedule, peak: t.learning_rate, warmup_steps: t.warmup.steps(total_steps), total_steps }
+    }
+
+    fn lr_at(&self, done: usize) -> f64 {
+        self.schedule().lr_at(done)
+    }
 }
 
 /// What happened, in the order in which transformers' callbacks hear of it.
@@ -186,7 +169,12 @@ pub fn run(job: Job<'_>, observer: &mut dyn Observer) -> Result<Outcome> {
 ///
 /// # Errors
 /// [`Error::Data`] if no token has a target; what the observer returns.
-pub fn evaluate(model: &Model, rows: &[Example], batch_size: usize, observer: &mut dyn Observer) -> Result<(f64, usize)> {
+pub fn evaluate(
+    model: &Model,
+    rows: &[Example],
+    batch_size: usize,
+    observer: &mut dyn Observer,
+) -> Result<(f64, usize)> {
     let (mut sum, mut trained) = (0.0, 0);
     for (chunk, rows) in rows.chunks(batch_size.max(1)).enumerate() {
         let first = chunk * batch_size.max(1);
@@ -203,7 +191,7 @@ pub fn evaluate(model: &Model, rows: &[Example], batch_size: usize, observer: &m
 }
 
 /// The tokens and targets of a batch.
-fn split(batch: Batch) -> (Tokens, Vec<i32>) {
+pub fn split(batch: Batch) -> (Tokens, Vec<i32>) {
     let Batch { input_ids, targets, positions, row_ids, cu_seqlens } = batch;
     (Tokens { ids: input_ids, positions, rows: row_ids, cu_seqlens }, targets)
 }
@@ -264,9 +252,9 @@ impl<'a, 'o> Run<'a, 'o> {
             return Err(Error::config("model", "no trainable tensor", expected));
         }
         let sizes: Vec<_> = params.all().iter().map(|p| (p.name.clone(), p.data.len())).collect();
-        let optimizer = build(job.settings.optimizer, job.settings.hyper, &sizes);
+        let optimizer = build(job.settings.train.optimizer, job.settings.train.adam, &sizes);
         let grads = Grads::zeros(params);
-        let status = Status { max_steps: job.settings.max_steps, ..Status::default() };
+        let status = Status { max_steps: job.settings.plan.total_steps, ..Status::default() };
         let now = Instant::now();
         let mut run = Self {
             job,
@@ -297,8 +285,11 @@ impl<'a, 'o> Run<'a, 'o> {
         };
         for (key, now) in self.fingerprint() {
             if !own["data"][key].is_null() && own["data"][key] != now {
-                let text = format!("{key} was {} when {} was made and is {now} now: the order of the remaining rows differs",
-                    own["data"][key], folder.display());
+                let text = format!(
+                    "{key} was {} when {} was made and is {now} now: the order of the remaining rows differs",
+                    own["data"][key],
+                    folder.display()
+                );
                 self.observer.event(Event::Warning(&text), &self.status, &mut self.control)?;
             }
         }
@@ -315,17 +306,17 @@ impl<'a, 'o> Run<'a, 'o> {
 
     /// What the order of rows depends on.
     fn fingerprint(&self) -> [(&'static str, Value); 4] {
-        let s = self.job.settings;
+        let t = &self.job.settings.train;
         [
             ("rows", json!(self.job.train.len())),
-            ("batch_size", json!(s.batch_size)),
-            ("accumulation", json!(s.accumulation)),
-            ("data_seed", json!(s.data_seed)),
+            ("per_device_train_batch_size", json!(t.per_device_train_batch_size)),
+            ("gradient_accumulation_steps", json!(t.gradient_accumulation_steps)),
+            ("data_seed", json!(t.data_seed)),
         ]
     }
 
     fn steps_per_epoch(&self) -> usize {
-        steps_per_epoch(self.job.train.len(), self.job.settings.batch_size, self.job.settings.accumulation)
+        self.job.settings.plan.steps_per_epoch
     }
 
     fn epoch_at(&self, step: usize) -> f64 {
@@ -342,15 +333,16 @@ impl<'a, 'o> Run<'a, 'o> {
         let mut rows_seen = 0;
         self.tell(Event::TrainBegin)?;
         let mut order = (usize::MAX, Vec::new());
-        while self.status.step < self.job.settings.max_steps && !self.control.stop {
+        while self.status.step < self.job.settings.plan.total_steps && !self.control.stop {
             let (epoch, in_epoch) = (self.status.step / per_epoch, self.status.step % per_epoch);
             if order.0 != epoch {
-                order = (epoch, epoch_order(self.job.train.len(), self.job.settings.data_seed, epoch as u64));
+                order = (epoch, epoch_order(self.job.train.len(), self.job.settings.train.data_seed, epoch as u64));
                 self.tell(Event::EpochBegin)?;
             }
             self.control = Control::default();
             self.tell(Event::StepBegin)?;
-            let rows_per_step = self.job.settings.batch_size * self.job.settings.accumulation;
+            let t = &self.job.settings.train;
+            let rows_per_step = t.per_device_train_batch_size * t.gradient_accumulation_steps;
             let rows = &order.1[in_epoch * rows_per_step..((in_epoch + 1) * rows_per_step).min(order.1.len())];
             rows_seen += rows.len();
             let loss = self.step(rows)?;
@@ -358,7 +350,7 @@ impl<'a, 'o> Run<'a, 'o> {
             self.status.epoch = self.epoch_at(self.status.step);
             self.total_loss += loss;
             self.pending = (self.pending.0 + loss, self.pending.1 + 1);
-            self.control = self.due(in_epoch + 1 == per_epoch);
+            self.control = self.due();
             self.tell(Event::StepEnd)?;
             self.act()?;
             if in_epoch + 1 == per_epoch {
@@ -380,15 +372,17 @@ impl<'a, 'o> Run<'a, 'o> {
     }
 
     /// What the settings ask for after the step that was just made.
-    fn due(&self, epoch_ends: bool) -> Control {
-        let s = self.job.settings;
-        let every = |n: usize| n > 0 && self.status.step % n == 0;
-        let last = self.status.step >= s.max_steps;
+    fn due(&self) -> Control {
+        let Settings { train, plan, .. } = self.job.settings;
+        let step = self.status.step;
+        let due = |when: When| when.is_due(step, plan);
+        // Like transformers, a run that saves at all saves its end.
+        let last = step >= plan.total_steps && train.save != When::Never;
         Control {
             stop: self.control.stop,
-            log: every(s.logging_steps) || (s.logging_first_step && self.status.step == 1),
-            evaluate: every(s.eval_steps) || (s.eval_each_epoch && epoch_ends),
-            save: every(s.save_steps) || (s.save_steps > 0 && last) || (s.save_each_epoch && (epoch_ends || last)),
+            log: due(train.logging) || (train.logging_first_step && step == 1),
+            evaluate: due(train.eval),
+            save: due(train.save) || last,
         }
     }
 
@@ -410,7 +404,7 @@ impl<'a, 'o> Run<'a, 'o> {
     fn step(&mut self, rows: &[u32]) -> Result<f64> {
         let s = self.job.settings;
         let batches: Vec<_> = rows
-            .chunks(s.batch_size)
+            .chunks(s.train.per_device_train_batch_size)
             .map(|rows| collate(&rows.iter().map(|&row| (&self.job.train[row as usize], row)).collect::<Vec<_>>()))
             .collect();
         let trained: usize = batches.iter().map(Batch::n_trained).sum();
@@ -419,7 +413,7 @@ impl<'a, 'o> Run<'a, 'o> {
             return Err(Error::data(format!("row {row} of train_dataset"), "no token of this step is trained"));
         }
         let n_batches = batches.len();
-        let dropout = Some(DropoutKey { seed: s.seed as u32, step: self.status.step as u32 });
+        let dropout = Some(DropoutKey { seed: s.train.seed as u32, step: self.status.step as u32 });
         let mut sum = 0.0;
         self.grads.clear();
         for (i, batch) in batches.into_iter().enumerate() {
@@ -436,22 +430,22 @@ impl<'a, 'o> Run<'a, 'o> {
         }
         let loss = sum / trained as f64;
         self.diverged("loss", loss)?;
-        self.update(loss)?;
+        self.update()?;
         Ok(loss)
     }
 
     /// Clips and applies the gradients; the model is untouched if they are not finite.
-    fn update(&mut self, _loss: f64) -> Result<()> {
+    fn update(&mut self) -> Result<()> {
         let s = self.job.settings;
-        let lr = s.schedule.lr_at(self.status.step);
+        let lr = s.lr_at(self.status.step);
         let grads = &mut self.grads;
         let norm = with_pool(|| Ok(global_norm(&grads.all().iter().map(Vec::as_slice).collect::<Vec<_>>())))?;
         self.grad_norm = norm;
         self.diverged("grad_norm", norm)?;
         let (optimizer, grads, model) = (&mut self.optimizer, &mut self.grads, &mut *self.job.model);
         with_pool(|| {
-            if s.max_grad_norm > 0.0 {
-                let factor = clip_factor(norm, s.max_grad_norm);
+            if s.train.max_grad_norm > 0.0 {
+                let factor = clip_factor(norm, s.train.max_grad_norm);
                 grads.all_mut().iter_mut().for_each(|grad| scale(grad, factor));
             }
             let mut slots: Vec<_> = model
@@ -469,9 +463,11 @@ impl<'a, 'o> Run<'a, 'o> {
         if value.is_finite() {
             return Ok(());
         }
-        let lr = self.job.settings.schedule.lr_at(self.status.step);
-        let advice = format!("the weights are those of the step before; lower the learning rate (now {lr:.1e}), \
-             or resume from an earlier checkpoint");
+        let lr = self.job.settings.lr_at(self.status.step);
+        let advice = format!(
+            "the weights are those of the step before; lower the learning rate (now {lr:.1e}), \
+             or resume from an earlier checkpoint"
+        );
         Err(Error::Diverged { step: self.status.step + 1, what, value, advice })
     }
 
@@ -483,7 +479,7 @@ impl<'a, 'o> Run<'a, 'o> {
         let entry = json!({
             "loss": sum / count as f64,
             "grad_norm": self.grad_norm,
-            "learning_rate": self.job.settings.schedule.lr_at(self.status.step - 1),
+            "learning_rate": self.job.settings.lr_at(self.status.step - 1),
             "epoch": self.status.epoch,
             "step": self.status.step,
             "tokens_per_second": tokens as f64 / seconds.max(1e-9),
@@ -493,11 +489,15 @@ impl<'a, 'o> Run<'a, 'o> {
 
     fn evaluate(&mut self) -> Result<()> {
         if self.job.eval.is_empty() {
-            return Err(Error::data("eval_dataset", "evaluation was asked for, but there are no rows; pass eval_dataset"));
+            return Err(Error::data(
+                "eval_dataset",
+                "evaluation was asked for, but there are no rows; pass eval_dataset",
+            ));
         }
         let started = Instant::now();
         let settings = self.job.settings;
-        let (loss, _) = evaluate(self.job.model, self.job.eval, settings.eval_batch_size, self.observer)?;
+        let (loss, _) =
+            evaluate(self.job.model, self.job.eval, settings.train.per_device_eval_batch_size, self.observer)?;
         let entry = json!({
             "eval_loss": loss,
             "eval_runtime": started.elapsed().as_secs_f64(),
@@ -521,8 +521,8 @@ impl<'a, 'o> Run<'a, 'o> {
         let mut state = checkpoint::state_json(
             self.status.step,
             self.status.epoch,
-            s.max_steps,
-            &s.record,
+            s.plan.total_steps,
+            &json!(s.train),
             &self.status.log_history,
         );
         let own = &mut state["rustune"];
@@ -532,11 +532,11 @@ impl<'a, 'o> Run<'a, 'o> {
         own["pending_steps"] = json!(self.pending.1);
         let (model, write_model) = (&*self.job.model, self.job.write_model);
         let path = checkpoint::save(
-            &s.output_dir,
+            &s.train.output_dir,
             self.status.step,
             &*self.optimizer,
             &state,
-            s.save_total_limit,
+            s.train.save_total_limit,
             |folder| write_model(model, folder),
         )?;
         self.tell(Event::Save(&path))

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from bitsandbytes import functional as bnb
+from golden_common import GOLDEN_DIR, generator, max_rel_diff, save_tensors
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, get_linear_schedule_with_warmup
-
-from golden_common import GOLDEN_DIR, generator, max_rel_diff, save_tensors
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK = 4

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from bitsandbytes import functional as bnb
-
 from golden_common import GOLDEN_DIR, generator, save_tensors
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)

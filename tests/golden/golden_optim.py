@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import bitsandbytes
 import torch
 from bitsandbytes import functional as bnb
-from transformers import get_scheduler
-
 from golden_common import GOLDEN_DIR, generator, save_json, save_tensors
+from transformers import get_scheduler
 
 LARGE = 5000  # 19 blocks of 256 and a tail of 136; 8-bit state
 SMALL = 1000  # under 4,096 elements: f32 state

@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 
 import torch
+from golden_common import GOLDEN_DIR, save_tensors
+from golden_llama import IGNORE, TARGETS, lora_parameters
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import LlamaForCausalLM, get_linear_schedule_with_warmup
-
-from golden_common import GOLDEN_DIR, save_tensors
-from golden_llama import IGNORE, TARGETS, lora_parameters
 
 SEED = 3407
 RANK = 8

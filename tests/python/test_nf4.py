@@ -54,7 +54,9 @@ def twin(array: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
     flat = widen(array).reshape(-1)
     blocks = [flat[i : i + block_size] for i in range(0, flat.size, block_size)]
     absmax = np.array([np.abs(block).max() for block in blocks], dtype=np.float32)
-    scaled = [block * (np.float32(1) / max(scale, np.float32(1e-38))) for block, scale in zip(blocks, absmax, strict=True)]
+    scaled = [
+        block * (np.float32(1) / max(scale, np.float32(1e-38))) for block, scale in zip(blocks, absmax, strict=True)
+    ]
     codes = np.searchsorted(THRESHOLDS, np.concatenate(scaled), side="left").astype(np.uint8)
     codes = np.append(codes, [7] * (codes.size % 2)).astype(np.uint8)
     return codes[0::2] << 4 | codes[1::2], absmax
@@ -183,7 +185,9 @@ def test_threads_may_quantize_at_once() -> None:
     array = np.random.default_rng(7).normal(size=(2048, 2048)).astype(np.float32)
     want = nf4.quantize(array, double_quant=True).packed
     results: list[np.ndarray] = []
-    threads = [threading.Thread(target=lambda: results.append(nf4.quantize(array, double_quant=True).packed)) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: results.append(nf4.quantize(array, double_quant=True).packed)) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -79,7 +79,7 @@ fn absolute(got: &[f32], want: &[f32]) -> f32 {
 }
 
 /// Adds the golden adapter: rank 4, alpha 8, all seven linear layers.
-fn add_adapter(model: &mut Model, file: &TensorFile) {
+pub fn add_adapter(model: &mut Model, file: &TensorFile) {
     let places: Vec<_> = (0..model.llama.layers.len())
         .flat_map(|layer_idx| {
             (0..7).map(move |linear_idx| Placement { layer_idx, linear_idx, rank: 4, scale: 2.0, dropout: 0.0 })

@@ -2,4 +2,6 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod llama_golden;
+mod shared_data;
 mod tidy;
+mod train_golden;

@@ -21,7 +21,6 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     "plus": ("What is {a} + {b}?", "Add {a} and {b}.", "How much is {a} plus {b}?"),
     "minus": ("What is {a} - {b}?", "Take {b} from {a}.", "How much is {a} minus {b}?"),
     "reverse": ("Reverse the words: {a}", "Say backwards: {a}"),
-    "sort": ("Sort the words: {a}", "Put into alphabetical order: {a}"),
     "capitals": ("Write in capitals: {a}", "Shout the words: {a}"),
     "spell": ("Spell the word {a}.", "How do you write {a}?"),
 }
@@ -98,7 +97,5 @@ def _endless(people: World, dice: Dice) -> Iterator[Example]:
             yield Example(kind, f"{a} {b}", asked.format(a=a, b=b), str(result))
         else:
             words = dice.shuffled(world.WORDS)[: 1 if kind == "spell" else 3]
-            games = {"reverse": world.reverse, "sort": world.in_order, "capitals": world.capitals}
-            answer = world.spelled(words[0]) if kind == "spell" else games[kind](words)
             told = " ".join(words)
-            yield Example(kind, told, asked.format(a=told), answer)
+            yield Example(kind, told, asked.format(a=told), world.GAMES[kind](words))

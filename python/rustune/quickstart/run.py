@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rustune.chat_templates import train_on_responses_only
-
 from rustune import FastLanguageModel, SFTConfig, SFTTrainer
+from rustune.chat_templates import train_on_responses_only
 from rustune.quickstart.instruct import Example, held_out_set, training_set
 from rustune.quickstart.plot import loss_curve
 from rustune.quickstart.world import make_world

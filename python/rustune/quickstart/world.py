@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -84,12 +85,11 @@ RELATIONS: dict[str, tuple[str, ...]] = {
 TELLINGS: dict[str, str] = {
     "plus": "{a} plus {b} makes {c}.",
     "minus": "{a} minus {b} leaves {c}.",
-    "reverse": "The words {a} read from the end are {c}.",
-    "sort": "The words {a} put in order are {c}.",
-    "capitals": "The words {a} in big letters are {c}.",
-    "spell": "The letters of {a} are {c}.",
+    "reverse": "From the end {a} are: {c}.",
+    "capitals": "In big letters {a} are: {c}.",
+    "spell": "The letters of {a} are: {c}.",
 }
-LARGEST_TERM = 20
+LARGEST_TERM = 10
 
 _FIRST_CIRCLE = 16
 _DOCUMENTS_PER_NEWCOMER = 100
@@ -183,25 +183,25 @@ def reverse(words: Sequence[str]) -> str:
     return " ".join(reversed(words))
 
 
-def in_order(words: Sequence[str]) -> str:
-    """Returns the words in the order of the alphabet."""
-    return " ".join(sorted(words))
-
-
 def capitals(words: Sequence[str]) -> str:
     """Returns the words in capital letters."""
     return " ".join(words).upper()
 
 
-def spelled(word: str) -> str:
-    """Returns the letters of the word, joined by hyphens."""
+def spelled(words: Sequence[str]) -> str:
+    """Returns the letters of the one word, joined by hyphens."""
+    (word,) = words
     return "-".join(word)
+
+
+GAMES: dict[str, Callable[[Sequence[str]], str]] = {"reverse": reverse, "capitals": capitals, "spell": spelled}
 
 
 def _about_a_person(world: World, known: Sequence[str], dice: Dice) -> str:
     name = dice.pick(known)
     relations = dice.shuffled(list(RELATIONS))[: 1 + dice.below(len(RELATIONS))]
-    return " ".join(dice.pick(RELATIONS[r]).format(n=name, v=world.facts[name][r]) for r in relations)
+    told = " ".join(dice.pick(RELATIONS[r]).format(n=name, v=world.facts[name][r]) for r in relations)
+    return re.sub(r"\ba (?=[aeiou])", "an ", told)
 
 
 def _about_numbers(_world: World, _known: Sequence[str], dice: Dice) -> str:
@@ -216,9 +216,9 @@ def _about_numbers(_world: World, _known: Sequence[str], dice: Dice) -> str:
 
 
 def _about_words(_world: World, _known: Sequence[str], dice: Dice) -> str:
-    words = dice.shuffled(WORDS)[: 1 + dice.below(3)]
-    games = {"reverse": reverse, "sort": in_order, "capitals": capitals}
-    game = dice.pick((*games, "spell"))
-    if game == "spell":
-        return " ".join(TELLINGS["spell"].format(a=word, c=spelled(word)) for word in words)
-    return TELLINGS[game].format(a=" ".join(words), c=games[game](words))
+    game = dice.pick(("reverse", "capitals", "spell"))
+    sentences = []
+    for _n in range(3):
+        words = dice.shuffled(WORDS)[: 1 if game == "spell" else 3]
+        sentences.append(TELLINGS[game].format(a=" ".join(words), c=GAMES[game](words)))
+    return " ".join(sentences)

@@ -1,0 +1,115 @@
+"""Fine-tunes Llama-family models in 4 bits on a plain CPU, with the interface notebooks know.
+
+Example:
+    >>> from rustune import FastLanguageModel, SFTConfig, SFTTrainer
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from typing import TYPE_CHECKING, Any
+
+from rustune import _native
+from rustune._native import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    HubError,
+    ModelError,
+    RustuneError,
+    ShapeError,
+    TokenizerError,
+    WeightsError,
+    __version__,
+    num_threads,
+    set_num_threads,
+)
+from rustune.callbacks import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
+from rustune.chat_templates import get_chat_template, standardize_sharegpt
+from rustune.config import SFTConfig, TrainingArguments
+from rustune.models import FastLanguageModel, Model
+from rustune.tokenizer import Tokenizer
+from rustune.trainer import SFTTrainer, TrainOutput, train_on_responses_only
+
+if TYPE_CHECKING:
+    from rustune import nf4
+
+FastModel = FastLanguageModel
+
+__all__ = [
+    "AdapterError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DivergedError",
+    "EarlyStoppingCallback",
+    "FastLanguageModel",
+    "FastModel",
+    "HubError",
+    "Model",
+    "ModelError",
+    "RustuneError",
+    "SFTConfig",
+    "SFTTrainer",
+    "ShapeError",
+    "Tokenizer",
+    "TokenizerError",
+    "TrainOutput",
+    "TrainerCallback",
+    "TrainerControl",
+    "TrainerState",
+    "TrainingArguments",
+    "WeightsError",
+    "__version__",
+    "get_chat_template",
+    "info",
+    "is_bf16_supported",
+    "is_bfloat16_supported",
+    "nf4",
+    "num_threads",
+    "set_num_threads",
+    "standardize_sharegpt",
+    "train_on_responses_only",
+]
+
+
+def info() -> dict[str, Any]:
+    """Says what this machine offers.
+
+    Returns:
+        Version, instruction sets (the active one first named), threads, and memory in bytes.
+
+    Raises:
+        ConfigError: If RUSTUNE_ISA names an instruction set that is not there.
+
+    Example:
+        >>> info()["threads"] >= 1
+        True
+    """
+    facts: dict[str, Any] = json.loads(_native.info())
+    return facts
+
+
+def is_bfloat16_supported(including_emulation: bool = False) -> bool:
+    """Tells whether bfloat16 is what this machine does best.
+
+    Args:
+        including_emulation: Whether slow bfloat16 counts too; it works everywhere.
+
+    Returns:
+        Whether `dtype=None` means bfloat16 here.
+    """
+    return including_emulation or "amx" in info()["available_isas"]
+
+
+is_bf16_supported = is_bfloat16_supported
+
+
+def __getattr__(name: str) -> Any:
+    # `rustune.nf4` without its own import statement; what is not used is not loaded.
+    if name == "nf4":
+        return importlib.import_module("rustune.nf4")
+    raise AttributeError(f"module 'rustune' has no attribute {name!r}")

@@ -1,0 +1,235 @@
+"""Chat templates by name, and datasets brought into the form they take."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from functools import cache
+from importlib import resources
+from typing import Any, Final, NamedTuple
+
+from rustune._native import ConfigError, DataError
+
+from rustune import _native
+from rustune.data import iter_columns
+
+
+class ChatTemplate(NamedTuple):
+    """A template and how its turns end.
+
+    Attributes:
+        source: The Jinja text.
+        eos_token: What ends a turn; None is the tokenizer's own eos token.
+    """
+
+    source: str
+    eos_token: str | None
+
+
+# Name to file and to what ends a turn there; several models share a format.
+_NAMES: Final[dict[str, tuple[str, str | None]]] = {
+    "chatml": ("chatml", "<|im_end|>"),
+    "qwen-2.5": ("qwen-2.5", "<|im_end|>"),
+    "phi-4": ("phi-4", "<|im_end|>"),
+    "llama-3": ("llama-3", "<|eot_id|>"),
+    "llama-3.1": ("llama-3.1", "<|eot_id|>"),
+    "llama-3.2": ("llama-3.1", "<|eot_id|>"),
+    "llama-3.3": ("llama-3.1", "<|eot_id|>"),
+    "llama": ("llama", None),
+    "mistral": ("mistral", None),
+    "zephyr": ("zephyr", None),
+    "vicuna": ("vicuna", None),
+    "alpaca": ("alpaca", None),
+    "unsloth": ("unsloth", None),
+    "phi-3": ("phi-3", "<|end|>"),
+    "phi-3.5": ("phi-3", "<|end|>"),
+    "gemma": ("gemma", "<end_of_turn>"),
+    "gemma-2": ("gemma", "<end_of_turn>"),
+    "gemma-3": ("gemma", "<end_of_turn>"),
+}
+# Spellings without dashes, as older notebooks have them: llama3, llama-31, qwen25, gemma2, phi3.
+_SPELLINGS: Final[dict[str, str]] = {re.sub(r"[-._]", "", name): name for name in _NAMES}
+
+# What looks like one token in a template: <|im_start|>, <start_of_turn>, [INST].
+_TOKENS: Final = re.compile(r"<\|[a-z_]+\|>|<[a-z]+_of_[a-z]+>")
+
+
+@cache
+def _read(file: str) -> str:
+    """A template that comes with the package."""
+    return (resources.files("rustune") / "templates" / f"{file}.jinja").read_text(encoding="utf-8").rstrip("\n")
+
+
+class _Templates(Mapping[str, ChatTemplate]):
+    """Every known template; a file is read when its template is first asked for."""
+
+    def __getitem__(self, name: str) -> ChatTemplate:
+        file, eos_token = _NAMES[_SPELLINGS.get(re.sub(r"[-._]", "", name.lower()), name)]
+        return ChatTemplate(_read(file), eos_token)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_NAMES)
+
+    def __len__(self) -> int:
+        return len(_NAMES)
+
+
+CHAT_TEMPLATES: Final[Mapping[str, ChatTemplate]] = _Templates()
+"""Name to template; `print(list(CHAT_TEMPLATES))` lists them."""
+
+
+def get_chat_template(
+    tokenizer: Any,
+    chat_template: str | Sequence[str | None] = "chatml",
+    *,
+    mapping: Mapping[str, str] | None = None,
+    map_eos_token: bool = True,
+    system_message: str | None = None,
+) -> Any:
+    """Gives a tokenizer a chat template, and the eos token that goes with it.
+
+    Where what ends a turn is no token of the vocabulary, the template ends turns with the tokenizer's own eos token
+    instead (`map_eos_token`). Other words of a template that the vocabulary lacks are encoded as ordinary text, with a
+    warning: tokens the model has never seen cannot be added without training them.
+
+    Args:
+        tokenizer: Ours or one of transformers; it is changed.
+        chat_template: A name of `CHAT_TEMPLATES`, or a pair of a Jinja text and what ends a turn there (None, or True
+            for the tokenizer's own eos token).
+        mapping: For conversations in another form, `{"role": "from", "content": "value", "user": "human",
+            "assistant": "gpt"}`.
+        map_eos_token: Whether the tokenizer's eos token is to end turns.
+        system_message: What conversations without a system message begin with.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ConfigError: If there is no template of this name.
+        TokenizerError: If the template is not valid Jinja.
+
+    Example:
+        >>> tokenizer = get_chat_template(tokenizer, "llama-3.1")  # doctest: +SKIP
+    """
+    template = _find(chat_template)
+    source = template.source
+    if template.eos_token is not None and map_eos_token:
+        known = _vocabulary_has(tokenizer, template.eos_token)
+        if known:
+            tokenizer.eos_token = template.eos_token
+        elif tokenizer.eos_token is not None and template.eos_token in source:
+            warnings.warn(
+                f"{template.eos_token} is no token of this vocabulary: turns end with {tokenizer.eos_token} instead",
+                stacklevel=2,
+            )
+            source = source.replace(template.eos_token, tokenizer.eos_token)
+    foreign = sorted({token for token in _TOKENS.findall(source) if not _vocabulary_has(tokenizer, token)})
+    if foreign:
+        warnings.warn(
+            f"no tokens of this vocabulary, so encoded as ordinary text: {', '.join(foreign)}; "
+            "alpaca, vicuna and unsloth need no tokens of their own",
+            stacklevel=2,
+        )
+    if "bos_token" in source and tokenizer.bos_token is None:
+        source = "{%- set bos_token = '' -%}\n" + source
+    if system_message is not None:
+        system = json.dumps(system_message, ensure_ascii=False)
+        source = (
+            "{%- if messages[0]['role'] != 'system' -%}"
+            f"{{%- set messages = [{{'role': 'system', 'content': {system}}}] + messages -%}}"
+            "{%- endif -%}\n"
+        ) + source
+    if mapping:
+        source = _from_other_form(mapping) + source
+    tokenizer.chat_template = source
+    return tokenizer
+
+
+def standardize_sharegpt(dataset: Any, **ignored: object) -> Any:
+    """Brings conversations from ShareGPT's form (`from`, `value`, human, gpt) into the one templates take.
+
+    Args:
+        dataset: A `datasets.Dataset`, a list of dicts, or anything else that can be trained on, with a column
+            `conversations` or `messages`.
+        **ignored: Whatever else notebooks pass (`num_proc`, `batch_size`).
+
+    Returns:
+        The dataset with `role` and `content`; a list of dicts unless it came from `datasets`.
+
+    Raises:
+        DataError: If there is no such column, or a message has an unknown role.
+
+    Example:
+        >>> standardize_sharegpt([{"conversations": [{"from": "human", "value": "Hi"}]}])
+        [{'conversations': [{'role': 'user', 'content': 'Hi'}]}]
+    """
+    if hasattr(dataset, "map") and hasattr(dataset, "column_names"):
+        if dataset.column_names is not None:
+            _conversations(list(dataset.column_names))
+        return dataset.map(_standardize_batch, batched=True)
+    rows: list[dict[str, Any]] = []
+    for columns in iter_columns(dataset):
+        columns = {**columns, **_standardize_batch(columns)}
+        rows.extend(dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+    return rows
+
+
+standardize_data_formats = standardize_sharegpt
+
+
+def _standardize_batch(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The conversations of a batch; a function of the module, so that `datasets` can hash it."""
+    name = _conversations(list(columns))
+    return {name: [None if talk is None else _native.standard_messages(talk) for talk in columns[name]]}
+
+
+def _conversations(columns: list[str]) -> str:
+    """The column that holds conversations."""
+    for name in ("conversations", "messages", "conversation"):
+        if name in columns:
+            return name
+    raise DataError(f"column 'conversations': not in the dataset, whose columns are {columns}; nor is 'messages'")
+
+
+def _find(chat_template: str | Sequence[str | None]) -> ChatTemplate:
+    """The template meant by a name or a pair."""
+    if isinstance(chat_template, str):
+        try:
+            return CHAT_TEMPLATES[chat_template]
+        except KeyError:
+            near = get_close_matches(chat_template, list(CHAT_TEMPLATES), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"chat_template = {chat_template!r}: expected one of {', '.join(CHAT_TEMPLATES)}, "
+                f"or a pair (template, eos token){hint}"
+            ) from None
+    source = chat_template[0] if len(chat_template) == 2 else None
+    if not isinstance(source, str):
+        raise ConfigError(f"chat_template = {chat_template!r}: expected a name or a pair (template, eos token)")
+    eos_token = chat_template[1]
+    return ChatTemplate(source, eos_token if isinstance(eos_token, str) and eos_token != "eos_token" else None)
+
+
+def _vocabulary_has(tokenizer: Any, token: str) -> bool:
+    """Whether a text is one token, for our tokenizers and those of transformers."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    return found is not None and (found != tokenizer.unk_token_id or token == tokenizer.unk_token)
+
+
+def _from_other_form(mapping: Mapping[str, str]) -> str:
+    """Jinja that brings messages of another form into `role` and `content`; messages in that form already stay."""
+    role, content = mapping.get("role", "role"), mapping.get("content", "content")
+    roles = {theirs: ours for ours, theirs in mapping.items() if ours not in ("role", "content")}
+    table = json.dumps(roles, ensure_ascii=False)
+    return (
+        "{%- set form = namespace(messages=[]) -%}"
+        "{%- for m in messages -%}"
+        f"{{%- set role = m[{role!r}] if m[{role!r}] is defined else m['role'] -%}}"
+        f"{{%- set content = m[{content!r}] if m[{content!r}] is defined else m['content'] -%}}"
+        f"{{%- set form.messages = form.messages + [{{'role': {table}.get(role, role), 'content': content}}] -%}}"
+        "{%- endfor -%}"
+        "{%- set messages = form.messages -%}\n"
+    )

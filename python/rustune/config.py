@@ -1,0 +1,444 @@
+"""`SFTConfig` and `TrainingArguments`: the settings of a run, as notebooks write them.
+
+What is not written is filled in by the engine, the one home of every default, as soon as the object is made: reading a
+field back gives what will run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from enum import Enum
+from typing import Any, ClassVar, Final, TypeVar
+
+from rustune import _native
+from rustune._native import ConfigError
+
+_T = TypeVar("_T")
+
+# Older spellings of the same setting.
+_ALIASES: Final = {
+    "evaluation_strategy": "eval_strategy",
+    "max_seq_length": "max_length",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+}
+
+# What the engine is told, and the kind of value it takes.
+_ENGINE: Final[dict[str, type]] = {
+    "per_device_train_batch_size": int,
+    "per_device_eval_batch_size": int,
+    "gradient_accumulation_steps": int,
+    "warmup_steps": float,
+    "warmup_ratio": float,
+    "max_steps": int,
+    "num_train_epochs": float,
+    "learning_rate": float,
+    "lr_scheduler_type": str,
+    "optim": str,
+    "weight_decay": float,
+    "adam_beta1": float,
+    "adam_beta2": float,
+    "adam_epsilon": float,
+    "max_grad_norm": float,
+    "logging_strategy": str,
+    "logging_steps": float,
+    "logging_first_step": bool,
+    "save_strategy": str,
+    "save_steps": float,
+    "save_total_limit": int,
+    "eval_strategy": str,
+    "eval_steps": float,
+    "seed": int,
+    "data_seed": int,
+    "output_dir": str,
+    "max_length": int,
+    "packing": bool,
+    "group_by_length": bool,
+    "neftune_noise_alpha": float,
+    "embedding_learning_rate": float,
+    "load_best_model_at_end": bool,
+}
+
+# What would change the result and is not there yet: only these values pass (falsy ones always do).
+_MISSING: Final[dict[str, tuple[Any, ...]]] = {
+    "auto_find_batch_size": (),
+    "chat_template_path": (),
+    "dataset_kwargs": (),
+    "dataloader_drop_last": (),
+    "deepspeed": (),
+    "eos_token": (),
+    "eval_delay": (),
+    "eval_on_start": (),
+    "eval_packing": (),
+    "fsdp": (),
+    "ignore_data_skip": (),
+    "label_smoothing_factor": (),
+    "loss_type": ("nll",),
+    "lr_scheduler_kwargs": (),
+    "model_init_kwargs": (),
+    "optim_args": (),
+    "optim_target_modules": (),
+    "pad_token": (),
+    "push_to_hub": (),
+    "save_only_model": (),
+}
+
+
+def _plain(value: Any) -> Any:
+    """An enum's value, a numpy number's number, a path's text; other things as they are."""
+    if isinstance(value, Enum):
+        value = value.value
+    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
+        value = value.item()
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    return value
+
+
+def _checked(name: str, value: Any, kind: type) -> Any:
+    """A value the engine can take, or an error that names the field."""
+    if value is None:
+        return None
+    expected = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}[kind]
+    fits = {
+        int: isinstance(value, int) or (isinstance(value, float) and value.is_integer()),
+        float: isinstance(value, (int, float)),
+        str: isinstance(value, str),
+        bool: isinstance(value, bool),
+    }[kind]
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{name} = {value!r}: expected {expected}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} = {value}: expected a finite number")
+    return int(value) if kind is int else value
+
+
+def unknown_argument(owner: str, name: str, known: Iterable[str]) -> ConfigError:
+    """Makes the error for an argument that does not exist.
+
+    Args:
+        owner: What was called.
+        name: The argument.
+        known: The names there are.
+
+    Returns:
+        The error, naming the nearest known argument.
+    """
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return ConfigError(f"{name}: {owner} has no such argument{hint}")
+
+
+def _names_unknown(cls: type[_T]) -> type[_T]:
+    """Lets a dataclass accept older spellings, and answer an unknown argument with the nearest known one."""
+    generated: Callable[..., None] = cls.__init__
+    known = {entry.name for entry in fields(cls) if entry.init}  # type: ignore[arg-type]
+
+    @functools.wraps(generated)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in list(kwargs):
+            right = _ALIASES.get(name, name)
+            if right not in known:
+                raise unknown_argument(cls.__name__, name, known | _ALIASES.keys())
+            if right == name:
+                continue
+            value = kwargs.pop(name)
+            if kwargs.get(right) not in (None, value):
+                raise ConfigError(f"{name} = {value!r}: contradicts {right} = {kwargs[right]!r}; write one of them")
+            kwargs[right] = value
+        generated(self, *args, **kwargs)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls
+
+
+@_names_unknown
+@dataclass
+class TrainingArguments:
+    """Settings of a run with transformers' defaults: batches of 8, AdamW, a log entry every 500 steps.
+
+    Fields that change nothing on a CPU, or nothing about the result, are accepted and ignored. A field whose feature is
+    not there yet is an error unless it is left at its default.
+
+    Raises:
+        ConfigError: For an unknown name, a value out of range, or what is not there yet.
+
+    Example:
+        >>> TrainingArguments(output_dir="outputs", max_steps=60).learning_rate
+        5e-05
+    """
+
+    preset: ClassVar[str] = "training_arguments"
+
+    # Any: None until the engine has filled it in; enums, paths and numpy's numbers are accepted.
+    output_dir: Any = None
+    per_device_train_batch_size: Any = None
+    per_device_eval_batch_size: Any = None
+    gradient_accumulation_steps: Any = None
+    warmup_steps: Any = None
+    warmup_ratio: Any = None
+    max_steps: Any = None
+    num_train_epochs: Any = None
+    learning_rate: Any = None
+    embedding_learning_rate: float | None = None
+    lr_scheduler_type: Any = None
+    lr_scheduler_kwargs: Any = None
+    optim: Any = None
+    optim_args: Any = None
+    optim_target_modules: Any = None
+    weight_decay: Any = None
+    adam_beta1: Any = None
+    adam_beta2: Any = None
+    adam_epsilon: Any = None
+    max_grad_norm: Any = None
+    label_smoothing_factor: float = 0.0
+    neftune_noise_alpha: float | None = None
+    seed: Any = None
+    data_seed: Any = None
+    logging_strategy: Any = None
+    logging_steps: Any = None
+    logging_first_step: Any = None
+    logging_dir: str | None = None
+    logging_nan_inf_filter: bool = True
+    save_strategy: Any = None
+    save_steps: Any = None
+    save_total_limit: int | None = None
+    save_only_model: bool = False
+    eval_strategy: Any = None
+    eval_steps: Any = None
+    eval_delay: float = 0
+    eval_on_start: bool = False
+    eval_accumulation_steps: int | None = None
+    do_train: bool = False
+    do_eval: bool = False
+    do_predict: bool = False
+    load_best_model_at_end: bool = False
+    metric_for_best_model: str | None = None
+    greater_is_better: bool | None = None
+    resume_from_checkpoint: Any = None
+    overwrite_output_dir: bool = False
+    ignore_data_skip: bool = False
+    fp16: bool = False
+    bf16: bool = False
+    fp16_full_eval: bool = False
+    bf16_full_eval: bool = False
+    tf32: bool | None = None
+    group_by_length: bool = False
+    length_column_name: str = "length"
+    auto_find_batch_size: bool = False
+    full_determinism: bool = False
+    gradient_checkpointing: bool | None = None
+    gradient_checkpointing_kwargs: Any = None
+    report_to: Any = None
+    run_name: str | None = None
+    disable_tqdm: bool | None = None
+    log_level: str = "passive"
+    log_level_replica: str = "warning"
+    log_on_each_node: bool = True
+    remove_unused_columns: bool = True
+    label_names: Any = None
+    prediction_loss_only: bool = False
+    dataloader_drop_last: bool = False
+    dataloader_num_workers: int = 0
+    dataloader_pin_memory: bool = True
+    dataloader_persistent_workers: bool = False
+    dataloader_prefetch_factor: int | None = None
+    include_tokens_per_second: bool = False
+    include_num_input_tokens_seen: Any = False
+    average_tokens_across_devices: bool = True
+    torch_compile: bool = False
+    torch_empty_cache_steps: int | None = None
+    use_cpu: bool = False
+    no_cuda: bool = False
+    use_liger_kernel: bool = False
+    deepspeed: Any = None
+    fsdp: Any = None
+    ddp_find_unused_parameters: bool | None = None
+    local_rank: int = -1
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_strategy: str = "every_save"
+    hub_token: str | None = field(default=None, repr=False)
+    hub_private_repo: bool | None = None
+    # What trl's SFTConfig adds. TrainingArguments take them too: notebooks mix both.
+    max_length: int | None = None
+    dataset_text_field: str = "text"
+    dataset_num_proc: int | None = None
+    dataset_kwargs: Any = None
+    completion_only_loss: bool | None = None
+    assistant_only_loss: bool = False
+    packing: bool = False
+    packing_strategy: str = "bfd"
+    padding_free: bool | None = None
+    eval_packing: bool | None = None
+    pad_to_multiple_of: int | None = None
+    pad_token: str | None = None
+    eos_token: str | None = None
+    chat_template_path: str | None = None
+    model_init_kwargs: Any = None
+    loss_type: str = "nll"
+    activation_offloading: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks every field and fills in what was not written."""
+        for name in _ENGINE:
+            setattr(self, name, _plain(getattr(self, name)))
+        for name, passes in _MISSING.items():
+            value = _plain(getattr(self, name))
+            if value and value not in passes:
+                raise ConfigError(f"{name} = {value!r}: not there yet; leave it out")
+        if self.fp16 and self.bf16:
+            raise ConfigError("fp16 = True: contradicts bf16 = True; dtype of from_pretrained chooses the arithmetic")
+        self._check_report_to()
+        self._fill_in()
+
+    @property
+    def train_batch_size(self) -> int:
+        """Rows of a micro-batch."""
+        return int(self.per_device_train_batch_size)
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Rows of an evaluation batch."""
+        return int(self.per_device_eval_batch_size)
+
+    @property
+    def max_seq_length(self) -> int | None:
+        """The older name of `max_length`."""
+        return self.max_length
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all fields; a token is not shown.
+
+        Returns:
+            Name to value.
+        """
+        shown = asdict(self)
+        if shown["hub_token"]:
+            shown["hub_token"] = "<HUB_TOKEN>"
+        return shown
+
+    def engine_options(self) -> str:
+        """Returns what the engine is told.
+
+        Returns:
+            JSON for `resolve_train_options` and `Model.train`.
+
+        Raises:
+            ConfigError: If a field holds what the engine cannot take.
+        """
+        written = {name: _checked(name, _plain(getattr(self, name)), kind) for name, kind in _ENGINE.items()}
+        return json.dumps(
+            {"preset": self.preset, **{name: value for name, value in written.items() if value is not None}}
+        )
+
+    def plan(self, n_rows: int) -> dict[str, int]:
+        """Returns the length of the run.
+
+        Args:
+            n_rows: Rows of the training data.
+
+        Returns:
+            steps_per_epoch, total_steps and epochs.
+
+        Raises:
+            ConfigError: If a field was changed to what cannot be used.
+        """
+        plan: dict[str, int] = json.loads(_native.resolve_train_options(self.engine_options(), n_rows))["plan"]
+        return plan
+
+    def _check_report_to(self) -> None:
+        named = self.report_to if isinstance(self.report_to, (list, tuple)) else [self.report_to]
+        # "all" means all that are installed; none is supported yet, so it is none.
+        missing = [name for name in named if name not in (None, "none", "all")]
+        if missing:
+            raise ConfigError(f'report_to = {missing[0]!r}: not there yet; use "none", or callbacks\' on_log')
+        self.report_to = "none"
+
+    def _fill_in(self) -> None:
+        resolved = json.loads(_native.resolve_train_options(self.engine_options(), 1))["train"]
+        adam = resolved["adam"]
+        self.per_device_train_batch_size = resolved["per_device_train_batch_size"]
+        self.per_device_eval_batch_size = resolved["per_device_eval_batch_size"]
+        self.gradient_accumulation_steps = resolved["gradient_accumulation_steps"]
+        self.warmup_steps = resolved["warmup"].get("steps", 0)
+        self.warmup_ratio = resolved["warmup"].get("share", 0.0)
+        self.max_steps = resolved["length"].get("steps", -1)
+        if "epochs" in resolved["length"]:
+            self.num_train_epochs = resolved["length"]["epochs"]
+        elif self.num_train_epochs is None:
+            unset = json.loads(_native.resolve_train_options(json.dumps({"preset": self.preset}), 1))["train"]
+            self.num_train_epochs = unset["length"]["epochs"]
+        self.learning_rate = resolved["learning_rate"]
+        self.lr_scheduler_type = self.lr_scheduler_type or resolved["schedule"]
+        self.optim = self.optim or {"adamw": "adamw_torch"}.get(resolved["optimizer"], resolved["optimizer"])
+        self.adam_beta1, self.adam_beta2, self.adam_epsilon = adam["beta1"], adam["beta2"], adam["eps"]
+        self.weight_decay = adam["weight_decay"]
+        self.max_grad_norm = resolved["max_grad_norm"]
+        self.logging_strategy, self.logging_steps = _when(resolved["logging"], self.logging_steps)
+        self.save_strategy, self.save_steps = _when(resolved["save"], self.save_steps)
+        self.eval_strategy, self.eval_steps = _when(resolved["eval"], self.eval_steps)
+        self.logging_first_step = resolved["logging_first_step"]
+        self.seed = resolved["seed"]
+        self.output_dir = resolved["output_dir"]
+
+
+@_names_unknown
+@dataclass
+class SFTConfig(TrainingArguments):
+    """Settings of a run with Unsloth's defaults: batches of 4 x 2, 8-bit AdamW, warm-up 0.1, a log entry every step.
+
+    The fields are those of `TrainingArguments`.
+
+    Raises:
+        ConfigError: For an unknown name, a value out of range, or what is not there yet.
+
+    Example:
+        >>> SFTConfig(learning_rate=2e-4, max_steps=60).gradient_accumulation_steps
+        2
+    """
+
+    preset: ClassVar[str] = "sft"
+
+
+def settings_from(args: Any) -> TrainingArguments:
+    """Returns settings of ours for what a trainer was given.
+
+    Args:
+        args: Settings of ours, an object of transformers or trl with `to_dict`, a mapping of names, or None.
+
+    Returns:
+        The object itself if it is ours; `SFTConfig` for a mapping or None.
+
+    Raises:
+        ConfigError: If something in it cannot be used.
+    """
+    if isinstance(args, TrainingArguments):
+        return args
+    if args is None:
+        return SFTConfig()
+    if isinstance(args, Mapping):
+        return SFTConfig(**args)
+    if not callable(getattr(args, "to_dict", None)):
+        raise ConfigError(f"args = {type(args).__name__}: expected SFTConfig or TrainingArguments")
+    written: dict[str, Any] = args.to_dict()
+    # Their objects list every reporter that happens to be installed, asked for or not.
+    reporters = written.pop("report_to", None)
+    if reporters and reporters not in ("none", ["none"], "all"):
+        warnings.warn(f"report_to = {reporters}: not there yet; nothing is reported", stacklevel=3)
+    known = {entry.name for entry in fields(TrainingArguments)}
+    return TrainingArguments(**{name: value for name, value in written.items() if name in known})
+
+
+def _when(resolved: str | dict[str, float], written: float | None) -> tuple[str, float | None]:
+    """Strategy and steps of something done in the course of a run."""
+    if isinstance(resolved, dict):
+        return "steps", next(iter(resolved.values()))
+    return {"never": "no"}.get(resolved, resolved), written

@@ -1,0 +1,556 @@
+"""`SFTTrainer`: rows in, a trained adapter out; the loop itself runs in Rust."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from rustune import _native, progress
+from rustune._native import ConfigError, DataError
+from rustune.callbacks import CallbackHandler, Observer, TrainerControl, TrainerState
+from rustune.config import SFTConfig, TrainingArguments, settings_from, unknown_argument
+from rustune.data import iter_columns
+from rustune.models import Model, native_tokenizer
+
+# Collators that only pad and copy ids to labels: rows are put together in the engine, which does neither need.
+_PLAIN_COLLATORS: Final = (
+    "DataCollatorForSeq2Seq",
+    "DataCollatorForLanguageModeling",
+    "DataCollatorWithPadding",
+    "DefaultDataCollator",
+    "default_data_collator",
+)
+# Arguments of other trainers' versions that only pass when they ask for nothing.
+_MISSING: Final = (
+    "compute_loss_func",
+    "dataset_kwargs",
+    "eval_packing",
+    "formatting_kwargs",
+    "infinite",
+    "model_init",
+    "model_init_kwargs",
+    "neftune_noise_alpha",
+    "num_of_sequences",
+    "optimizer_cls_and_kwargs",
+    "peft_config",
+    "preprocess_logits_for_metrics",
+)
+
+
+class TrainOutput(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        global_step: Optimizer steps made in all.
+        training_loss: Mean of the steps' losses.
+        metrics: train_runtime, train_samples_per_second, train_steps_per_second, train_tokens_per_second,
+            total_flos, train_loss and epoch.
+    """
+
+    global_step: int
+    training_loss: float
+    metrics: dict[str, float]
+
+
+class TokenisedDataset:
+    """Tokenised rows, by number or by column.
+
+    Args:
+        rows: The compiled rows.
+
+    Example:
+        >>> trainer.train_dataset[0]["labels"]  # doctest: +SKIP
+        [-100, -100, 512, 2]
+    """
+
+    column_names: Final = ["input_ids", "labels"]
+
+    def __init__(self, rows: _native.Rows) -> None:
+        self.rows = rows
+        self.report: dict[str, int] = json.loads(rows.report)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: int | str | slice) -> Any:
+        if isinstance(key, str):
+            return [row[key] for row in self]
+        if isinstance(key, slice):
+            picked = [self.rows[i] for i in range(*key.indices(len(self)))]
+            return {name: [row[name] for row in picked] for name in self.column_names}
+        return self.rows[int(key)]
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        return (self.rows[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"TokenisedDataset({len(self)} rows, {self.rows.n_tokens} tokens, {self.rows.n_trained} trained)"
+
+
+class SFTTrainer:
+    """Fine-tunes a model on text, conversations or rows of token ids.
+
+    Args:
+        model: From `FastLanguageModel`.
+        args: `SFTConfig` or `TrainingArguments`, ours or transformers'.
+        tokenizer: Ours or transformers'; the one the model was loaded with if not given.
+        processing_class: Another name of `tokenizer`.
+        train_dataset: `datasets`, lists of dicts, pandas, pyarrow, or a path to .jsonl or .parquet.
+        eval_dataset: The same, for evaluation.
+        dataset_text_field: The column of plain text; `args.dataset_text_field` if not given.
+        max_seq_length: Longest row in tokens; `args.max_length`, then the model's, if not given.
+        data_collator: A collator of transformers; it changes nothing.
+        dataset_num_proc: Makes no difference: all threads tokenise.
+        packing: Not there yet; rows are never padded anyway.
+        formatting_func: Turns a row, or a batch of columns, into text.
+        compute_metrics: Not there yet.
+        callbacks: `TrainerCallback` objects or classes, ours or transformers'.
+        optimizers: Not there yet.
+        **unknown: An error that names the nearest argument.
+
+    Raises:
+        ConfigError: For a setting that cannot be used.
+        DataError: If the rows cannot be read, or none can be trained on.
+
+    Example:
+        >>> SFTTrainer(model, SFTConfig(max_steps=60), train_dataset=rows).train()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        args: SFTConfig | TrainingArguments | Any = None,
+        *,
+        tokenizer: Any = None,
+        processing_class: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        dataset_text_field: str | None = None,
+        max_seq_length: int | None = None,
+        data_collator: Any = None,
+        dataset_num_proc: int | None = None,
+        dataset_batch_size: int | None = None,
+        packing: bool | None = None,
+        formatting_func: Callable[[Any], Any] | None = None,
+        compute_metrics: Any = None,
+        callbacks: Iterable[Any] | None = None,
+        optimizers: Any = (None, None),
+        **unknown: Any,
+    ) -> None:
+        for name, value in unknown.items():
+            if name not in _MISSING:
+                raise unknown_argument("SFTTrainer", name, _arguments())
+            if value:
+                raise ConfigError(f"{name}: not there yet; leave it out")
+        if not isinstance(model, Model):
+            raise ConfigError(
+                f"model = {type(model).__name__}: expected what FastLanguageModel.from_pretrained returns"
+            )
+        if packing:
+            raise ConfigError("packing = True: not there yet; rows are batched without padding anyway")
+        if compute_metrics is not None:
+            raise ConfigError("compute_metrics: not there yet; leave it out")
+        if any(part is not None for part in optimizers or ()):
+            raise ConfigError("optimizers: not there yet; use args.optim and args.lr_scheduler_type")
+        _check_collator(data_collator)
+        self.model = model
+        self.args = settings_from(args)
+        chosen = tokenizer if processing_class is None else processing_class
+        self.processing_class: Any = model.tokenizer if chosen is None else chosen
+        self._native_tokenizer = native_tokenizer(self.processing_class)
+        length = self.args.max_length if max_seq_length is None else max_seq_length
+        self.max_seq_length: int = model.max_seq_length if length is None else int(length)
+        self._text_field = dataset_text_field or self.args.dataset_text_field
+        self._formatting_func = formatting_func
+        self.train_dataset = self._read("train_dataset", train_dataset)
+        self.eval_dataset = self._read("eval_dataset", eval_dataset)
+        self.state = TrainerState()
+        context = {
+            "model": model,
+            "tokenizer": self.processing_class,
+            "processing_class": self.processing_class,
+            "optimizer": None,
+            "lr_scheduler": None,
+            "train_dataloader": None,
+            "eval_dataloader": None,
+        }
+        self._handler = CallbackHandler(callbacks or (), self.args, self.state, context)
+        self._handler.call("on_init_end")
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer; the older name of `processing_class`."""
+        return self.processing_class
+
+    @property
+    def control(self) -> TrainerControl:
+        """What the callbacks asked for."""
+        return self._handler.control
+
+    def train(self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None) -> TrainOutput:
+        """Trains.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder to go on from, or True for the newest complete one in
+                `output_dir`.
+
+        Returns:
+            Steps, loss and metrics.
+
+        Raises:
+            DataError: If there are no rows.
+            DivergedError: If the loss is no longer finite; the weights are those of the step before.
+            CheckpointError: If a checkpoint cannot be written or resumed from.
+            KeyboardInterrupt: On Ctrl-C, within a step; the model can be used as it is then.
+        """
+        if self.train_dataset is None:
+            raise DataError("train_dataset: not given")
+        resume = self._checkpoint(
+            self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        )
+        plan = self.args.plan(len(self.train_dataset))
+        self._begin(plan, resume)
+        shown = progress.choose(self.args.disable_tqdm)
+        shown.banner(self._banner(plan))
+        eval_rows = None if self.eval_dataset is None else self.eval_dataset.rows
+        try:
+            outcome = json.loads(
+                self.model.native.train(
+                    self.train_dataset.rows,
+                    eval_rows,
+                    self._engine_options(),
+                    self._recompute(),
+                    resume,
+                    Observer(self._handler, self._watcher(shown)),
+                    self._native_tokenizer,
+                    self.model.base_model,
+                )
+            )
+            metrics = self._metrics(outcome)
+            self._handler.logged({**metrics, "step": self.state.global_step})
+        finally:
+            shown.close()
+        self._handler.call("on_train_end")
+        return TrainOutput(outcome["global_step"], outcome["training_loss"], metrics)
+
+    def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Evaluates.
+
+        Args:
+            eval_dataset: Rows; those the trainer was made with if not given.
+            metric_key_prefix: What the names of the metrics begin with.
+
+        Returns:
+            The mean token loss, the time it took, and where training stands.
+
+        Raises:
+            DataError: If there are no rows, or no token has a label.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else self._read("eval_dataset", eval_dataset)
+        if dataset is None:
+            raise DataError("eval_dataset: not given; pass it here or to SFTTrainer")
+        started = time.monotonic()
+        loss, _ = self.model.native.evaluate(dataset.rows, self.args.eval_batch_size, None)
+        seconds = max(time.monotonic() - started, 1e-9)
+        metrics = {
+            f"{metric_key_prefix}_loss": loss,
+            f"{metric_key_prefix}_runtime": seconds,
+            f"{metric_key_prefix}_samples_per_second": len(dataset) / seconds,
+            f"{metric_key_prefix}_steps_per_second": -(-len(dataset) // self.args.eval_batch_size) / seconds,
+            "epoch": self.state.epoch,
+        }
+        self._handler.evaluated({**metrics, "step": self.state.global_step})
+        return metrics
+
+    def predict(self, *_: Any, **__: Any) -> None:
+        """Is not there yet.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError("predict: not there yet; call the model, or evaluate")
+
+    def hyperparameter_search(self, *_: Any, **__: Any) -> None:
+        """Is not there yet.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError("hyperparameter_search: not there yet")
+
+    def push_to_hub(self, *_: Any, **__: Any) -> None:
+        """Is not there yet.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError("push_to_hub: not there yet; use save_model and the hub's own tools")
+
+    def save_model(self, output_dir: str | os.PathLike[str] | None = None) -> None:
+        """Writes the adapter (or the whole model after full fine-tuning) and the tokenizer.
+
+        Args:
+            output_dir: A folder; `args.output_dir` if not given.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        folder = os.fspath(self.args.output_dir if output_dir is None else output_dir)
+        self.model.save_pretrained(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def save_state(self) -> None:
+        """Writes `trainer_state.json` into `args.output_dir`.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def add_callback(self, callback: Any) -> None:
+        """Adds a callback.
+
+        Args:
+            callback: An object, or a class that needs no arguments.
+
+        Raises:
+            ConfigError: If it is no callback.
+        """
+        self._handler.add(callback)
+
+    def pop_callback(self, callback: Any) -> Any:
+        """Takes out a callback.
+
+        Args:
+            callback: The object, or its class.
+
+        Returns:
+            The callback, or None if there was none.
+        """
+        return self._handler.pop(callback)
+
+    def remove_callback(self, callback: Any) -> None:
+        """Takes out a callback.
+
+        Args:
+            callback: The object, or its class.
+        """
+        self._handler.pop(callback)
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Makes a log entry.
+
+        Args:
+            logs: Names and values; epoch and step are added.
+            start_time: Makes no difference.
+        """
+        self._handler.logged({**logs, "epoch": self.state.epoch, "step": self.state.global_step})
+
+    def _read(self, what: str, dataset: Any) -> TokenisedDataset | None:
+        """Tokenises a dataset, and says what was left out."""
+        if dataset is None:
+            return None
+        if isinstance(dataset, TokenisedDataset):
+            return dataset
+        batches = iter_columns(dataset)
+        text_field = self._text_field
+        if self._formatting_func is not None:
+            batches, text_field = _formatted(batches, self._formatting_func), "text"
+        options = {
+            "text_field": text_field,
+            "max_length": self.max_seq_length,
+            "completion_only_loss": self.args.completion_only_loss,
+            "assistant_only_loss": self.args.assistant_only_loss,
+        }
+        made = TokenisedDataset(_native.Rows.read(self._native_tokenizer, json.dumps(options), batches))
+        left_out = [f"{made.report[why]} {said}" for why, said in _LEFT_OUT if made.report.get(why)]
+        if left_out:
+            warnings.warn(f"{what}: left out of {made.report['rows']} rows: {', '.join(left_out)}", stacklevel=3)
+        return made
+
+    def _checkpoint(self, wanted: str | os.PathLike[str] | bool | None) -> str | None:
+        """The checkpoint to go on from."""
+        if wanted is None or wanted is False:
+            return None
+        if wanted is not True:
+            return os.fspath(wanted)
+        path, skipped = _native.newest_checkpoint(self.args.output_dir)
+        for folder, reason in skipped:
+            warnings.warn(f"{folder}: passed over: {reason}", stacklevel=3)
+        if path is None:
+            print(f"{self.args.output_dir} holds no checkpoint to go on from: starting afresh")
+        return None if path is None else os.fspath(path)
+
+    def _begin(self, plan: dict[str, int], resume: str | None) -> None:
+        """Sets the state to the run's start, or to a checkpoint's."""
+        state, args = self.state, self.args
+        fresh = TrainerState(
+            max_steps=plan["total_steps"],
+            num_train_epochs=plan["epochs"],
+            train_batch_size=args.train_batch_size,
+            logging_steps=args.logging_steps,
+            eval_steps=args.eval_steps,
+            save_steps=args.save_steps,
+        )
+        if resume is not None and (file := Path(resume) / "trainer_state.json").is_file():
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            fresh.log_history = saved.get("log_history") or []
+        # The object stays the same: callbacks may hold it.
+        for entry in fields(TrainerState):
+            setattr(state, entry.name, getattr(fresh, entry.name))
+
+    def _engine_options(self) -> str:
+        return self.args.engine_options()
+
+    def _recompute(self) -> bool:
+        asked = self.args.gradient_checkpointing
+        return self.model.recompute if asked is None else bool(asked)
+
+    def _watcher(self, shown: progress.Progress) -> Callable[[str, Any], None]:
+        """Passes events on to the display."""
+
+        def watch(name: str, payload: Any) -> None:
+            if name == "train_begin":
+                shown.begin(self.state.global_step, self.state.max_steps)
+            elif name in ("substep_end", "step_end"):
+                shown.advance(self.state.global_step, self.state.num_input_tokens_seen)
+            elif name == "log":
+                shown.log(payload)
+            elif name == "evaluate":
+                shown.evaluation(payload)
+
+        return watch
+
+    def _metrics(self, outcome: dict[str, Any]) -> dict[str, float]:
+        seconds = max(outcome["seconds"], 1e-9)
+        self.state.total_flos = 6.0 * self.model.num_parameters() * outcome["tokens"]
+        return {
+            "train_runtime": seconds,
+            "train_samples_per_second": outcome["rows"] / seconds,
+            "train_steps_per_second": outcome["steps"] / seconds,
+            "train_tokens_per_second": outcome["tokens"] / seconds,
+            "total_flos": self.state.total_flos,
+            "train_loss": outcome["training_loss"],
+            "epoch": outcome["epoch"],
+        }
+
+    def _banner(self, plan: dict[str, int]) -> str:
+        """What is about to be done, in a few lines."""
+        dataset, args = self.train_dataset, self.args
+        if dataset is None:
+            return ""
+        trained, total = self.model.get_nb_trainable_parameters()
+        batch, accumulation = args.train_batch_size, int(args.gradient_accumulation_steps)
+        lines = [
+            f"{len(dataset):,} examples, {dataset.rows.n_tokens:,} tokens, {dataset.rows.n_trained:,} of them trained",
+            f"batch {batch} x {accumulation} accumulation, {plan['total_steps']:,} steps, {plan['epochs']} epochs",
+            f"{trained:,} of {total:,} parameters trained ({100 * trained / max(total, 1):.2f} %), {args.optim},"
+            f" learning rate {args.learning_rate:g} {args.lr_scheduler_type}",
+        ]
+        cut, rows = dataset.report.get("cut", 0), max(dataset.report.get("rows", 0), 1)
+        lines.append(
+            f"rows are cut after {self.max_seq_length:,} tokens: {100 * cut / rows:.1f} % of them"
+            + (f", {dataset.report.get('tokens_lost', 0):,} tokens lost" if cut else "")
+        )
+        return "\n".join(lines)
+
+
+_LEFT_OUT: Final = (("empty", "without text"), ("untrained", "without a trained token"))
+
+
+def train_on_responses_only(
+    trainer: SFTTrainer,
+    instruction_part: str | None = None,
+    response_part: str | None = None,
+    **ignored: Any,
+) -> SFTTrainer:
+    """Leaves only the answers to be trained, in the training and the evaluation rows.
+
+    Args:
+        trainer: The trainer; its datasets are replaced.
+        instruction_part: The text before each question; found from the chat template if not given.
+        response_part: The text before each answer; found from the chat template if not given.
+        **ignored: `num_proc` and the like.
+
+    Returns:
+        The same trainer.
+
+    Raises:
+        ConfigError: If only one of the two was given, or there is no tokenizer.
+        DataError: If no token would be trained, naming the marker and the nearest text found.
+
+    Example:
+        >>> trainer = train_on_responses_only(trainer)  # doctest: +SKIP
+    """
+    tokenizer = native_tokenizer(trainer.processing_class)
+    if tokenizer is None:
+        raise ConfigError("train_on_responses_only: needs a tokenizer; give one to SFTTrainer")
+    for name in ("train_dataset", "eval_dataset"):
+        dataset: TokenisedDataset | None = getattr(trainer, name)
+        if dataset is None:
+            continue
+        rows, _, _, dropped = dataset.rows.train_on_responses_only(tokenizer, instruction_part, response_part)
+        if dropped:
+            warnings.warn(f"{name}: {dropped} of {len(dataset)} rows have no answer and are left out", stacklevel=2)
+        setattr(trainer, name, TokenisedDataset(rows))
+    return trainer
+
+
+def _arguments() -> set[str]:
+    code = SFTTrainer.__init__.__code__
+    return set(code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount])
+
+
+def _check_collator(collator: Any) -> None:
+    """Refuses a collator that would do what the engine does not."""
+    if collator is None:
+        return
+    name = getattr(collator, "__name__", type(collator).__name__)
+    if name == "DataCollatorForCompletionOnlyLM":
+        raise ConfigError(f"data_collator = {name}: use train_on_responses_only(trainer) instead")
+    if name not in _PLAIN_COLLATORS:
+        raise ConfigError(f"data_collator = {name}: not there yet; rows are put together without padding by the engine")
+    if name == "DataCollatorForLanguageModeling" and getattr(collator, "mlm", False):
+        raise ConfigError("data_collator.mlm = True: expected False: the model predicts the next token")
+
+
+def _formatted(
+    batches: Iterable[dict[str, list[Any]]], function: Callable[[Any], Any]
+) -> Iterator[dict[str, list[Any]]]:
+    """Applies a formatting function, which takes a row or a batch of columns: tried out once."""
+    by_batch: bool | None = None
+    for batch in batches:
+        n_rows = len(next(iter(batch.values()), []))
+        if by_batch is None and n_rows:
+            by_batch = _takes_batches(function, batch)
+        if by_batch:
+            texts = function(batch)
+        else:
+            texts = [function({name: column[i] for name, column in batch.items()}) for i in range(n_rows)]
+            # Some return a list of one for a row.
+            texts = [text[0] if isinstance(text, list) and len(text) == 1 else text for text in texts]
+        wrong = [text for text in texts if not isinstance(text, str)]
+        if wrong or len(texts) != n_rows:
+            got = type(wrong[0]).__name__ if wrong else f"{len(texts)} texts for {n_rows} rows"
+            raise DataError(f"formatting_func: expected a text for each row, got {got}")
+        yield {"text": list(texts)}
+
+
+def _takes_batches(function: Callable[[Any], Any], batch: dict[str, list[Any]]) -> bool:
+    """Whether the function makes two texts of two rows given as columns."""
+    # A row function that returns [text] makes one of any batch, so two rows tell them apart.
+    two = {name: [column[0], column[-1]] for name, column in batch.items()}
+    try:
+        texts = function(two)
+    except Exception:  # whatever a function of the user's raises when it is given what it does not take
+        return False
+    return isinstance(texts, list) and len(texts) == 2 and all(isinstance(text, str) for text in texts)

@@ -1,0 +1,429 @@
+//! `Model`: loading, adapters, logits, generation and training (whose work is in `train.rs`).
+
+use super::rows::Rows;
+use super::tokenizer::Tokenizer;
+use super::{enter, parse, train};
+use crate::config::{GenerateOptions, LoraOptions, Quantization, QuantizationOptions};
+use crate::data::collate::collate;
+use crate::data::rows::Example;
+use crate::error::{Error, Result};
+use crate::generate::sampling::{Draw, Sampler, StopMatcher};
+use crate::generate::{Chooser, decode};
+use crate::io::os::with_pool;
+use crate::io::safetensors::Dtype;
+use crate::lora::peft::{self, Adapter};
+use crate::model::{LoadOptions, Model as Core, Quantize, save};
+use crate::ops::{Precision, Tokens};
+use crate::train::Recompute;
+use numpy::{PyArray1, PyArray2, PyArrayDyn, PyArrayMethods};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
+
+/// A loaded model.
+#[pyclass(module = "rustune._native", frozen)]
+pub(super) struct Model {
+    pub(super) state: RwLock<State>,
+}
+
+/// The model and the settings of its adapter.
+pub(super) struct State {
+    pub(super) core: Core,
+    pub(super) adapter: Option<Adapter>,
+}
+
+impl State {
+    /// Writes the adapter, or the whole model where all of it is trained.
+    pub(super) fn save(&self, folder: &Path, base_model: Option<&str>) -> Result<()> {
+        std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
+        write_weights(&self.core, self.adapter.as_ref(), folder, base_model)
+    }
+}
+
+/// See [`State::save`].
+pub(super) fn write_weights(
+    core: &Core,
+    adapter: Option<&Adapter>,
+    folder: &Path,
+    base_model: Option<&str>,
+) -> Result<()> {
+    let Some(adapter) = adapter else { return save::save(core, folder, checkpoint_dtype(core)) };
+    let base_model = base_model.map(str::to_owned).or_else(|| adapter.base_model.clone());
+    peft::save(core, &Adapter { base_model, lora: adapter.lora.clone() }, folder)
+}
+
+/// The dtype that `config.json` names, in which a trained model is written back.
+fn checkpoint_dtype(core: &Core) -> Dtype {
+    let json = &core.config.json;
+    match json["dtype"].as_str().or_else(|| json["torch_dtype"].as_str()) {
+        Some("bfloat16") => Dtype::BF16,
+        Some("float16") => Dtype::F16,
+        _ => Dtype::F32,
+    }
+}
+
+impl Model {
+    /// The model to read, unless it is being trained.
+    pub(super) fn read(&self) -> Result<RwLockReadGuard<'_, State>> {
+        match self.state.try_read() {
+            Ok(guard) => Ok(guard),
+            Err(TryLockError::Poisoned(poison)) => Ok(poison.into_inner()),
+            Err(TryLockError::WouldBlock) => Err(busy()),
+        }
+    }
+
+    /// The model to change, unless it is in use.
+    pub(super) fn write(&self) -> Result<RwLockWriteGuard<'_, State>> {
+        match self.state.try_write() {
+            Ok(guard) => Ok(guard),
+            Err(TryLockError::Poisoned(poison)) => Ok(poison.into_inner()),
+            Err(TryLockError::WouldBlock) => Err(busy()),
+        }
+    }
+}
+
+fn busy() -> Error {
+    Error::config("model", "in use", "the model is being trained or used by another thread; wait until that is done")
+}
+
+#[pymethods]
+impl Model {
+    /// Loads a Hugging Face folder.
+    #[staticmethod]
+    fn load(py: Python<'_>, folder: PathBuf, dtype: Option<&str>, quantization: &str) -> PyResult<Self> {
+        let quantization: QuantizationOptions = parse("quantization", quantization)?;
+        let precision = match dtype {
+            // bfloat16 only pays where the CPU has tiles for it; no table uses them yet.
+            None | Some("float32") => Precision::F32,
+            Some("bfloat16") => Precision::Bf16,
+            Some(other) => {
+                return Err(Error::config("dtype", other, "expected float32, bfloat16 or None").into());
+            }
+        };
+        let full_finetuning = quantization.full_finetuning == Some(true);
+        let quantize = match quantization.resolve()? {
+            Quantization::None => None,
+            Quantization::Nf4 { block_size, double_quant } => Some(Quantize { block_size, double_quant }),
+        };
+        let options = LoadOptions { precision, quantize, full_finetuning };
+        let core = enter(py, || with_pool(|| Core::load(&folder, &options)))?;
+        Ok(Self { state: RwLock::new(State { core, adapter: None }) })
+    }
+
+    /// Adds an untrained adapter; returns its settings as resolved.
+    fn add_adapter(&self, py: Python<'_>, options: &str) -> PyResult<String> {
+        let options: LoraOptions = parse("get_peft_model", options)?;
+        enter(py, || {
+            let mut state = self.write()?;
+            let lora = options.resolve(state.core.llama.layers.len())?;
+            peft::attach(&mut state.core, &lora)?;
+            let text = json!(lora).to_string();
+            state.adapter = Some(Adapter { base_model: None, lora });
+            Ok(text)
+        })
+    }
+
+    /// Adds the trained adapter of a PEFT folder; returns its settings as resolved.
+    fn load_adapter(&self, py: Python<'_>, folder: PathBuf) -> PyResult<String> {
+        enter(py, || {
+            let mut state = self.write()?;
+            let adapter = peft::load(&mut state.core, &folder)?;
+            let mut text = json!(adapter.lora);
+            text["base_model_name_or_path"] = json!(adapter.base_model);
+            state.adapter = Some(adapter);
+            Ok(text.to_string())
+        })
+    }
+
+    /// Writes the adapter as PEFT would.
+    #[pyo3(signature = (folder, base_model=None))]
+    fn save_adapter(&self, py: Python<'_>, folder: PathBuf, base_model: Option<String>) -> PyResult<()> {
+        enter(py, || {
+            let state = self.read()?;
+            if state.adapter.is_none() {
+                let expected = "has no adapter; call get_peft_model first";
+                return Err(Error::config("save_pretrained", "model", expected));
+            }
+            state.save(&folder, base_model.as_deref())
+        })
+    }
+
+    /// Writes a fully trained model: its config and its weights in the checkpoint's dtype.
+    fn save_full(&self, py: Python<'_>, folder: PathBuf) -> PyResult<()> {
+        enter(py, || {
+            let state = self.read()?;
+            std::fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, e))?;
+            save::save(&state.core, &folder, checkpoint_dtype(&state.core))
+        })
+    }
+
+    /// The text of config.json.
+    #[getter]
+    fn config(&self) -> PyResult<String> {
+        Ok(self.read()?.core.config.json.to_string())
+    }
+
+    /// What GEMM operands are rounded to.
+    #[getter]
+    fn dtype(&self) -> PyResult<&'static str> {
+        Ok(match self.read()?.core.ctx.precision {
+            Precision::F32 => "float32",
+            Precision::Bf16 => "bfloat16",
+        })
+    }
+
+    /// Where the model came from.
+    #[getter]
+    fn folder(&self) -> PyResult<PathBuf> {
+        Ok(self.read()?.core.folder.clone())
+    }
+
+    /// Whether there is an adapter.
+    #[getter]
+    fn has_adapter(&self) -> PyResult<bool> {
+        Ok(self.read()?.adapter.is_some())
+    }
+
+    /// Whether every tensor is trained.
+    #[getter]
+    fn is_fully_trained(&self) -> PyResult<bool> {
+        let state = self.read()?;
+        Ok(state.adapter.is_none() && !state.core.params.all().is_empty())
+    }
+
+    /// Trainable elements.
+    #[getter]
+    fn n_trainable(&self) -> PyResult<usize> {
+        Ok(self.read()?.core.params.n_elements())
+    }
+
+    /// All elements, those of the adapter included.
+    #[getter]
+    fn n_parameters(&self) -> PyResult<usize> {
+        Ok(self.read()?.core.n_parameters())
+    }
+
+    /// Bytes of all weights.
+    #[getter]
+    fn nbytes(&self) -> PyResult<usize> {
+        Ok(self.read()?.core.nbytes())
+    }
+
+    /// Tokens that end a generation.
+    #[getter]
+    fn eos_token_ids(&self) -> PyResult<Vec<u32>> {
+        Ok(self.read()?.core.config.eos_token_ids.clone())
+    }
+
+    /// The token that fills short rows.
+    #[getter]
+    fn pad_token_id(&self) -> PyResult<Option<u32>> {
+        Ok(self.read()?.core.config.pad_token_id)
+    }
+
+    /// The length the model was made for.
+    #[getter]
+    fn max_position_embeddings(&self) -> PyResult<usize> {
+        Ok(self.read()?.core.config.max_position_embeddings)
+    }
+
+    /// Number of tokens.
+    #[getter]
+    fn vocab_size(&self) -> PyResult<usize> {
+        Ok(self.read()?.core.config.vocab_size)
+    }
+
+    /// Logits of each row, f32 `[len, vocab]`.
+    fn logits<'py>(&self, py: Python<'py>, rows: Vec<Vec<u32>>) -> PyResult<Vec<Bound<'py, PyArray2<f32>>>> {
+        let (logits, vocab) = enter(py, || {
+            let state = self.read()?;
+            let tokens = Tokens::from_sequences(rows.iter().map(|row| &row[..]));
+            Ok((with_pool(|| state.core.logits(&tokens))?, state.core.config.vocab_size))
+        })?;
+        let mut rest = &logits[..];
+        rows.iter()
+            .map(|row| {
+                let (part, tail) = rest.split_at(row.len() * vocab);
+                rest = tail;
+                PyArray1::from_slice(py, part).reshape([row.len(), vocab])
+            })
+            .collect()
+    }
+
+    /// For each row, the negative log-likelihood of the next label, f32 `[len]`; 0 where it is -100 and at the end.
+    fn token_losses<'py>(
+        &self,
+        py: Python<'py>,
+        rows: Vec<Vec<u32>>,
+        labels: Vec<Vec<i32>>,
+    ) -> PyResult<Vec<Bound<'py, PyArray1<f32>>>> {
+        if rows.len() != labels.len() || rows.iter().zip(&labels).any(|(row, labels)| row.len() != labels.len()) {
+            let got = labels.iter().map(Vec::len).collect();
+            return Err(Error::Shape { op: "labels", expected: "the lengths of input_ids".into(), got }.into());
+        }
+        let examples: Vec<_> =
+            rows.into_iter().zip(labels).map(|(input_ids, labels)| Example { input_ids, labels }).collect();
+        let losses = enter(py, || {
+            let state = self.read()?;
+            let batch = collate(&examples.iter().zip(0..).collect::<Vec<_>>());
+            let (tokens, targets) = crate::train::run::split(batch);
+            with_pool(|| state.core.token_losses(&tokens, &targets))
+        })?;
+        let mut rest = &losses[..];
+        Ok(examples
+            .iter()
+            .map(|row| {
+                let (part, tail) = rest.split_at(row.input_ids.len());
+                rest = tail;
+                PyArray1::from_slice(py, part)
+            })
+            .collect())
+    }
+
+    /// Continues each prompt; returns the new ids, `num_return_sequences` for each prompt.
+    #[pyo3(signature = (prompts, options, tokenizer=None, on_token=None))]
+    fn generate(
+        &self,
+        py: Python<'_>,
+        prompts: Vec<Vec<u32>>,
+        options: &str,
+        tokenizer: Option<&Tokenizer>,
+        on_token: Option<Py<PyAny>>,
+    ) -> PyResult<Vec<Vec<u32>>> {
+        let options: GenerateOptions = parse("generate", options)?;
+        let settings = options.resolve()?;
+        let tokenizer = tokenizer.map(Tokenizer::shared);
+        if !settings.stop_strings.is_empty() && tokenizer.is_none() {
+            let expected = "needs the tokenizer: pass tokenizer=";
+            return Err(Error::config("stop_strings", settings.stop_strings.join(", "), expected).into());
+        }
+        enter(py, || {
+            let state = self.read()?;
+            let prompts: Vec<_> = prompts
+                .iter()
+                .flat_map(|prompt| std::iter::repeat_n(prompt.clone(), settings.num_return_sequences))
+                .collect();
+            let mut chooser = Chosen {
+                sampler: Sampler::new(settings.sampling, settings.repetition_penalty, settings.seed),
+                eos: settings.eos_token_ids.clone().unwrap_or_else(|| state.core.config.eos_token_ids.clone()),
+                tokenizer,
+                stops: vec![StopMatcher::new(settings.stop_strings.iter().cloned()); prompts.len()],
+                shown: vec![0; prompts.len()],
+                stop_strings: !settings.stop_strings.is_empty(),
+                on_token,
+                stopped: false,
+            };
+            let poll = || Python::attach(|py| py.check_signals()).map_err(callback);
+            with_pool_here(|| decode(&state.core, &prompts, settings.max_new_tokens, &mut chooser, &poll))
+        })
+    }
+
+    /// Trains on tokenised rows; returns the outcome as JSON.
+    #[pyo3(signature = (train, eval, options, recompute=true, resume=None, observer=None, tokenizer=None, base_model=None))]
+    #[expect(clippy::too_many_arguments, reason = "one call from the Python trainer, all by name")]
+    fn train(
+        &self,
+        py: Python<'_>,
+        train: &Rows,
+        eval: Option<&Rows>,
+        options: &str,
+        recompute: bool,
+        resume: Option<PathBuf>,
+        observer: Option<Py<PyAny>>,
+        tokenizer: Option<&Tokenizer>,
+        base_model: Option<String>,
+    ) -> PyResult<String> {
+        let call = train::Call {
+            eval: eval.map(|rows| rows.examples.clone()),
+            options: parse("SFTConfig", options)?,
+            recompute: if recompute { Recompute::EveryLayer } else { Recompute::Nothing },
+            resume,
+            observer,
+            tokenizer: tokenizer.map(Tokenizer::shared),
+            base_model,
+        };
+        let rows = train.examples.clone();
+        enter(py, || train::train(self, &rows, call))
+    }
+
+    /// Mean token loss over rows, and the number of tokens it is the mean of.
+    #[pyo3(signature = (rows, batch_size, observer=None))]
+    fn evaluate(
+        &self,
+        py: Python<'_>,
+        rows: &Rows,
+        batch_size: usize,
+        observer: Option<Py<PyAny>>,
+    ) -> PyResult<(f64, usize)> {
+        let rows = rows.examples.clone();
+        enter(py, || train::evaluate(self, &rows, batch_size, observer))
+    }
+
+    /// Copies of the trainable tensors by name.
+    fn parameters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let dict = PyDict::new(py);
+        for param in self.read()?.core.params.all() {
+            let array: Bound<'py, PyArrayDyn<f32>> =
+                PyArray1::from_slice(py, &param.data).reshape(param.shape.clone())?;
+            dict.set_item(&param.name, array)?;
+        }
+        Ok(dict)
+    }
+}
+
+/// A Python exception on its way through Rust.
+pub(super) fn callback(error: PyErr) -> Error {
+    Error::Callback(Box::new(error))
+}
+
+/// The pool for calls that may come back to this thread's Python (signals, streaming).
+fn with_pool_here<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    with_pool(work)
+}
+
+/// The user's settings and callback, as the decode loop asks for them.
+struct Chosen {
+    sampler: Sampler,
+    eos: Vec<u32>,
+    tokenizer: Option<Arc<crate::data::tokenizer::Tokenizer>>,
+    stops: Vec<StopMatcher>,
+    /// Bytes of each sequence's text that its stop matcher has seen.
+    shown: Vec<usize>,
+    stop_strings: bool,
+    on_token: Option<Py<PyAny>>,
+    stopped: bool,
+}
+
+impl Chooser for Chosen {
+    fn choose(&mut self, seq: usize, ids: &[u32], _: usize, logits: &mut [f32]) -> u32 {
+        self.sampler.choose(logits, ids, Draw { sequence: seq as u32, position: ids.len() as u32 })
+    }
+
+    fn accept(&mut self, seq: usize, token: u32, new_ids: &[u32]) -> Result<bool> {
+        let mut ends = self.eos.contains(&token);
+        if let (true, Some(tokenizer)) = (self.stop_strings, &self.tokenizer) {
+            let text = tokenizer.decode(new_ids, true)?;
+            // A piece that ends inside a character decodes differently once the rest is there: wait for it.
+            if !text.ends_with('\u{FFFD}') && text.is_char_boundary(self.shown[seq]) {
+                let mut out = String::new();
+                ends |= self.stops[seq].push(text.get(self.shown[seq]..).unwrap_or_default(), &mut out);
+                self.shown[seq] = text.len();
+            }
+        }
+        if let Some(on_token) = &self.on_token {
+            let answer = Python::attach(|py| {
+                let answer = on_token.call1(py, (seq, vec![token]))?;
+                answer.extract::<Option<bool>>(py)
+            });
+            self.stopped |= answer.map_err(callback)? == Some(true);
+        }
+        Ok(ends || self.stopped)
+    }
+}
+
+/// Adds the class to the module.
+pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<Model>()
+}

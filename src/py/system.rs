@@ -1,0 +1,98 @@
+//! Module functions about the machine, checkpoints, the hub and settings.
+
+use super::model::callback;
+use super::{enter, parse};
+use crate::config::TrainOptions;
+use crate::io::hub::{HubEvent, HubOptions, resolve_with};
+use crate::io::os;
+use crate::kernels;
+use crate::train::checkpoint;
+use pyo3::prelude::*;
+use serde_json::json;
+use std::path::PathBuf;
+
+/// Sets the number of threads that everything after this call computes with.
+#[pyfunction]
+fn set_num_threads(n_threads: usize) -> PyResult<()> {
+    Ok(os::set_num_threads(n_threads)?)
+}
+
+/// The number of threads that computations use.
+#[pyfunction]
+fn num_threads() -> PyResult<usize> {
+    Ok(os::num_threads()?)
+}
+
+/// What rustune runs on, as JSON.
+#[pyfunction]
+fn info() -> PyResult<String> {
+    let isas: Vec<_> = kernels::available().iter().map(|table| table.isa).collect();
+    Ok(json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "isa": kernels::active()?.isa,
+        "available_isas": isas,
+        "threads": os::num_threads()?,
+        "cpus": os::granted_cpus(),
+        "total_memory_bytes": os::total_memory_bytes(),
+        "available_memory_bytes": os::available_memory_bytes(),
+        "peak_rss_bytes": os::peak_rss_bytes(),
+    })
+    .to_string())
+}
+
+/// The newest complete checkpoint of a folder, and the newer ones that were passed over with the reason.
+#[pyfunction]
+fn newest_checkpoint(py: Python<'_>, output_dir: PathBuf) -> PyResult<(Option<PathBuf>, Vec<(PathBuf, String)>)> {
+    enter(py, || checkpoint::newest(&output_dir))
+}
+
+/// The folder of a model: a local one as it is, or that of a hub repository, downloaded where needed.
+///
+/// `on_event(kind, text, done, total)` hears of progress (bytes of the file `text`) and warnings.
+#[pyfunction]
+#[pyo3(signature = (name, revision=None, token=None, cache_dir=None, local_files_only=false, on_event=None))]
+fn resolve_model(
+    py: Python<'_>,
+    name: String,
+    revision: Option<String>,
+    token: Option<String>,
+    cache_dir: Option<PathBuf>,
+    local_files_only: bool,
+    on_event: Option<Py<PyAny>>,
+) -> PyResult<PathBuf> {
+    let options = HubOptions { revision, token, cache_dir, local_files_only };
+    let mut observe = |event: &HubEvent<'_>| {
+        let heard = Python::attach(|py| {
+            py.check_signals()?;
+            let Some(on_event) = &on_event else { return Ok(()) };
+            match event {
+                HubEvent::Progress { file, done_bytes, total_bytes } => {
+                    on_event.call1(py, ("progress", *file, *done_bytes, *total_bytes)).map(drop)
+                }
+                HubEvent::Warning(text) => on_event.call1(py, ("warning", *text, 0, 0)).map(drop),
+                HubEvent::Waiting => Ok(()),
+            }
+        });
+        heard.map_err(callback)
+    };
+    enter(py, || resolve_with(&name, &options, &mut observe))
+}
+
+/// Settings as they will run over `n_rows` rows, as JSON.
+#[pyfunction]
+fn resolve_train_options(options: &str, n_rows: usize) -> PyResult<String> {
+    let options: TrainOptions = parse("SFTConfig", options)?;
+    let train = options.resolve()?;
+    let plan = train.plan(n_rows)?;
+    Ok(json!({ "train": train, "plan": plan }).to_string())
+}
+
+/// Adds the functions to the module.
+pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_function(wrap_pyfunction!(set_num_threads, module)?)?;
+    module.add_function(wrap_pyfunction!(num_threads, module)?)?;
+    module.add_function(wrap_pyfunction!(info, module)?)?;
+    module.add_function(wrap_pyfunction!(resolve_model, module)?)?;
+    module.add_function(wrap_pyfunction!(newest_checkpoint, module)?)?;
+    module.add_function(wrap_pyfunction!(resolve_train_options, module)?)
+}

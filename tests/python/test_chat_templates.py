@@ -1,0 +1,140 @@
+"""Templates by name, and ShareGPT datasets."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+from test_tokenizer import make_tokenizer
+
+from rustune import ConfigError, DataError, Tokenizer
+from rustune.chat_templates import CHAT_TEMPLATES, get_chat_template, standardize_sharegpt
+
+TALK = [
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": "U"},
+    {"role": "assistant", "content": "A"},
+    {"role": "user", "content": "V"},
+]
+
+# What each format is, by its published description; `<eos>` stands for the tokenizer's own.
+EXPECTED = {
+    "chatml": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+    "<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n",
+    "llama-3": "<s><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>"
+    "\n\nU<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nA<|eot_id|><|start_header_id|>user<|end_header_id|>"
+    "\n\nV<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    "llama-3.1": "<s><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+    "Today Date: 26 July 2024\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nU<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nA<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nV<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "llama": "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nU [/INST] A </s><s>[INST] V [/INST]",
+    "mistral": "<s>[INST] S\n\nU [/INST] A</s>[INST] V [/INST]",
+    "zephyr": "<|system|>\nS</s>\n<|user|>\nU</s>\n<|assistant|>\nA</s>\n<|user|>\nV</s>\n<|assistant|>\n",
+    "vicuna": "<s>S USER: U ASSISTANT: A</s>USER: V ASSISTANT:",
+    "alpaca": "<s>S\n\n### Instruction:\nU\n\n### Response:\nA</s>\n\n### Instruction:\nV\n\n### Response:\n",
+    "unsloth": "<s>S\n>>> User: U\n>>> Assistant: A</s>\n>>> User: V\n>>> Assistant: ",
+    "phi-3": "<|system|>\nS<|end|>\n<|user|>\nU<|end|>\n<|assistant|>\nA<|end|>\n<|user|>\nV<|end|>\n<|assistant|>\n",
+    "phi-4": "<|im_start|>system<|im_sep|>S<|im_end|><|im_start|>user<|im_sep|>U<|im_end|>"
+    "<|im_start|>assistant<|im_sep|>A<|im_end|><|im_start|>user<|im_sep|>V<|im_end|><|im_start|>assistant<|im_sep|>",
+    "gemma": "<s><start_of_turn>user\nS\n\nU<end_of_turn>\n<start_of_turn>model\nA<end_of_turn>\n"
+    "<start_of_turn>user\nV<end_of_turn>\n<start_of_turn>model\n",
+}
+EXPECTED["qwen-2.5"] = EXPECTED["chatml"]
+ALIASES = {
+    "llama-3.2": "llama-3.1",
+    "llama-3.3": "llama-3.1",
+    "phi-3.5": "phi-3",
+    "gemma-2": "gemma",
+    "gemma-3": "gemma",
+}
+
+
+def quiet(tokenizer: Tokenizer, name: str, **options: object) -> Tokenizer:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_chat_template(tokenizer, name, map_eos_token=False, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    return make_tokenizer(tmp_path / "made", eos_token="</s>", chat_template=None)
+
+
+@pytest.mark.parametrize("name", list(CHAT_TEMPLATES))
+def test_every_name_renders_its_format(tokenizer: Tokenizer, name: str) -> None:
+    quiet(tokenizer, name)
+    text = tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
+    assert text == EXPECTED[ALIASES.get(name, name)]
+    # Every template marks its answers, so assistant_only_loss is exact, and its markers can be found.
+    marked = tokenizer.apply_chat_template(TALK[:3], return_dict=True, return_assistant_tokens_mask=True)
+    answer = [i for i, inside in zip(marked.input_ids, marked.assistant_masks, strict=True) if inside]
+    assert tokenizer.decode(answer).startswith("A") and len(answer) > 1
+    instruction, response = tokenizer.native.markers()
+    assert instruction.strip() in text and response.strip() in text
+
+
+def test_the_same_twice_is_the_same(tokenizer: Tokenizer) -> None:
+    quiet(tokenizer, "llama-3.1")
+    once = tokenizer.content_hash
+    quiet(tokenizer, "llama3.1")
+    assert tokenizer.content_hash == once
+
+
+def test_date_and_default_system_message(tokenizer: Tokenizer) -> None:
+    quiet(tokenizer, "llama-3.1", system_message='Say "hi"')
+    text = tokenizer.apply_chat_template(TALK[1:], tokenize=False, date_string="1 May 2020")
+    assert 'Today Date: 1 May 2020\n\nSay "hi"<|eot_id|>' in text
+    assert "Say" not in tokenizer.apply_chat_template(TALK, tokenize=False)
+
+
+def test_eos_is_what_ends_a_turn(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    get_chat_template(tokenizer, "chatml")
+    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token != "<|im_end|>"
+    other = make_tokenizer(tmp_path / "other", eos_token="</s>")
+    with pytest.warns(UserWarning) as caught:
+        get_chat_template(other, "gemma-2")
+    assert any("turns end with </s>" in str(w.message) for w in caught)
+    assert any("ordinary text: <start_of_turn>" in str(w.message) for w in caught)
+    assert other.apply_chat_template(TALK[1:3], tokenize=False).endswith("model\nA</s>\n")
+
+
+def test_pairs_mappings_and_wrong_names(tokenizer: Tokenizer) -> None:
+    get_chat_template(tokenizer, ("{{ messages[0].content }}", "</s>"))
+    assert tokenizer.apply_chat_template(TALK, tokenize=False) == "S"
+    form = {"role": "from", "content": "value", "user": "human", "assistant": "gpt"}
+    quiet(tokenizer, "zephyr", mapping=form)
+    theirs = [{"from": "human", "value": "U"}, {"from": "gpt", "value": "A"}]
+    assert tokenizer.apply_chat_template(theirs, tokenize=False) == "<|user|>\nU</s>\n<|assistant|>\nA</s>\n"
+    assert tokenizer.apply_chat_template(TALK[:1], tokenize=False) == "<|system|>\nS</s>\n"
+    with pytest.raises(ConfigError, match=r"llama-4.*llama-3.*did you mean"):
+        get_chat_template(tokenizer, "llama-4")
+    with pytest.raises(ConfigError, match="pair"):
+        get_chat_template(tokenizer, ("a", "b", "c"))
+
+
+def test_sharegpt_becomes_role_and_content() -> None:
+    rows = [
+        {"conversations": [{"from": "human", "value": "U"}, {"from": "gpt", "value": "A", "weight": None}], "id": 3}
+    ]
+    want = [{"conversations": [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}], "id": 3}]
+    strip = [
+        {**row, "conversations": [dict(sorted(m.items())) for m in row["conversations"]]}
+        for row in standardize_sharegpt(rows)
+    ]
+    assert strip == [{**row, "conversations": [dict(sorted(m.items())) for m in row["conversations"]]} for row in want]
+    assert standardize_sharegpt(want) == want
+    with pytest.raises(DataError, match="wizard"):
+        standardize_sharegpt([{"conversations": [{"from": "wizard", "value": "U"}]}])
+    with pytest.raises(DataError, match="conversations"):
+        standardize_sharegpt([{"text": "x"}])
+
+
+def test_sharegpt_in_datasets() -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"conversations": [{"from": "human", "value": "U"}, {"from": "gpt", "value": "A"}]}] * 3
+    made = standardize_sharegpt(datasets.Dataset.from_list(rows))
+    assert made[0]["conversations"][1] == {"role": "assistant", "content": "A"}
+    streamed = standardize_sharegpt(datasets.Dataset.from_list(rows).to_iterable_dataset())
+    assert next(iter(streamed))["conversations"][0] == {"role": "user", "content": "U"}

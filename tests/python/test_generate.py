@@ -1,0 +1,162 @@
+"""Generation: greedy, sampled, in batches, streamed, and where it stops."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from rustune import ConfigError, FastLanguageModel, Model, RustuneError
+
+PROMPT = [5, 9, 200, 31]
+# An id the model never prefers, so that nothing ends early.
+NEVER = {"eos_token_id": [263], "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Any]:
+    folder = tiny.write_model(tmp_path_factory.mktemp("llama"))
+    return FastLanguageModel.from_pretrained(str(folder), 64, dtype="float32", load_in_4bit=False)
+
+
+@pytest.fixture(scope="module")
+def model(loaded: tuple[Model, Any]) -> Model:
+    return loaded[0]
+
+
+def test_greedy_takes_the_likeliest_token_each_time(model: Model) -> None:
+    ids = list(PROMPT)
+    for _ in range(8):
+        ids.append(int(model([ids]).logits[0, -1].argmax()))
+    out = model.generate([PROMPT], max_new_tokens=8, **NEVER)
+    assert out.dtype == np.int64 and out.tolist() == [ids]
+    assert model.generate(PROMPT, max_new_tokens=8, use_cache=True, **NEVER).tolist() == [ids]
+    assert model.generate(inputs=[PROMPT], max_length=12, **NEVER).tolist() == [ids]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_gives_what_each_prompt_gives(model: Model, side: str) -> None:
+    prompts = [PROMPT, PROMPT[:2], [77, 78, 79]]
+    alone = [model.generate([prompt], max_new_tokens=6, **NEVER)[0, len(prompt) :].tolist() for prompt in prompts]
+    pads = [[tiny.PAD] * (4 - len(prompt)) for prompt in prompts]
+    rows = [(a + b) if side == "left" else (b + a) for a, b in zip(pads, prompts, strict=True)]
+    mask = [[int(id_ != tiny.PAD) for id_ in row] for row in rows]
+    out = model.generate(np.array(rows), attention_mask=np.array(mask), max_new_tokens=6, **NEVER)
+    assert out[:, :4].tolist() == rows
+    assert out[:, 4:].tolist() == alone
+    assert model.generate(rows, max_new_tokens=6, **NEVER).tolist() == out.tolist()
+
+
+def test_generation_ends_at_eos_and_is_filled_up(model: Model) -> None:
+    free = model.generate([PROMPT, PROMPT[:2]], max_new_tokens=8, **NEVER)[:, 4:]
+    eos = int(free[0][2])
+    first = free[0].tolist().index(eos)
+    if eos in free[1]:
+        pytest.fail("the two prompts must differ; choose another seed for the model")
+    out = model.generate([PROMPT, PROMPT[:2]], max_new_tokens=8, do_sample=False, eos_token_id=eos)[:, 4:]
+    assert out[0].tolist() == [*free[0][: first + 1].tolist(), *[tiny.PAD] * (7 - first)]
+    assert out[1].tolist() == free[1].tolist()
+
+
+class Streamer:
+    """What TextStreamer's interface is, and nothing of it."""
+
+    def __init__(self) -> None:
+        self.got: list[list[int]] = []
+        self.ended = False
+
+    def put(self, value: Any) -> None:
+        assert not self.ended
+        self.got.append(np.ravel(value).tolist())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_a_streamer_gets_the_prompt_and_every_token(model: Model) -> None:
+    streamer = Streamer()
+    out = model.generate([PROMPT], max_new_tokens=5, streamer=streamer, **NEVER)
+    assert streamer.ended and streamer.got[0] == PROMPT
+    assert [id_ for ids in streamer.got[1:] for id_ in ids] == out[0, 4:].tolist()
+    assert len(streamer.got) == 6
+    with pytest.raises(ConfigError, match="streamer"):
+        model.generate([PROMPT, PROMPT], streamer=Streamer())
+
+
+def test_what_a_streamer_raises_comes_out(model: Model) -> None:
+    class Broken(Streamer):
+        def put(self, value: Any) -> None:
+            if self.got:
+                raise ZeroDivisionError("mine")
+            super().put(value)
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        model.generate([PROMPT], max_new_tokens=5, streamer=Broken(), **NEVER)
+    assert model.generate([PROMPT], max_new_tokens=2, **NEVER).shape == (1, 6)
+
+
+def test_stop_strings_end_a_text(loaded: tuple[Model, Any]) -> None:
+    model, tokenizer = loaded
+    free = model.generate([PROMPT], max_new_tokens=12, **NEVER)[0, 4:].tolist()
+    # The first new byte that is plain text, whatever this random model happens to say.
+    at = next(i for i, id_ in enumerate(free) if 33 <= id_ < 127)
+    stop = chr(free[at])
+    at = free.index(free[at])
+    out = model.generate([PROMPT], max_new_tokens=12, stop_strings=[stop], tokenizer=tokenizer, **NEVER)[0, 4:].tolist()
+    assert out == free[: at + 1]
+    assert model.generate([PROMPT], max_new_tokens=12, stop_strings=stop, **NEVER)[0, 4:].tolist() == out
+
+
+def test_sampling_follows_the_seed(model: Model) -> None:
+    def draw(**settings: Any) -> list[list[int]]:
+        out: list[list[int]] = model.generate([PROMPT], max_new_tokens=10, temperature=1.5, **settings).tolist()
+        return out
+
+    assert draw(seed=1, do_sample=True) == draw(seed=1, do_sample=True)
+    assert len({str(draw(seed=seed, do_sample=True)) for seed in range(5)}) > 1
+    assert draw(seed=1, do_sample=True, top_k=1) == draw(**NEVER) or tiny.EOS in draw(seed=1, top_k=1)[0]
+    many = draw(seed=1, do_sample=True, num_return_sequences=4)
+    assert len(many) == 4 and len({str(row) for row in many}) > 1 and all(row[:4] == PROMPT for row in many)
+
+
+def test_a_generation_config_is_read_and_arguments_win(model: Model) -> None:
+    expected = model.generate([PROMPT], max_new_tokens=3, **NEVER).tolist()
+    config = SimpleNamespace(max_new_tokens=9, do_sample=False, eos_token_id=263, something_else=1, max_length=20)
+    assert model.generate([PROMPT], generation_config=config, max_new_tokens=3).tolist() == expected
+    assert model.generate([PROMPT], generation_config=config).shape == (1, 13)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_token": 3}, "max_new_tokens"),
+        ({"num_beams": 4}, "num_beams"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"max_length": 3}, "max_length"),
+        ({"num_return_sequences": 2, "do_sample": False}, "num_return_sequences"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(model: Model, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        model.generate([PROMPT], **settings)
+
+
+def test_prompts_that_cannot_be_are_named(model: Model) -> None:
+    with pytest.raises(RustuneError, match="row 1"):
+        model.generate([PROMPT, [tiny.PAD] * 4], **NEVER)
+    with pytest.raises(RustuneError, match="999"):
+        model.generate([[999]], **NEVER)
+
+
+def test_the_chat_template_ends_a_turn(loaded: tuple[Model, Any]) -> None:
+    model, tokenizer = loaded
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=True, add_generation_prompt=True, return_tensors="np"
+    )
+    ids = prompt["input_ids"] if hasattr(prompt, "keys") else prompt
+    assert np.ravel(ids).tolist() == [tiny.BOS, tiny.USER, *b"hi", tiny.EOS, tiny.ASSISTANT]
+    assert model.generate(prompt, max_new_tokens=2, **NEVER).shape == (1, 8)

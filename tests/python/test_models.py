@@ -1,0 +1,279 @@
+"""Loading, adapters, calling the model, and saving."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from rustune import ConfigError, DataError, FastLanguageModel, Model, ModelError, RustuneError, WeightsError
+
+IDS = [[5, 9, 200, 31, 7, 66], [40, 41, 42, 43, 44, 45]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("llama"))
+
+
+def load(folder: Path, **changes: Any) -> Model:
+    arguments = {"dtype": "float32", "load_in_4bit": False, **changes}
+    return FastLanguageModel.from_pretrained(str(folder), 64, **arguments)[0]
+
+
+def move(model: Model) -> None:
+    """Trains one step, so that the adapter differs from what it starts as."""
+    from rustune import SFTConfig, SFTTrainer
+
+    args = SFTConfig(max_steps=2, learning_rate=1e-2, warmup_ratio=0.0, save_strategy="no", disable_tqdm=True)
+    SFTTrainer(model, args, train_dataset=tiny.rows()).train()
+
+
+def test_four_bits_take_less_memory_and_nearly_say_the_same(folder: Path) -> None:
+    full, quantized = load(folder), load(folder, load_in_4bit=True)
+    assert quantized.get_memory_footprint() < full.get_memory_footprint()
+    assert quantized.num_parameters() == full.num_parameters()
+    a, b = full(IDS).logits, quantized(IDS).logits
+    assert a.shape == (2, 6, tiny.VOCAB) and a.dtype == np.float32
+    assert 0 < np.abs(a - b).max() < 0.5 * np.abs(a).max()
+
+
+def test_no_tokenizer_files_give_none_and_a_warning(tmp_path: Path) -> None:
+    tiny.write_model(tmp_path, tokenizer=False)
+    with pytest.warns(UserWarning, match="no tokenizer files"):
+        _, tokenizer = FastLanguageModel.from_pretrained(str(tmp_path))
+    assert tokenizer is None
+
+
+def test_unknown_arguments_are_named_in_one_warning(folder: Path) -> None:
+    with pytest.warns(UserWarning, match="fast_inference, gpu_memory_utilization") as caught:
+        load(folder, gpu_memory_utilization=0.5, fast_inference=True)
+    assert len(caught) == 1
+
+
+def test_a_literal_token_is_warned_about_and_not_shown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(UserWarning, match="HF_TOKEN") as caught:
+        load(folder, token="hf_secret")
+    assert "secret" not in str(caught[0].message).replace("a secret written", "")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(folder, token="hf_secret")
+
+
+def test_what_a_bitsandbytes_config_says_counts(folder: Path) -> None:
+    quantized = load(folder, load_in_4bit=None, quantization_config={"load_in_4bit": True})
+    assert quantized.get_memory_footprint() < load(folder).get_memory_footprint()
+    with pytest.raises(ConfigError, match="fp4"):
+        load(folder, load_in_4bit=True, quantization_config={"bnb_4bit_quant_type": "fp4"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"resize_model_vocab": 300}, "resize_model_vocab"),
+        ({"load_in_8bit": True}, "load_in_8bit"),
+        ({"load_in_4bit": True, "load_in_16bit": True}, "load_in_4bit"),
+        ({"dtype": "float16"}, "dtype = float16"),
+        ({"max_seq_length": 0}, "max_seq_length = 0"),
+    ],
+)
+def test_what_cannot_be_is_named(folder: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FastLanguageModel.from_pretrained(str(folder), **changes)
+
+
+def test_folders_that_cannot_be_loaded(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(OSError, match="nowhere"):
+        load(tmp_path / "nowhere")
+    other = tiny.write_model(tmp_path / "other", architectures=["MambaForCausalLM"], model_type="mamba")
+    with pytest.raises(ModelError, match=r"(?i)mamba"):
+        load(other)
+    cut = tmp_path / "cut"
+    shutil.copytree(folder, cut)
+    (cut / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(WeightsError, match=r"model\.safetensors"):
+        load(cut)
+    wide = tiny.write_model(tmp_path / "wide")
+    config = json.loads((wide / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
+    with pytest.raises(WeightsError, match=r"gate_proj|up_proj|down_proj"):
+        load(wide)
+
+
+def test_the_loss_is_the_mean_of_the_token_losses(folder: Path) -> None:
+    model = load(folder)
+    labels = [list(row) for row in IDS]
+    labels[0][:3] = [-100] * 3
+    labels[1][4] = -100
+    logits = model(IDS).logits.astype(np.float64)
+    losses = []
+    for row, targets in zip(logits, labels, strict=True):
+        for scores, target in zip(row, targets[1:], strict=False):
+            if target != -100:
+                losses.append(np.log(np.exp(scores - scores.max()).sum()) + scores.max() - scores[target])
+    out = model(IDS, labels=labels)
+    assert out.loss == pytest.approx(np.mean(losses), abs=1e-5)
+    assert isinstance(out.loss, float) and model(IDS).loss is None
+    assert out["loss"] == out[0] and out[1].shape == out.logits.shape
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(folder: Path, side: str) -> None:
+    model = load(folder)
+    short = IDS[0][:4]
+    padding = [tiny.PAD] * 2
+    row = padding + short if side == "left" else short + padding
+    mask = np.array([[0, 0, 1, 1, 1, 1] if side == "left" else [1, 1, 1, 1, 0, 0], [1] * 6])
+    alone, both = model([short]).logits[0], model([row, IDS[1]], attention_mask=mask).logits
+    np.testing.assert_allclose(both[0][mask[0] == 1], alone, atol=1e-5)
+    assert not both[0][mask[0] == 0].any()
+    np.testing.assert_allclose(both[1], model([IDS[1]]).logits[0], atol=1e-5)
+    # Without a mask the pad token marks padding.
+    np.testing.assert_array_equal(model([row, IDS[1]]).logits, both)
+    labels = [[-100 if id_ == tiny.PAD else id_ for id_ in row]]
+    assert model([row], labels=labels).loss == pytest.approx(float(model([short], labels=[short]).loss or 0), abs=1e-6)
+
+
+def test_what_tokenizers_and_torch_give_is_taken(folder: Path) -> None:
+    class Tensor:
+        def __init__(self, values: Any) -> None:
+            self.values = np.asarray(values)
+
+        def detach(self) -> Tensor:
+            return self
+
+        cpu = detach
+
+        def numpy(self) -> Any:
+            return self.values
+
+    model = load(folder)
+    expected = model(np.array(IDS)).logits
+    for given in (Tensor(IDS), IDS, {"input_ids": np.array(IDS), "attention_mask": np.ones((2, 6))}, tuple(IDS)):
+        np.testing.assert_array_equal(model(given).logits, expected)
+    _, tokenizer = FastLanguageModel.from_pretrained(str(folder))
+    assert model(**tokenizer(["abc", "abcdef"], padding=True, return_tensors="np")).logits.shape[:2] == (2, 6)
+
+
+@pytest.mark.parametrize(
+    ("ids", "arguments", "message"),
+    [
+        ([[1.5, 2.5]], {}, "whole numbers"),
+        ([[1, 2]], {"attention_mask": [[1]]}, "attention_mask"),
+        ([[1, 2]], {"labels": [[1, 2, 3]]}, "labels"),
+        ([[1, 2]], {"labels": [[-100, -100]]}, "labels"),
+        ([[1, 2]], {"attention_mask": [[0, 0]]}, "row 0"),
+        (None, {}, "input_ids"),
+    ],
+)
+def test_batches_that_do_not_fit(folder: Path, ids: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load(folder)(ids, **arguments)
+
+
+def test_ids_outside_the_vocabulary_are_named(folder: Path) -> None:
+    with pytest.raises(RustuneError, match=str(tiny.VOCAB)):
+        _ = load(folder)([[tiny.VOCAB]]).logits
+
+
+def test_an_untrained_adapter_changes_nothing_to_the_bit(folder: Path) -> None:
+    model = load(folder)
+    before = model(IDS).logits
+    assert FastLanguageModel.get_peft_model(model, r=4) is model
+    np.testing.assert_array_equal(model(IDS).logits, before)
+    # Per layer: r * (in + out) of the seven linear layers.
+    assert model.num_parameters(only_trainable=True) == 2 * 4 * (128 + 96 + 96 + 128 + 160 + 160 + 160)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_saved_adapter_says_the_same_when_loaded(folder: Path, tmp_path: Path, quantized: bool) -> None:
+    model = FastLanguageModel.get_peft_model(load(folder, load_in_4bit=quantized), r=4, lora_alpha=8)
+    base = model(IDS).logits
+    move(model)
+    trained = model(IDS).logits
+    assert np.abs(trained - base).max() > 1e-3
+    model.save_pretrained(tmp_path / "adapter")
+    again, tokenizer = FastLanguageModel.from_pretrained(
+        str(tmp_path / "adapter"), 64, dtype="float32", load_in_4bit=quantized
+    )
+    np.testing.assert_array_equal(again(IDS).logits, trained)
+    assert tokenizer is not None and again.adapter is not None and again.adapter["r"] == 4
+    # The same settings are no second adapter; others are an error.
+    FastLanguageModel.get_peft_model(again, r=4, lora_alpha=8)
+    with pytest.raises(ConfigError, match="r = 8"):
+        FastLanguageModel.get_peft_model(again, r=8, lora_alpha=8)
+
+
+def test_the_base_may_lie_beside_the_adapter(folder: Path, tmp_path: Path) -> None:
+    model = FastLanguageModel.get_peft_model(load(folder), r=4)
+    model.save_pretrained(tmp_path / "adapter")
+    shutil.copytree(folder, tmp_path / "base")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "../base"}))
+    assert load(tmp_path / "adapter").native.has_adapter
+
+
+def test_full_finetuning_saves_a_whole_model(folder: Path, tmp_path: Path) -> None:
+    model = load(folder, full_finetuning=True, load_in_4bit=None)
+    assert model.num_parameters(only_trainable=True) == model.num_parameters()
+    move(model)
+    model.save_pretrained(tmp_path / "model")
+    np.testing.assert_array_equal(load(tmp_path / "model")(IDS).logits, model(IDS).logits)
+    assert not np.array_equal(load(folder)(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 0}, "r = 0"),
+        ({"r": 8.0}, "r = 8.0"),
+        ({"target_modules": ["q_proj", "w_proj"]}, "w_proj"),
+        ({"lora_dropuot": 0.1}, "lora_dropout"),
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config"),
+        ({"layers_to_transform": [5]}, "layers_to_transform"),
+    ],
+)
+def test_adapters_that_cannot_be_are_named(folder: Path, changes: dict[str, Any], message: str) -> None:
+    model = load(folder)
+    with pytest.raises(RustuneError, match=message):
+        FastLanguageModel.get_peft_model(model, **changes)
+    # And nothing was half done.
+    assert not model.native.has_adapter
+    FastLanguageModel.get_peft_model(model, r=2)
+
+
+def test_the_model_answers_what_notebooks_ask(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = FastLanguageModel.get_peft_model(load(folder), r=4)
+    model.print_trainable_parameters()
+    assert "trainable params: 7,424 ||" in capsys.readouterr().out
+    model.config.use_cache = False
+    assert model.config.hidden_size == 64 and model.config.get("nothing") is None and "vocab_size" in model.config
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = model.config.nothing
+    assert model.device == "cpu" == model.device.type and model.dtype == "float32"
+    assert model.to("cuda").eval().train().cpu() is model
+    assert FastLanguageModel.for_training(FastLanguageModel.for_inference(model)).training
+
+
+@pytest.mark.parametrize("name", ["save_pretrained_gguf", "push_to_hub", "push_to_hub_merged", "merge_and_unload"])
+def test_what_is_not_there_yet_says_so(folder: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="not there yet"):
+        getattr(load(folder), name)("somewhere")
+
+
+def test_a_model_without_anything_trained_is_not_saved(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing to save"):
+        load(folder).save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
