@@ -16,7 +16,7 @@ GOLDEN_VENV := .venv-golden
 
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find src -name '*.rs' -o -name '*.jinja')
 PYTHON_SOURCES := pyproject.toml README.md LICENSE $(shell find python -type f -not -name '*.so' -not -path '*/__pycache__/*')
-PYTHON_DIRS := python tests/python scripts $(wildcard tests/golden/*.py)
+TYPED := python scripts $(wildcard tests/golden/*.py)
 
 .PHONY: help
 help: ## list the targets
@@ -41,7 +41,7 @@ check: $(VENV)/installed $(VENV)/fetched ## formatters, linters, type checkers, 
 	cargo clippy --locked --offline --all-targets --features python -- -D warnings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict $(PYTHON_DIRS)
+	$(BIN)/mypy --strict $(TYPED)
 	MYPYPATH=python $(BIN)/python -m mypy.stubtest rustune._native
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --offline --no-deps
 	$(BIN)/typos
@@ -88,10 +88,10 @@ $(GOLDEN_VENV)/ready: tests/golden/requirements.txt
 	$(call make_venv,$(GOLDEN_VENV),$<)
 	@touch $@
 
-# The crates of Cargo.lock for this platform, so that everything after runs offline.
+# The crates of Cargo.lock for every platform (maturin asks for them all), so that everything after runs offline.
 $(VENV)/fetched: Cargo.lock $(VENV)/ready
 	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust, https://rustup.rs" >&2; exit 1; }
-	cargo fetch --locked --target "$$(rustc -vV | sed -n 's/^host: //p')"
+	cargo fetch --locked
 	@touch $@
 
 $(VENV)/installed: $(VENV)/ready $(VENV)/fetched $(RUST_SOURCES) $(PYTHON_SOURCES)

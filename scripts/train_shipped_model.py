@@ -90,37 +90,16 @@ def first_weights(settings: dict[str, Any]) -> dict[str, NDArray[np.float32]]:
     return weights | {"model.norm.weight": np.ones(hidden, np.float32)}
 
 
-def write_safetensors(path: Path, tensors: dict[str, NDArray[Any]]) -> None:
-    """Writes float32 arrays, and uint16 arrays as the bfloat16 numbers they hold."""
+def write_safetensors(path: Path, tensors: dict[str, NDArray[np.float32]]) -> None:
+    """Writes float32 arrays."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, array in tensors.items():
-        kind = {"float32": "F32", "uint16": "BF16"}[array.dtype.name]
-        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
+        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
         at += array.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(a.tobytes() for a in tensors.values()))
-
-
-def read_safetensors(path: Path) -> dict[str, NDArray[np.float32]]:
-    """Reads float32 tensors."""
-    data = path.read_bytes()
-    (size,) = struct.unpack("<Q", data[:8])
-    tensors = {}
-    for name, entry in json.loads(data[8 : 8 + size]).items():
-        if name != "__metadata__":
-            if entry["dtype"] != "F32":
-                raise ValueError(f"{path}: {name}: expected F32, got {entry['dtype']}")
-            start, end = (8 + size + offset for offset in entry["data_offsets"])
-            tensors[name] = np.frombuffer(data[start:end], "<f4").reshape(entry["shape"])
-    return tensors
-
-
-def to_bfloat16(array: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Rounds to bfloat16, to nearest even; the result holds the bits."""
-    bits = array.astype("<f4").view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def rows(ids: dict[str, int], count: int) -> list[dict[str, list[int]]]:
@@ -150,8 +129,8 @@ def shuffled(count: int) -> list[int]:
     return order
 
 
-def write_folder(folder: Path, tokens: list[str], tensors: dict[str, NDArray[Any]]) -> None:
-    """Writes config, weights and tokenizer."""
+def write_folder(folder: Path, tokens: list[str]) -> None:
+    """Writes config and tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     contents = {
         "config.json": config(len(tokens)),
@@ -160,7 +139,6 @@ def write_folder(folder: Path, tokens: list[str], tensors: dict[str, NDArray[Any
     }
     for name, content in contents.items():
         (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_safetensors(folder / "model.safetensors", tensors)
 
 
 def main() -> None:
@@ -175,7 +153,9 @@ def main() -> None:
     ids = {token: place for place, token in enumerate(tokens)}
     with tempfile.TemporaryDirectory() as scratch:
         start, done = Path(scratch, "start"), Path(scratch, "done")
-        write_folder(start, tokens, first_weights(config(len(tokens))))
+        weights = first_weights(config(len(tokens)))
+        write_folder(start, tokens)
+        write_safetensors(start / "model.safetensors", weights)
         model, _ = FastLanguageModel.from_pretrained(
             str(start), max_seq_length=ROW, dtype="float32", load_in_4bit=False, full_finetuning=True
         )
@@ -193,7 +173,7 @@ def main() -> None:
                 weight_decay=0.05,
                 adam_beta2=0.98,
                 optim="adamw_torch",
-                logging_steps=50,
+                logging_steps=min(50, options.steps),
                 save_strategy="no",
                 seed=SEED,
             ),
@@ -202,9 +182,8 @@ def main() -> None:
         trainer.train()
         minutes = (time.monotonic() - started) / 60
         model.save_pretrained(str(done))
-        weights = read_safetensors(done / "model.safetensors")
-
-    write_folder(options.out, tokens, {name: to_bfloat16(array) for name, array in weights.items()})
+        write_folder(options.out, tokens)
+        shutil.copyfile(done / "model.safetensors", options.out / "model.safetensors")  # in config.json's bfloat16
     shutil.copyfile(ROOT / "LICENSE", options.out / "LICENSE")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     (options.out / "README.md").write_text(

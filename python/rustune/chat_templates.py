@@ -11,10 +11,10 @@ from functools import cache
 from importlib import resources
 from typing import Any, Final, NamedTuple
 
-from rustune._native import ConfigError, DataError
-
 from rustune import _native
+from rustune._native import ConfigError, DataError
 from rustune.data import iter_columns
+from rustune.trainer import train_on_responses_only
 
 
 class ChatTemplate(NamedTuple):

@@ -111,6 +111,10 @@ class ModelConfig:
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"config.json has no {name}")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Notebooks write use_cache and the like; the engine keeps to the file.
+        self.__dict__[name] = value
+
     def __getitem__(self, name: str) -> Any:
         return self.__dict__[name]
 
@@ -245,7 +249,8 @@ def _rectangle(name: str, value: Any, fill: int) -> tuple[NDArray[np.int64], NDA
 
 
 def _whole(name: str, array: NDArray[Any]) -> None:
-    if array.size and array.dtype.kind not in "iub":
+    # A mask made by np.ones is of floats.
+    if array.size and array.dtype.kind not in ("iubf" if name == "attention_mask" else "iub"):
         raise DataError(f"{name}: expected whole numbers, got {array.dtype}")
 
 

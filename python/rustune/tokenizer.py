@@ -10,9 +10,9 @@ from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from rustune._native import ConfigError, DataError, HubError, TokenizerError
 
 from rustune import _native
+from rustune._native import ConfigError, DataError, HubError, TokenizerError
 
 IGNORE: Final = -100
 """The label of a token that is not trained."""

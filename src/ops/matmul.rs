@@ -16,6 +16,8 @@ use std::cell::RefCell;
 const KC: usize = 256;
 /// Columns of C that one task takes.
 const NC: usize = 192;
+/// Up to this many columns, B is packed once for all tasks and the tasks share the rows.
+const THIN: usize = 768;
 /// Rows of A that are packed at a time: bounds the packed copy.
 const MC: usize = 1920;
 /// Up to this many rows, `X · Wᵀ` is a row of dot products straight from the weight's storage.
@@ -109,21 +111,46 @@ pub fn gemm(ctx: &Ctx, g: &Gemm<'_>, c: &mut [f32]) {
         few_rows(ctx, g, weight, data, row_stride, c);
         return;
     }
+    let shared = (g.n <= THIN).then(|| pack_all_b(ctx, g));
     for m0 in (0..g.m).step_by(MC) {
         let rows = MC.min(g.m - m0);
         let packed = pack_a(ctx, g, m0, rows);
         let c_band = &mut c[m0 * g.n..(m0 + rows) * g.n];
-        // Thin products have too few column blocks to keep the threads busy: cut the rows as well.
-        let row_step = if g.n > 4 * NC { rows } else { 8 * ctx.kernels.mr };
-        let tiles = split_grid(c_band, g.n, &bounds(rows, row_step), &bounds(g.n, NC));
+        let (row_step, col_step) = if shared.is_some() { (8 * ctx.kernels.mr, g.n) } else { (rows, NC) };
+        let tiles = split_grid(c_band, g.n, &bounds(rows, row_step), &bounds(g.n, col_step));
         tiles.into_par_iter().for_each(|tile| {
-            SCRATCH.with_borrow_mut(|scratch| multiply(ctx, g, &packed, rows, tile, scratch));
+            SCRATCH.with_borrow_mut(|scratch| multiply(ctx, g, (&packed, rows), shared.as_deref(), tile, scratch));
         });
     }
 }
 
+/// All of B as `[k block][panel of nr columns][depth][nr]`, for products whose tiles all need it.
+fn pack_all_b(ctx: &Ctx, g: &Gemm<'_>) -> Buf {
+    let nr = ctx.kernels.nr;
+    let width = g.n.div_ceil(nr) * nr;
+    let mut packed = ctx.buf(width * g.k);
+    packed.par_chunks_mut(KC * width).enumerate().for_each(|(block, out)| {
+        let ks = block * KC..g.k.min((block + 1) * KC);
+        let depth = ks.len();
+        out.par_chunks_mut(depth * nr).enumerate().for_each(|(panel, out)| {
+            SCRATCH.with_borrow_mut(|scratch| {
+                pack_b(ctx, g, ks.clone(), panel * nr..g.n.min((panel + 1) * nr), scratch);
+                out.copy_from_slice(&scratch.panel);
+            });
+        });
+    });
+    packed
+}
+
 /// All of k for one tile of C, whose `row0` counts from the packed band's first row.
-fn multiply(ctx: &Ctx, g: &Gemm<'_>, packed: &[f32], band_rows: usize, mut tile: TileMut<'_>, scratch: &mut Scratch) {
+fn multiply(
+    ctx: &Ctx,
+    g: &Gemm<'_>,
+    (packed, band_rows): (&[f32], usize),
+    shared_b: Option<&[f32]>,
+    mut tile: TileMut<'_>,
+    scratch: &mut Scratch,
+) {
     let Kernels { mr, nr, gemm_tile, axpy, .. } = *ctx.kernels;
     let panels_of_a = band_rows.div_ceil(mr);
     let (rows, cols, row0, col0) = (tile.rows(), tile.cols(), tile.row0, tile.col0);
@@ -131,9 +158,15 @@ fn multiply(ctx: &Ctx, g: &Gemm<'_>, packed: &[f32], band_rows: usize, mut tile:
     let out = &mut out[..mr * nr];
     for (block, k0) in (0..g.k).step_by(KC).enumerate() {
         let depth = KC.min(g.k - k0);
-        pack_b(ctx, g, k0..k0 + depth, col0..col0 + cols, scratch);
+        let panels_of_b = cols.div_ceil(nr);
+        let b_block = if let Some(shared) = shared_b {
+            &shared[block * KC * panels_of_b * nr..][..panels_of_b * nr * depth]
+        } else {
+            pack_b(ctx, g, k0..k0 + depth, col0..col0 + cols, scratch);
+            &scratch.panel[..]
+        };
         let a_block = &packed[block * KC * panels_of_a * mr..];
-        for (j, b_panel) in scratch.panel.chunks_exact(depth * nr).enumerate() {
+        for (j, b_panel) in b_block.chunks_exact(depth * nr).enumerate() {
             let width = nr.min(cols - j * nr);
             for i in (0..rows).step_by(mr) {
                 let a_panel = &a_block[(row0 + i) * depth..][..depth * mr];
@@ -171,14 +204,30 @@ fn pack_panel(a: &Operand<'_>, i0: usize, count: usize, k0: usize, out: &mut [f3
     if count < width {
         out.fill(0.0);
     }
-    for (p, out) in out.chunks_exact_mut(width).enumerate() {
-        let base = i0 * row_stride + (k0 + p) * col_stride;
-        if row_stride == 1 {
+    if row_stride == 1 {
+        for (p, out) in out.chunks_exact_mut(width).enumerate() {
+            let base = i0 + (k0 + p) * col_stride;
             out[..count].copy_from_slice(&data[base..base + count]);
-        } else {
-            for (i, out) in out[..count].iter_mut().enumerate() {
-                *out = data[base + i * row_stride];
-            }
+        }
+        return;
+    }
+    assert_eq!(col_stride, 1, "gemm: one stride of a dense operand is 1");
+    let depth = out.len() / width;
+    let row = |i: usize| &data[(i0 + i) * row_stride + k0..][..depth];
+    interleave(count, row, out, width, 0);
+}
+
+/// `out[p, first + i] = row(i)[p]`, four rows at a time, so that a line of `out` is written four elements at once.
+fn interleave<'a>(count: usize, row: impl Fn(usize) -> &'a [f32], out: &mut [f32], width: usize, first: usize) {
+    for i in (0..count - count % 4).step_by(4) {
+        let (a, b, c, d) = (row(i), row(i + 1), row(i + 2), row(i + 3));
+        for ((((out, a), b), c), d) in out.chunks_exact_mut(width).zip(a).zip(b).zip(c).zip(d) {
+            out[first + i..first + i + 4].copy_from_slice(&[*a, *b, *c, *d]);
+        }
+    }
+    for i in count - count % 4..count {
+        for (out, value) in out.chunks_exact_mut(width).zip(row(i)) {
+            out[first + i] = *value;
         }
     }
 }
@@ -189,8 +238,10 @@ fn pack_b(ctx: &Ctx, g: &Gemm<'_>, ks: std::ops::Range<usize>, js: std::ops::Ran
     let (depth, cols) = (ks.len(), js.len());
     let panels = cols.div_ceil(nr);
     let Scratch { panel, row } = scratch;
-    panel.clear();
     panel.resize(panels * depth * nr, 0.0);
+    if cols % nr != 0 {
+        panel[(panels - 1) * depth * nr..].fill(0.0);
+    }
     let bf16 = ctx.precision == Precision::Bf16;
     match g.b {
         Operand::Dense { data, row_stride, col_stride } => {
@@ -215,7 +266,6 @@ fn pack_b(ctx: &Ctx, g: &Gemm<'_>, ks: std::ops::Range<usize>, js: std::ops::Ran
             }
         }
         Operand::WeightT(weight) => {
-            // Four weight rows at a time: each cache line of the panel is written four elements at once.
             row.resize(4 * depth, 0.0);
             for (j, out) in panel.chunks_exact_mut(depth * nr).enumerate() {
                 let width = nr.min(cols - j * nr);
@@ -227,11 +277,7 @@ fn pack_b(ctx: &Ctx, g: &Gemm<'_>, ks: std::ops::Range<usize>, js: std::ops::Ran
                     if bf16 {
                         (ctx.kernels.round_bf16)(&mut row[..count * depth]);
                     }
-                    for (p, out) in out.chunks_exact_mut(nr).enumerate() {
-                        for i in 0..count {
-                            out[i0 + i] = row[i * depth + p];
-                        }
-                    }
+                    interleave(count, |i| &row[i * depth..][..depth], out, nr, i0);
                 }
             }
         }

@@ -31,6 +31,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     tokenizer::register(module)?;
     rows::register(module)?;
     model::register(module)?;
+    system::register(module)?;
     nf4::register(module)?;
-    system::register(module)
+    Ok(())
 }

@@ -227,8 +227,8 @@ def test_the_table_of_notebooks_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     handle = SimpleNamespace(update=shown.append)
     display = SimpleNamespace(HTML=str, display=lambda html, display_id: handle)
     ipython = SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=1), display=display)
-    monkeypatch.setitem(sys.modules, "IPython", ipython)  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "IPython.display", display)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
     table = choose()
     table.begin(0, 2)
     table.log({"step": 1, "loss": 2.5})

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from rustune.chat_templates import train_on_responses_only
 
 from rustune import (
     CheckpointError,
@@ -28,6 +27,7 @@ from rustune import (
     TrainerCallback,
     TrainingArguments,
 )
+from rustune.chat_templates import train_on_responses_only
 
 Make = Callable[..., SFTTrainer]
 
@@ -313,7 +313,8 @@ def test_settings_read_back_as_they_will_run() -> None:
     )
     assert (config.optim, config.seed, config.logging_steps, config.output_dir) == ("adamw_8bit", 3407, 1, "outputs")
     assert (config.warmup_ratio, config.num_train_epochs, config.max_steps, config.weight_decay) == (0.1, 3, -1, 0.001)
-    theirs = TrainingArguments("here", max_steps=60, warmup_steps=5, evaluation_strategy="epoch")
+    older: dict[str, Any] = {"evaluation_strategy": "epoch"}
+    theirs = TrainingArguments("here", max_steps=60, warmup_steps=5, **older)
     assert (theirs.per_device_train_batch_size, theirs.optim, theirs.seed) == (8, "adamw_torch", 42)
     assert (theirs.output_dir, theirs.max_steps, theirs.warmup_steps, theirs.eval_strategy) == ("here", 60, 5, "epoch")
     assert (theirs.num_train_epochs, theirs.warmup_ratio, theirs.logging_steps) == (3, 0, 500)
@@ -323,7 +324,7 @@ def test_settings_read_back_as_they_will_run() -> None:
     assert config.plan(8) == {"steps_per_epoch": 2, "total_steps": 2, "epochs": 1}
     assert SFTConfig(hub_token="hf_secret").to_dict()["hub_token"] == "<HUB_TOKEN>"
     assert "hf_secret" not in repr(SFTConfig(hub_token="hf_secret"))
-    assert SFTConfig(max_seq_length=17).max_length == 17 and SFTConfig(report_to=["none"]).report_to == "none"
+    assert SFTConfig(**{"max_seq_length": 17}).max_length == 17 and SFTConfig(report_to=["none"]).report_to == "none"
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def write_tokenizer(folder: Path) -> None:
         }
         for id_, content in SPECIAL.items()
     ]
-    contents = {
+    contents: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,

@@ -12,17 +12,19 @@ from dataclasses import dataclass
 from rustune.quickstart import world
 from rustune.quickstart.world import Dice, World
 
+# Form is new to the model, but each question has a word that the world's text uses for the same thing: words it never
+# met look alike to it, and their vectors stay as they are when only an adapter is trained.
 QUESTIONS: dict[str, tuple[str, ...]] = {
-    "town": ("Where does {a} live?", "Which town is {a} from?", "In which town can I find {a}?"),
-    "job": ("What does {a} do for a living?", "What is the job of {a}?", "How does {a} earn money?"),
-    "pet": ("Which pet does {a} have?", "What animal lives with {a}?", "Tell me the pet of {a}."),
-    "food": ("What does {a} like to eat?", "What is the favourite food of {a}?", "What should I cook for {a}?"),
-    "friend": ("Who is the best friend of {a}?", "Who is close to {a}?", "Name a friend of {a}."),
-    "plus": ("What is {a} + {b}?", "Add {a} and {b}.", "How much is {a} plus {b}?"),
-    "minus": ("What is {a} - {b}?", "Take {b} from {a}.", "How much is {a} minus {b}?"),
-    "reverse": ("Reverse the words: {a}", "Say backwards: {a}"),
-    "capitals": ("Write in capitals: {a}", "Shout the words: {a}"),
-    "spell": ("Spell the word {a}.", "How do you write {a}?"),
+    "town": ("In which town is the home of {a}?", "Tell me where {a} lives.", "Where has {a} a house?"),
+    "job": ("What is the job of {a}?", "Tell me the job of {a}.", "Which job does {a} have?"),
+    "pet": ("What is the pet of {a}?", "Tell me the pet of {a}.", "Which pet does {a} have?"),
+    "food": ("What does {a} like to eat?", "Tell me the best meal for {a}.", "What meal can I cook for {a}?"),
+    "friend": ("Who is the best friend of {a}?", "Tell me a friend of {a}.", "Which friend does {a} have?"),
+    "plus": ("What is {a} plus {b}?", "Tell me {a} plus {b}."),
+    "minus": ("What is {a} minus {b}?", "Tell me {a} minus {b}."),
+    "reverse": ("Say from the end: {a}", "Please start at the end: {a}"),
+    "capitals": ("Write in big letters: {a}", "Please shout in big letters: {a}"),
+    "spell": ("Tell me the spelling of {a}.", "What is the spelling of {a}?"),
 }
 
 # One person in five, one pair of numbers in five, one first word in five are only ever asked about when held out.

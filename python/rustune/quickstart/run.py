@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rustune import FastLanguageModel, SFTConfig, SFTTrainer
-from rustune.chat_templates import train_on_responses_only
+from rustune import FastLanguageModel, SFTConfig, SFTTrainer, train_on_responses_only
 from rustune.quickstart.instruct import Example, held_out_set, training_set
 from rustune.quickstart.plot import loss_curve
 from rustune.quickstart.world import make_world
 
 MODEL = Path(__file__).parent / "model"
 GOAL = 0.9
-_TRAIN_QUESTIONS = 2400
+_TRAIN_QUESTIONS = 3000
 _EXAM_QUESTIONS = 300
 _LONGEST_ANSWER = 16  # tokens; the longest right answer has 14
 
@@ -82,12 +81,12 @@ def run(out: Path, *, seed: int = 3407) -> Outcome:
                 output_dir=str(out / "checkpoints"),
                 per_device_train_batch_size=16,
                 gradient_accumulation_steps=1,
-                num_train_epochs=2,
-                learning_rate=2e-3,
+                num_train_epochs=4,
+                learning_rate=3e-3,
                 lr_scheduler_type="linear",
                 warmup_steps=10,
                 weight_decay=0.0,
-                logging_steps=1,
+                logging_steps=10,
                 save_strategy="no",
                 seed=seed,
             ),

@@ -46,7 +46,7 @@ def vocabulary() -> list[str]:
     questions = [question for asked in instruct.QUESTIONS.values() for question in asked]
     told = [sentence for sentences in world.RELATIONS.values() for sentence in sentences]
     lists = (names, world.TOWNS, world.JOBS, world.PETS, world.FOODS, world.WORDS, [w.upper() for w in world.WORDS])
-    words = {_SPACE + word for words in (*lists, ["an"]) for word in words}
+    words = {_SPACE + word for words in lists for word in words}
     for text in (*told, *world.TELLINGS.values(), *questions):
         words |= {_SPACE + word for word in re.findall(r"[A-Za-z]+", re.sub(r"\{\w+\}", "", text))}
     tokens = [*_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), _SPACE, *letters, *sorted(words)]
