@@ -125,7 +125,7 @@ def loss_curve(
 
     _text(canvas, title, left, 18, _INK, bold=True)
     _text(canvas, "step", right - _text_width("step"), bottom + 32, _INK)
-    legend = [("each step", _RAW), ("running mean", _SMOOTH)] + ([("validation", _VALIDATION)] if dots else [])
+    legend = [("as logged", _RAW), ("running mean", _SMOOTH)] + ([("validation", _VALIDATION)] if dots else [])
     column = float(right)
     for label, colour in reversed(legend):
         column -= _text_width(label)
@@ -138,12 +138,11 @@ def loss_curve(
 
 
 def _running_mean(y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Averages each value with its neighbours, over about a twentieth of the curve on either side."""
-    reach = len(y) // 20
+    """Averages each value with as many neighbours on either side, a twentieth of the curve, fewer at its ends."""
+    place = np.arange(len(y))
+    reach = np.minimum(np.minimum(place, place[::-1]), len(y) // 20)
     sums = np.concatenate([[0.0], np.cumsum(y)])
-    first = np.maximum(np.arange(len(y)) - reach, 0)
-    last = np.minimum(np.arange(len(y)) + reach + 1, len(y))
-    return np.asarray((sums[last] - sums[first]) / (last - first))
+    return np.asarray((sums[place + reach + 1] - sums[place - reach]) / (2 * reach + 1))
 
 
 def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
