@@ -127,6 +127,36 @@ class Tokenizer:
     def save(self, path: str | PathLike[str]) -> None: ...
 
 @final
+class Nf4Tensor:
+    """A tensor quantized to NF4."""
+
+    @staticmethod
+    def quantize(
+        values: NDArray[np.float32] | NDArray[np.uint16],
+        shape: list[int],
+        dtype: str,
+        block_size: int,
+        double_quant: bool,
+    ) -> Nf4Tensor: ...
+    @property
+    def packed(self) -> NDArray[np.uint8]: ...
+    @property
+    def absmax(self) -> NDArray[np.float32]: ...
+    @property
+    def nested(self) -> tuple[NDArray[np.uint8], NDArray[np.float32], float] | None: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def double_quant(self) -> bool: ...
+    @property
+    def nbytes(self) -> int: ...
+    def dequantize(self) -> NDArray[np.float32]: ...
+
+@final
 class Rows:
     """Tokenised rows."""
 

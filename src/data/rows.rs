@@ -250,7 +250,7 @@ impl<'a> RowReader<'a> {
         }
         if let Some(&eos) = tokenizer.eos_ids().first() {
             let has_end = |(&id, &(start, end)): (&u32, &(usize, usize))| {
-                tokenizer.eos_ids().contains(&id) || !text[start..end].trim().is_empty()
+                tokenizer.eos_ids().contains(&id) || !text.get(start..end).unwrap_or_default().trim().is_empty()
             };
             // Templates may end in `<|im_end|>\n`: blanks after the end of a turn do not open another.
             let last = encoded.ids.iter().zip(&encoded.spans).rev().find(|&pair| has_end(pair)).map(|(&id, _)| id);

@@ -83,8 +83,8 @@ impl FromStr for PaddingSide {
 pub struct Encoded {
     /// Token ids, `[n_tokens]`.
     pub ids: Vec<u32>,
-    /// Byte ranges of the text, `[n_tokens]`, in order and without gaps; empty for tokens that stand for no text
-    /// (an added BOS).
+    /// Byte ranges of the text, `[n_tokens]`, in order and without gaps; tokens that share a character share its range;
+    /// empty for tokens that stand for no text (an added BOS).
     pub spans: Vec<(usize, usize)>,
 }
 
@@ -205,12 +205,14 @@ impl Tokenizer {
             .get_offsets()
             .iter()
             .zip(encoding.get_special_tokens_mask())
-            .map(|(&(_, token_end), &is_added)| {
-                // Post-processors trim spaces off the offsets; a token owns all text since the token before it.
-                let start = end;
-                if is_added == 0 {
-                    end = end.max(token_end);
+            .map(|(&(token_start, token_end), &is_added)| {
+                if is_added != 0 {
+                    return (end, end);
                 }
+                // A character of several tokens belongs to each of them. Otherwise a token owns all text since the
+                // token before it, because post-processors trim spaces off the offsets.
+                let start = if token_end <= end { token_start.min(end) } else { end };
+                end = end.max(token_end);
                 (start, end)
             })
             .collect();
@@ -1095,6 +1097,9 @@ mod tests {
         assert_eq!(ids[0], 1);
         assert_eq!(tokenizer.decode(&ids, true).unwrap(), text);
         assert_eq!(tokenizer.bytes_of(&ids[1..]).0, format!(" {text}").into_bytes());
+        // A character of four byte tokens.
+        let encoded = tokenizer.encode_with_spans("a 🙂", false).unwrap();
+        assert_eq!(encoded.spans.iter().filter(|&&span| span == (2, 6)).count(), 4, "{:?}", encoded.spans);
     }
 
     proptest! {
@@ -1106,6 +1111,9 @@ mod tests {
             let (bytes, starts) = tokenizer.bytes_of(&encoded.ids);
             prop_assert_eq!(&bytes, text.as_bytes());
             prop_assert_eq!(starts.len(), encoded.ids.len() + 1);
+            for &(from, to) in &encoded.spans {
+                prop_assert!(from < to && text.get(from..to).is_some(), "{:?}", encoded.spans);
+            }
             prop_assert_eq!(tokenizer.decode(&encoded.ids, false).unwrap(), text);
         }
     }

@@ -7,6 +7,7 @@ use serde::de::DeserializeOwned;
 mod errors;
 mod json;
 mod model;
+mod nf4;
 mod rows;
 mod system;
 mod tokenizer;
@@ -30,5 +31,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     tokenizer::register(module)?;
     rows::register(module)?;
     model::register(module)?;
-    system::register(module)
+    system::register(module)?;
+    nf4::register(module)?;
+    Ok(())
 }

@@ -115,19 +115,12 @@ impl Tokenizer {
     ) -> PyResult<(Vec<u32>, Vec<(usize, usize)>)> {
         enter(py, || {
             let encoded = self.inner.encode_with_spans(text, add_special_tokens)?;
-            let mut at = (0, 0);
-            let mut characters = |byte: usize| {
-                // Ends only grow, so one walk over the text serves all of them.
-                at = (byte, at.1 + text[at.0..byte].chars().count());
-                at.1
-            };
-            let mut end = 0;
-            let offsets = encoded.spans.iter().map(|&(_, to)| {
-                let start = end;
-                end = characters(to);
-                (start, end)
-            });
-            let offsets = offsets.collect();
+            // Where each byte of the text lies in characters.
+            let mut characters = vec![0; text.len() + 1];
+            for (count, (byte, c)) in text.char_indices().enumerate() {
+                characters[byte + c.len_utf8()] = count + 1;
+            }
+            let offsets = encoded.spans.iter().map(|&(from, to)| (characters[from], characters[to])).collect();
             Ok((encoded.ids, offsets))
         })
     }

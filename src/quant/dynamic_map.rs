@@ -25,24 +25,24 @@ impl DynamicMap {
     /// The signed map: values from about -0.993 to 1.
     pub fn signed() -> &'static Self {
         static MAP: OnceLock<DynamicMap> = OnceLock::new();
-        MAP.get_or_init(|| Self::new(create(Sign::Signed)))
+        MAP.get_or_init(|| Self::new(&create(Sign::Signed)))
     }
 
     /// The unsigned map: values from 0 to 1.
     pub fn unsigned() -> &'static Self {
         static MAP: OnceLock<DynamicMap> = OnceLock::new();
-        MAP.get_or_init(|| Self::new(create(Sign::Unsigned)))
+        MAP.get_or_init(|| Self::new(&create(Sign::Unsigned)))
     }
 
-    fn new(values: [f32; MAP_LEN]) -> Self {
+    fn new(values: &[f32; MAP_LEN]) -> Self {
         let mut bounds = [0f32; MAP_LEN - 1];
         for (bound, pair) in bounds.iter_mut().zip(values.windows(2)) {
-            *bound = (pair[0] + pair[1]) / 2.0;
+            *bound = f32::midpoint(pair[0], pair[1]);
         }
         let first = (0..=1f32.to_bits() >> BUCKET_SHIFT)
             .map(|bucket| count_below(&bounds, f32::from_bits(bucket << BUCKET_SHIFT)))
             .collect();
-        Self { values, bounds, first }
+        Self { values: *values, bounds, first }
     }
 
     /// The 256 values, ascending.
@@ -101,7 +101,7 @@ fn create(sign: Sign) -> [f32; MAP_LEN] {
         };
         let edges = linspace(0.1, 1.0, steps + 1);
         for pair in edges.windows(2) {
-            let mean = (pair[0] + pair[1]) / 2.0;
+            let mean = f32::midpoint(pair[0], pair[1]);
             data.push(scale * mean);
             if sign == Sign::Signed {
                 data.push(-scale * mean);

@@ -37,7 +37,7 @@ pub const THRESHOLDS: [f32; 15] = {
     let mut midpoints = [0.0; 15];
     let mut i = 0;
     while i < 15 {
-        midpoints[i] = (CODE_BOOK[i] + CODE_BOOK[i + 1]) / 2.0;
+        midpoints[i] = f32::midpoint(CODE_BOOK[i], CODE_BOOK[i + 1]);
         i += 1;
     }
     midpoints
