@@ -23,7 +23,7 @@ pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 pub const PREFIX: &str = "base_model.model.";
 
 /// Keys that say nothing about the numbers, or that are read below.
-const HARMLESS: [&str; 25] = [
+const HARMLESS: [&str; 21] = [
     "auto_mapping",
     "base_model_name_or_path",
     "revision",
@@ -39,16 +39,12 @@ const HARMLESS: [&str; 25] = [
     "rank_pattern",
     "alpha_pattern",
     "layers_to_transform",
-    "layers_pattern",
     "init_lora_weights",
     "megatron_core",
     "qalora_group_size",
     "ensure_weight_tying",
     "runtime_config",
     "loftq_config",
-    "corda_config",
-    "eva_config",
-    "exclude_modules",
 ];
 
 /// An adapter's settings and the base model it names.
@@ -139,7 +135,12 @@ pub fn read_config(folder: &Path, n_layers: usize) -> Result<Adapter> {
         return Err(refuse("peft_type", format!("{} is not supported; expected \"LORA\"", get("peft_type"))));
     }
     for (key, value) in &json {
-        let off = value.is_null() || value == false || value == &json!({}) || value == &json!([]) || value == "none";
+        let off = value.is_null()
+            || value == false
+            || value == &json!({})
+            || value == &json!([])
+            || value == "none"
+            || (key == "layers_pattern" && value == "layers");
         let lora_init = key == "init_lora_weights" && (value == "pissa" || value == "olora" || value == "corda");
         if lora_init {
             let problem =
@@ -148,11 +149,6 @@ pub fn read_config(folder: &Path, n_layers: usize) -> Result<Adapter> {
         }
         if !off && !HARMLESS.contains(&key.as_str()) {
             return Err(refuse(key, format!("= {value} is not supported yet and would change the numbers")));
-        }
-    }
-    for key in ["exclude_modules", "corda_config", "eva_config"] {
-        if !get(key).is_null() && get(key) != &json!({}) {
-            return Err(refuse(key, format!("= {} is not supported yet and would change the numbers", get(key))));
         }
     }
     // The same resolution as get_peft_model's; PEFT's own rules for what a file may leave out.

@@ -54,7 +54,9 @@ def twin(array: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
     flat = widen(array).reshape(-1)
     blocks = [flat[i : i + block_size] for i in range(0, flat.size, block_size)]
     absmax = np.array([np.abs(block).max() for block in blocks], dtype=np.float32)
-    scaled = [block * (np.float32(1) / max(scale, np.float32(1e-38))) for block, scale in zip(blocks, absmax, strict=True)]
+    scaled = [
+        block * (np.float32(1) / max(scale, np.float32(1e-38))) for block, scale in zip(blocks, absmax, strict=True)
+    ]
     codes = np.searchsorted(THRESHOLDS, np.concatenate(scaled), side="left").astype(np.uint8)
     codes = np.append(codes, [7] * (codes.size % 2)).astype(np.uint8)
     return codes[0::2] << 4 | codes[1::2], absmax
@@ -141,7 +143,7 @@ def test_memory_layout_does_not_matter() -> None:
     assert nf4.quantize(np.float32(3)).shape == ()
 
 
-def test_bfloat16_by_name_and_by_bits() -> None:
+def test_bfloat16_by_its_bits() -> None:
     values = np.random.default_rng(6).normal(size=(5, 33)).astype(np.float32)
     bits = (values.view(np.uint32) >> 16).astype(np.uint16)
     by_bits = nf4.quantize(bits, dtype="bfloat16")
@@ -150,9 +152,15 @@ def test_bfloat16_by_name_and_by_bits() -> None:
     assert np.array_equal(by_bits.packed, nf4.quantize(wide).packed)
     back = by_bits.dequantize()
     assert not np.any(back.view(np.uint32) & 0xFFFF)  # values of bfloat16
+
+
+def test_bfloat16_of_ml_dtypes() -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes")
-    by_name = nf4.quantize(bits.view(ml_dtypes.bfloat16))
-    assert by_name.dtype == "bfloat16" and np.array_equal(by_name.packed, by_bits.packed)
+    bits = np.arange(0x3F00, 0x3F00 + 90, dtype=np.uint16).reshape(2, 45)
+    by_name = nf4.quantize(bits.view(ml_dtypes.bfloat16).T)
+    by_bits = nf4.quantize(bits.T, dtype="bfloat16")
+    assert (by_name.dtype, by_name.shape) == ("bfloat16", (45, 2))
+    assert np.array_equal(by_name.packed, by_bits.packed)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "int8", "int64", "bool", "complex64", "uint16", "U3", "O"])
@@ -183,7 +191,9 @@ def test_threads_may_quantize_at_once() -> None:
     array = np.random.default_rng(7).normal(size=(2048, 2048)).astype(np.float32)
     want = nf4.quantize(array, double_quant=True).packed
     results: list[np.ndarray] = []
-    threads = [threading.Thread(target=lambda: results.append(nf4.quantize(array, double_quant=True).packed)) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: results.append(nf4.quantize(array, double_quant=True).packed)) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

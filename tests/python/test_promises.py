@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tiny import VOCAB, write_model
+from tiny import VOCAB, read_safetensors, write_model, write_safetensors
 
 from rustune import FastLanguageModel, SFTConfig, SFTTrainer, num_threads, set_num_threads
 
@@ -50,10 +49,9 @@ def _train(folder: Path, out: Path, **changes: Any) -> tuple[list[float], dict[s
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return write_model(tmp_path / "model", tokenizer=False)
+    return write_model(tmp_path / "model")
 
 
-@pytest.mark.filterwarnings("ignore:.*tokenizer:UserWarning")
 def test_any_number_of_threads_gives_the_same_bits(folder: Path, tmp_path: Path) -> None:
     before = num_threads()
     runs = []
@@ -69,7 +67,6 @@ def test_any_number_of_threads_gives_the_same_bits(folder: Path, tmp_path: Path)
             np.testing.assert_array_equal(values, runs[0][1][name], err_msg=name)
 
 
-@pytest.mark.filterwarnings("ignore:.*tokenizer:UserWarning")
 def test_any_split_of_a_step_gives_the_same_curve(folder: Path, tmp_path: Path) -> None:
     curves = [
         _train(folder, tmp_path / "out", per_device_train_batch_size=batch, gradient_accumulation_steps=steps)[0]
@@ -150,22 +147,8 @@ def test_twenty_kills_leave_the_run_the_same_to_the_bit(folder: Path, tmp_path: 
     assert not _being_written(out), "what the kills left behind was swept"
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
-    """A safetensors file's metadata and tensors."""
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    kinds = {"F32": np.float32, "F64": np.float64, "I64": np.int64, "I32": np.int32, "U8": np.uint8}
-    tensors: dict[str, NDArray[Any]] = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            begin, end = (8 + length + at for at in entry["data_offsets"])
-            tensors[name] = np.frombuffer(data[begin:end], kinds[entry["dtype"]]).reshape(entry["shape"])
-    return header["__metadata__"], tensors
-
-
 def test_a_lora_run_ends_where_torch_and_peft_end(shared_data: Path, golden: Path, tmp_path: Path) -> None:
-    metadata, want = _read(golden / "stories_lora.safetensors")
+    metadata, want = read_safetensors(golden / "stories_lora.safetensors")
     settings = json.loads(metadata["settings"])
     base = shared_data / "models" / "stories260K-hf"
     model, tokenizer = FastLanguageModel.from_pretrained(str(base), dtype="float32", load_in_4bit=False)
@@ -188,8 +171,6 @@ def test_a_lora_run_ends_where_torch_and_peft_end(shared_data: Path, golden: Pat
             narrow, ffn, kv = 64, 172, 32
             out = {"gate_proj": ffn, "up_proj": ffn, "k_proj": kv, "v_proj": kv}.get(layer[-1], narrow)
             tensors[key.replace("lora_A", "lora_B")] = np.zeros((out, settings["r"]), np.float32)
-    from tiny import write_safetensors
-
     write_safetensors(start / "adapter_model.safetensors", tensors)
     config = {"peft_type": "LORA", "r": settings["r"], "lora_alpha": settings["alpha"], "lora_dropout": 0.0}
     config |= {"target_modules": settings["targets"], "base_model_name_or_path": str(base), "task_type": "CAUSAL_LM"}

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rustune.quickstart import instruct, plot, tokenizer, world
+from rustune import FastLanguageModel
+from rustune.quickstart import instruct, plot, run, tokenizer, world
 
 TOKENS = tokenizer.vocabulary()
 IDS = {token: place for place, token in enumerate(TOKENS)}
@@ -21,7 +22,7 @@ IDS = {token: place for place, token in enumerate(TOKENS)}
 def test_the_world_is_the_same_everywhere() -> None:
     told = "\n".join(itertools.islice(world.documents(world.make_world(), 1), 2000))
     # If this changes, the shipped model no longer knows the world it is asked about: train it anew.
-    assert zlib.crc32(told.encode()) == 0x0
+    assert zlib.crc32(told.encode()) == 0x7FEE194F
 
 
 def test_everyone_has_every_fact_and_no_one_is_their_own_friend() -> None:
@@ -70,9 +71,36 @@ def test_every_word_of_the_world_is_one_token() -> None:
 
 
 def test_the_shipped_tokenizer_is_the_one_described_here() -> None:
-    shipped = Path(tokenizer.__file__).parent / "model"
-    assert json.loads((shipped / "tokenizer.json").read_text("utf-8")) == tokenizer.tokenizer_json(TOKENS)
-    assert json.loads((shipped / "tokenizer_config.json").read_text("utf-8")) == tokenizer.tokenizer_config()
+    assert json.loads((run.MODEL / "tokenizer.json").read_text("utf-8")) == tokenizer.tokenizer_json(TOKENS)
+    assert json.loads((run.MODEL / "tokenizer_config.json").read_text("utf-8")) == tokenizer.tokenizer_config()
+
+
+def test_the_shipped_model_is_small_and_has_its_papers() -> None:
+    files = {file.name: file.stat().st_size for file in run.MODEL.iterdir()}
+    assert set(files) == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "LICENSE",
+        "README.md",
+    }
+    assert sum(files.values()) <= 4_000_000
+
+
+def test_the_shipped_model_knows_the_world_but_cannot_answer() -> None:
+    model, words = FastLanguageModel.from_pretrained(str(run.MODEL), max_seq_length=128, load_in_4bit=True)
+    made = world.make_world()
+    people = made.people[::4]
+    prompts = words([f"{name} lives in" for name in people], padding=True, return_tensors="np")
+    outputs = model.generate(**prompts, max_new_tokens=1, do_sample=False)
+    told = [words.decode(row[-1:]).strip() for row in outputs]
+    known = sum(town == made.facts[name]["town"] for town, name in zip(told, people, strict=True))
+    assert known >= 0.9 * len(people), told
+
+    exam = instruct.held_out_set(made, 50)
+    score, _ = run.examine(model, words, exam)
+    assert score <= 0.1
 
 
 def test_the_picture_is_a_png_of_the_size_asked_for(tmp_path: Path) -> None:

@@ -94,6 +94,20 @@ def write_safetensors(path: Path, tensors: dict[str, NDArray[np.float32]]) -> No
     path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(array.tobytes() for array in tensors.values()))
 
 
+def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
+    """Reads a file's metadata and tensors."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    kinds = {"F32": np.float32, "F64": np.float64, "I64": np.int64, "I32": np.int32, "U8": np.uint8}
+    tensors: dict[str, NDArray[Any]] = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = (8 + length + at for at in entry["data_offsets"])
+            tensors[name] = np.frombuffer(data[begin:end], kinds[entry["dtype"]]).reshape(entry["shape"])
+    return header["__metadata__"], tensors
+
+
 def write_tokenizer(folder: Path) -> None:
     """Writes a tokenizer whose tokens are bytes and five special ones."""
     special = [

@@ -285,10 +285,13 @@ fn every_rust_file_is_compiled() {
         let folder = module.parent().unwrap();
         let stem = module.file_stem().unwrap().to_string_lossy();
         let parents = ["mod.rs", "lib.rs", "main.rs"].map(|file| folder.join(file));
+        let named = format!("mod {stem}");
         let declared = parents.iter().chain(std::iter::once(&folder.with_extension("rs"))).any(|parent| {
-            parent.is_file()
-                && code_only(&read(parent)).split(['\n', ';']).any(|s| s.trim_end().ends_with(&format!("mod {stem}")))
+            parent.is_file() && code_only(&read(parent)).split(['\n', ';']).any(|s| s.trim_end().ends_with(&named))
         });
+        // Or a neighbour names it: `#[path = "nf4_tests.rs"] mod tests;`.
+        let by_path = format!("#[path = \"{stem}.rs\"]");
+        let declared = declared || files(&shown(folder), &[".rs"]).iter().any(|file| read(file).contains(&by_path));
         if !declared {
             faults.push(format!("{name}: no `mod {stem};` above it"));
         }

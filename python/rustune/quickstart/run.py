@@ -67,7 +67,7 @@ def run(out: Path, *, seed: int = 3407) -> Outcome:
     model, tokenizer = FastLanguageModel.from_pretrained(str(MODEL), max_seq_length=128, load_in_4bit=True)
 
     print(f"2. Ask {len(exam)} questions whose subjects no training question mentions")
-    before, _ = _examine(model, tokenizer, exam)
+    before, _ = examine(model, tokenizer, exam)
     print(f"   exact match of the base model: {before:.3f}; of always saying {commonest!r}: {times / len(exam):.3f}")
 
     print("3. Fine-tune with LoRA")
@@ -104,7 +104,7 @@ def run(out: Path, *, seed: int = 3407) -> Outcome:
         steps=[entry["step"] for entry in logs],
         title="rustune quickstart: LoRA on a 4-bit base",
     )
-    print(f"   {len(logs)} steps in {train_seconds:.0f} s; the loss curve is in {picture}")
+    print(f"   {trainer.state.global_step} steps in {train_seconds:.0f} s; the loss curve is in {picture}")
 
     print("4. Save the adapter and load it again")
     adapter = out / "adapter"
@@ -113,7 +113,7 @@ def run(out: Path, *, seed: int = 3407) -> Outcome:
     model, tokenizer = FastLanguageModel.from_pretrained(str(adapter), max_seq_length=128, load_in_4bit=True)
 
     print("5. Ask the same questions again")
-    after, answers = _examine(model, tokenizer, exam)
+    after, answers = examine(model, tokenizer, exam)
     for example, answer in list(zip(exam, answers, strict=True))[:5]:
         print(f"   {example.question}  ->  {answer}{'' if answer == example.answer else f'  (not {example.answer})'}")
     outcome = Outcome(before, after, times / len(exam), train_seconds)
@@ -121,8 +121,18 @@ def run(out: Path, *, seed: int = 3407) -> Outcome:
     return outcome
 
 
-def _examine(model: Any, tokenizer: Any, exam: Sequence[Example], *, batch: int = 50) -> tuple[float, list[str]]:
-    """Asks every question, greedily; returns the share of exact answers and the answers."""
+def examine(model: Any, tokenizer: Any, exam: Sequence[Example], *, batch: int = 50) -> tuple[float, list[str]]:
+    """Asks every question through the chat template and takes the likeliest answer.
+
+    Args:
+        model: A model.
+        tokenizer: Its tokenizer.
+        exam: The questions.
+        batch: Questions asked at a time.
+
+    Returns:
+        The share of exactly right answers, and all answers.
+    """
     FastLanguageModel.for_inference(model)
     answers: list[str] = []
     for first in range(0, len(exam), batch):
