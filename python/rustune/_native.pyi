@@ -18,6 +18,7 @@ __all__ = [
     "HubError",
     "Model",
     "ModelError",
+    "Nf4Tensor",
     "Rows",
     "RustuneError",
     "ShapeError",
