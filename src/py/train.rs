@@ -15,11 +15,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// A Python object with a method `event(name, status, payload) -> dict | None`.
-struct PyObserver {
+pub(super) struct PyObserver {
     object: Option<Py<PyAny>>,
 }
 
 impl PyObserver {
+    /// An observer that only polls for signals.
+    pub(super) fn silent() -> Self {
+        Self { object: None }
+    }
+
     /// Calls `event` and reads what it asks for.
     fn call(&self, py: Python<'_>, event: Event<'_>, status: &Status, control: &mut Control) -> PyResult<()> {
         let Some(object) = &self.object else { return Ok(()) };
