@@ -160,7 +160,9 @@ fn attention_of_several_sequences() {
         {
             let shape = Heads { heads, kv_heads, head_dim };
             let mut cu = vec![0];
-            lengths.iter().for_each(|len| cu.push(cu[cu.len() - 1] + len));
+            for len in &lengths {
+                cu.push(cu[cu.len() - 1] + len);
+            }
             let n = cu[lengths.len()];
             let (q, k) = (floats(n * shape.q_width(), 8), floats(n * shape.kv_width(), 9));
             let (v, dout) = (floats(n * shape.kv_width(), 10), floats(n * shape.q_width(), 11));
