@@ -19,6 +19,7 @@ pub mod quant;
 pub mod train;
 
 #[cfg(feature = "python")]
+#[expect(clippy::needless_pass_by_value, reason = "pyo3 hands arguments over by value")]
 mod py;
 
 pub use error::{Error, Result};

@@ -8,6 +8,34 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = [
+    "SPECIAL_TOKEN_ROLES",
+    "AdapterError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DivergedError",
+    "HubError",
+    "Model",
+    "ModelError",
+    "Nf4Tensor",
+    "Rows",
+    "RustuneError",
+    "ShapeError",
+    "Tokenizer",
+    "TokenizerError",
+    "WeightsError",
+    "__version__",
+    "info",
+    "mark_forked_child",
+    "newest_checkpoint",
+    "num_threads",
+    "resolve_model",
+    "resolve_train_options",
+    "set_num_threads",
+    "standard_messages",
+]
+
 __version__: str
 
 class RustuneError(Exception):

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 from rustune import _native
 from rustune._native import ConfigError, DataError
 from rustune.data import iter_columns
+from rustune.trainer import train_on_responses_only as train_on_responses_only  # notebooks look for it here
 
 
 class ChatTemplate(NamedTuple):

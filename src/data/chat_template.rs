@@ -305,6 +305,7 @@ fn number(value: &Jinja) -> String {
 }
 
 /// The filter `tojson`: `json.dumps(value, ensure_ascii=False, indent, separators, sort_keys)`.
+#[expect(clippy::needless_pass_by_value, reason = "minijinja hands filters their keyword arguments by value")]
 fn tojson(value: &Jinja, options: Kwargs) -> std::result::Result<String, minijinja::Error> {
     let indent: Option<usize> = options.get("indent")?;
     let separators: Option<Vec<String>> = options.get("separators")?;
@@ -479,7 +480,7 @@ fn strftime(format: &str, (year, month, day): (i64, usize, usize), second_of_day
             field = chars.next().unwrap_or('%');
         }
         let two = |n: u64| if bare { n.to_string() } else { format!("{n:02}") };
-        out.push_str(&match field {
+        let part = match field {
             'Y' => year.to_string(),
             'y' => format!("{:02}", year % 100),
             'm' => two(month as u64),
@@ -499,7 +500,8 @@ fn strftime(format: &str, (year, month, day): (i64, usize, usize), second_of_day
             'T' => format!("{hour:02}:{minute:02}:{second:02}"),
             '%' => "%".to_owned(),
             other => format!("%{other}"),
-        });
+        };
+        out.push_str(&part);
     }
     out
 }

@@ -84,7 +84,21 @@ mod tests {
         assert_eq!(randperm(10, 42), TEN);
         assert_eq!(randperm(10, (1 << 32) + 42), TEN);
     }
-    const TEN: [u32; 10] = [0; 10];
+    const TEN: [u32; 10] = [2, 6, 1, 8, 4, 5, 0, 9, 3, 7];
+
+    #[test]
+    fn equals_every_golden_order() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/randperm.json");
+        let golden: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        let cases = golden["cases"].as_array().unwrap();
+        assert!(cases.len() > 20);
+        for case in cases {
+            let (n, seed) = (case["n"].as_u64().unwrap() as usize, case["seed"].as_u64().unwrap());
+            let want: Vec<u32> = case["order"].as_array().unwrap().iter().map(|i| i.as_u64().unwrap() as u32).collect();
+            // The longest case holds only its beginning.
+            assert_eq!(randperm(n, seed)[..want.len()], want, "n = {n}, seed = {seed}");
+        }
+    }
 
     #[test]
     fn generator_equals_the_published_sequence() {

@@ -188,10 +188,10 @@ impl<'a> RowReader<'a> {
                 "rows with prompt and completion; for conversations use assistant_only_loss or train_on_responses_only",
             ));
         }
-        if let (true, Kind::Messages(_), Some(tokenizer)) = (self.options.assistant_only_loss, &kind, self.tokenizer) {
-            if !tokenizer.choose_template(false)?.marks_answers() {
-                self.masker = Some(ResponseMasker::new(tokenizer, Markers::from_template(tokenizer)?)?);
-            }
+        if let (true, Kind::Messages(_), Some(tokenizer)) = (self.options.assistant_only_loss, &kind, self.tokenizer)
+            && !tokenizer.choose_template(false)?.marks_answers()
+        {
+            self.masker = Some(ResponseMasker::new(tokenizer, Markers::from_template(tokenizer)?)?);
         }
         self.kind = Some(kind);
         Ok(())
@@ -222,12 +222,12 @@ impl<'a> RowReader<'a> {
         match self.kind.as_ref().expect("`push` recognises the rows first") {
             Kind::Tokens => read_tokens(row),
             Kind::Text(column) => match row.text(column)? {
-                Some(text) => self.from_text(text, 0, false).map(Some),
+                Some(text) => self.example_of_text(text, 0, false).map(Some),
                 None => Ok(None),
             },
             Kind::Messages(column) => match row.get(column) {
                 None => Ok(None),
-                Some(messages) => self.from_messages(&standard_messages(messages)?, row),
+                Some(messages) => self.example_of_messages(&standard_messages(messages)?, row),
             },
             Kind::Completion => self.read_completion(row),
             Kind::Instruction(answer) => self.read_instruction(row, answer),
@@ -239,7 +239,7 @@ impl<'a> RowReader<'a> {
     }
 
     /// A text with its BOS (once) and its eos; trained from byte `trained_from` of the text if `masked`.
-    fn from_text(&self, text: &str, trained_from: usize, masked: bool) -> Result<Example> {
+    fn example_of_text(&self, text: &str, trained_from: usize, masked: bool) -> Result<Example> {
         let tokenizer = self.tokenizer();
         let mut encoded = tokenizer.encode_with_spans(text, true)?;
         let bos = tokenizer.special_id("bos_token");
@@ -271,7 +271,7 @@ impl<'a> RowReader<'a> {
     }
 
     /// A conversation as the chat template renders it.
-    fn from_messages(&self, messages: &[Value], row: &Row<'_>) -> Read {
+    fn example_of_messages(&self, messages: &[Value], row: &Row<'_>) -> Read {
         if messages.is_empty() {
             return Ok(None);
         }
@@ -298,20 +298,20 @@ impl<'a> RowReader<'a> {
             (None | Some(Value::String(_)), None | Some(Value::String(_))) => {
                 let (prompt, completion) = (row.text("prompt")?.unwrap_or_default(), row.text("completion")?);
                 let Some(completion) = completion else { return Ok(None) };
-                self.from_text(&format!("{prompt}{completion}"), prompt.len(), masked).map(Some)
+                self.example_of_text(&format!("{prompt}{completion}"), prompt.len(), masked).map(Some)
             }
             (Some(prompt @ Value::Array(_)), Some(completion @ Value::Array(_))) => {
                 let mut messages = standard_messages(prompt)?;
                 let n_prompt = messages.len();
                 messages.extend(standard_messages(completion)?);
-                self.from_exchange(&messages, n_prompt, masked, row)
+                self.example_of_exchange(&messages, n_prompt, masked, row)
             }
             _ => Err(Error::data("prompt and completion", "expected two texts or two lists of messages")),
         }
     }
 
     /// A conversation whose first `n_prompt` messages are given; the others are trained (all, unless `masked`).
-    fn from_exchange(&self, messages: &[Value], n_prompt: usize, masked: bool, row: &Row<'_>) -> Read {
+    fn example_of_exchange(&self, messages: &[Value], n_prompt: usize, masked: bool, row: &Row<'_>) -> Read {
         if messages.len() == n_prompt {
             return Ok(None);
         }
@@ -340,11 +340,11 @@ impl<'a> RowReader<'a> {
             let question = if input.is_empty() { instruction.to_owned() } else { format!("{instruction}\n\n{input}") };
             let messages =
                 [json!({"role": "user", "content": question}), json!({"role": "assistant", "content": answer})];
-            return self.from_exchange(&messages, 1, masked, row);
+            return self.example_of_exchange(&messages, 1, masked, row);
         }
         let input = if input.is_empty() { String::new() } else { format!("### Input:\n{input}\n\n") };
         let prompt = format!("### Instruction:\n{instruction}\n\n{input}### Response:\n");
-        self.from_text(&format!("{prompt}{answer}"), prompt.len(), masked).map(Some)
+        self.example_of_text(&format!("{prompt}{answer}"), prompt.len(), masked).map(Some)
     }
 }
 

@@ -802,6 +802,7 @@ fn token_text(value: &Value) -> Option<&str> {
 }
 
 /// An [`Error::Tokenizer`].
+#[expect(clippy::needless_pass_by_value, reason = "callers give texts, errors and paths, mostly temporaries")]
 fn bad(what: impl ToString, problem: impl ToString) -> Error {
     Error::Tokenizer { what: what.to_string(), problem: problem.to_string() }
 }

@@ -28,7 +28,7 @@ pub fn decode(
     prompts: &[Vec<u32>],
     max_new_tokens: usize,
     chooser: &mut (dyn Chooser + Send),
-    poll: &dyn Fn() -> Result<()>,
+    poll: &(dyn Fn() -> Result<()> + Sync),
 ) -> Result<Vec<Vec<u32>>> {
     for (seq, prompt) in prompts.iter().enumerate() {
         if prompt.is_empty() {

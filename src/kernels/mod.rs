@@ -19,6 +19,11 @@ use std::sync::OnceLock;
 /// The widest `mr * nr` of any table: the size of the scratch a [`Kernels::gemm_tile`] writes.
 pub const MAX_TILE: usize = 512;
 
+/// A function on five equally long rows: three that are read, two that are written.
+type FiveRows = fn(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]);
+/// A function on four equally long rows and a number.
+type FourRows = fn(x: &[f32], w: &[f32], rstd: f32, dy: &[f32], dx: &mut [f32]);
+
 /// One instruction set's functions. Lengths that do not fit each other are a bug of the caller and panic.
 pub struct Kernels {
     /// The name shown by `rustune.info()` and accepted by `RUSTUNE_ISA`.
@@ -35,12 +40,12 @@ pub struct Kernels {
     pub axpy: fn(alpha: f32, x: &[f32], y: &mut [f32]),
     /// `y[i] = x[i] · w[i] · rstd`, `rstd = 1 / sqrt(mean(x²) + eps)`, which is returned.  Zhang & Sennrich 2019, eq. 4.
     pub rms_norm_row: fn(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) -> f32,
-    /// Backward of `y = x · w · rstd`: `dx[i] += rstd · (w[i] dy[i] - x[i] · rstd² · mean(x · w · dy))`.
-    pub rms_norm_row_backward: fn(x: &[f32], w: &[f32], rstd: f32, dy: &[f32], dx: &mut [f32]),
+    /// `(x, w, rstd, dy, dx)`: backward of `y = x · w · rstd`: `dx[i] += rstd · (w[i] dy[i] - x[i] · rstd² · mean(x · w · dy))`.
+    pub rms_norm_row_backward: FourRows,
     /// `y[i] = silu(gate[i]) · up[i]`, `silu(z) = z / (1 + exp(-z))`.  Shazeer 2020, eq. 6.
     pub swiglu_row: fn(gate: &[f32], up: &[f32], y: &mut [f32]),
-    /// Backward of `y = silu(g) · u`: `dg = dy · u · σ(g) · (1 + g · (1 - σ(g)))`, `du = dy · silu(g)`.
-    pub swiglu_row_backward: fn(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]),
+    /// `(gate, up, dy, dgate, dup)`: backward of `y = silu(g) · u`: `dg = dy · u · σ(g) · (1 + g · (1 - σ(g)))`, `du = dy · silu(g)`.
+    pub swiglu_row_backward: FiveRows,
     /// `max(x)`; negative infinity for an empty row.
     pub max_row: fn(x: &[f32]) -> f32,
     /// `x[i] = exp(scale · x[i] - shift)`; returns the sum of the new row.

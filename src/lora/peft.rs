@@ -9,7 +9,7 @@ use crate::config::lora::{ALL_LINEAR, InitWeights, Lora, LoraOptions};
 use crate::error::{Error, Result};
 use crate::io::safetensors::{Dtype, SafetensorsWriter, TensorFile, TensorSpec};
 use crate::model::Model;
-use crate::model::llama::LINEAR_NAMES;
+use crate::model::llama::{LINEAR_NAMES, Layer};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -229,7 +229,7 @@ pub fn load(model: &mut Model, folder: &Path) -> Result<Adapter> {
 /// [`Error::Config`] if the model has no adapter; [`Error::Io`].
 pub fn save(model: &Model, adapter: &Adapter, folder: &Path) -> Result<()> {
     let params = model.params.all();
-    if !model.llama.layers.iter().flat_map(|layer| layer.linears()).any(|linear| linear.lora.is_some()) {
+    if !model.llama.layers.iter().flat_map(Layer::linears).any(|linear| linear.lora.is_some()) {
         return Err(Error::config("save_pretrained", "model", "has no adapter; call get_peft_model first"));
     }
     let specs: Vec<_> = params

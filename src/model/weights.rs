@@ -131,7 +131,9 @@ impl Loader<'_> {
             let mut values = self.dense(name, &[rows, cols])?;
             let kind = if bf16_run { FloatKind::Bf16 } else { FloatKind::F32 };
             if bf16_run {
-                values.iter_mut().for_each(|v| *v = kind.round(*v));
+                for value in &mut values {
+                    *value = kind.round(*value);
+                }
             }
             let tensor = Nf4Tensor::quantize(&values, &[rows, cols], kind, block_size, double_quant);
             return Ok(Matrix::Frozen(Weight::nf4(tensor.map_err(|e| self.error(name, e.to_string()))?)?));

@@ -120,7 +120,9 @@ fn cross_entropy(
             *nll = sum.ln() + max - of_target;
             if let Some(weight) = weight {
                 let scale = weight / sum;
-                row.iter_mut().for_each(|p| *p *= scale);
+                for p in row.iter_mut() {
+                    *p *= scale;
+                }
                 row[target] -= weight;
             }
         }

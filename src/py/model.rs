@@ -15,6 +15,7 @@ use crate::lora::peft::{self, Adapter};
 use crate::model::{LoadOptions, Model as Core, Quantize, save};
 use crate::ops::{Precision, Tokens};
 use crate::train::Recompute;
+use crate::train::run::{computing, split};
 use numpy::{PyArray1, PyArray2, PyArrayDyn, PyArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -268,7 +269,7 @@ impl Model {
         let losses = enter(py, || {
             let state = self.read()?;
             let batch = collate(&examples.iter().zip(0..).collect::<Vec<_>>());
-            let (tokens, targets) = crate::train::run::split(batch);
+            let (tokens, targets) = split(batch);
             with_pool(|| state.core.token_losses(&tokens, &targets))
         })?;
         let mut rest = &losses[..];
@@ -315,8 +316,9 @@ impl Model {
                 on_token,
                 stopped: false,
             };
-            let poll = || Python::attach(|py| py.check_signals()).map_err(callback);
-            with_pool_here(|| decode(&state.core, &prompts, settings.max_new_tokens, &mut chooser, &poll))
+            computing(&mut train::PyObserver::silent(), |poll| {
+                decode(&state.core, &prompts, settings.max_new_tokens, &mut chooser, poll)
+            })
         })
     }
 
@@ -376,11 +378,6 @@ impl Model {
 /// A Python exception on its way through Rust.
 pub(super) fn callback(error: PyErr) -> Error {
     Error::Callback(Box::new(error))
-}
-
-/// The pool for calls that may come back to this thread's Python (signals, streaming).
-fn with_pool_here<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    with_pool(work)
 }
 
 /// The user's settings and callback, as the decode loop asks for them.

@@ -6,7 +6,7 @@ use crate::config::TrainOptions;
 use crate::io::hub::{HubEvent, HubOptions, resolve_with};
 use crate::io::os;
 use crate::kernels;
-use crate::train::checkpoint;
+use crate::train::checkpoint::{self, Skipped};
 use pyo3::prelude::*;
 use serde_json::json;
 use std::path::PathBuf;
@@ -42,7 +42,7 @@ fn info() -> PyResult<String> {
 
 /// The newest complete checkpoint of a folder, and the newer ones that were passed over with the reason.
 #[pyfunction]
-fn newest_checkpoint(py: Python<'_>, output_dir: PathBuf) -> PyResult<(Option<PathBuf>, Vec<(PathBuf, String)>)> {
+fn newest_checkpoint(py: Python<'_>, output_dir: PathBuf) -> PyResult<(Option<PathBuf>, Vec<Skipped>)> {
     enter(py, || checkpoint::newest(&output_dir))
 }
 

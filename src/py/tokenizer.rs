@@ -40,9 +40,8 @@ impl Conversation {
         tools: Option<&Bound<'_, PyAny>>,
         variables: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
-        let messages = match from_python(messages)? {
-            Value::Array(messages) => messages,
-            _ => return Err(Error::data("messages", "expected a list of dicts with role and content").into()),
+        let Value::Array(messages) = from_python(messages)? else {
+            return Err(Error::data("messages", "expected a list of dicts with role and content").into());
         };
         let variables = match variables.map(from_python).transpose()? {
             Some(Value::Object(variables)) => variables,

@@ -15,15 +15,20 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// A Python object with a method `event(name, status, payload) -> dict | None`.
-struct PyObserver {
+pub(super) struct PyObserver {
     object: Option<Py<PyAny>>,
 }
 
 impl PyObserver {
+    /// An observer that only polls for signals.
+    pub(super) fn silent() -> Self {
+        Self { object: None }
+    }
+
     /// Calls `event` and reads what it asks for.
     fn call(&self, py: Python<'_>, event: Event<'_>, status: &Status, control: &mut Control) -> PyResult<()> {
         let Some(object) = &self.object else { return Ok(()) };
-        let (name, payload) = describe(py, event, control)?;
+        let (name, payload) = describe(py, event, *control)?;
         let status = json!({
             "step": status.step, "epoch": status.epoch, "max_steps": status.max_steps, "tokens": status.tokens,
         });
@@ -49,7 +54,7 @@ impl PyObserver {
 }
 
 /// An event's name and payload.
-fn describe(py: Python<'_>, event: Event<'_>, control: &Control) -> PyResult<(&'static str, Py<PyAny>)> {
+fn describe(py: Python<'_>, event: Event<'_>, control: Control) -> PyResult<(&'static str, Py<PyAny>)> {
     let asked = || -> PyResult<Py<PyAny>> {
         let dict = PyDict::new(py);
         for (key, value) in
@@ -80,6 +85,10 @@ impl Observer for PyObserver {
     }
 
     fn poll(&mut self) -> Result<()> {
+        #[expect(
+            clippy::redundant_closure_for_method_calls,
+            reason = "the method itself is not general over lifetimes"
+        )]
         Python::attach(|py| py.check_signals()).map_err(callback)
     }
 }

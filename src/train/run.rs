@@ -82,6 +82,7 @@ pub enum Event<'a> {
 }
 
 /// What an observer may ask for; looked at after each event.
+#[expect(clippy::struct_excessive_bools, reason = "four independent wishes, named as in transformers")]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Control {
     /// End the run after this step.
@@ -197,6 +198,9 @@ pub fn split(batch: Batch) -> (Tokens, Vec<i32>) {
 }
 
 /// Runs `work` on the pool while this thread keeps polling; a poll's error cancels the work and is returned.
+///
+/// # Errors
+/// What `work` or the observer's poll returns.
 pub fn computing<T: Send>(
     observer: &mut dyn Observer,
     work: impl FnOnce(&(dyn Fn() -> Result<()> + Sync)) -> Result<T> + Send,

@@ -4,7 +4,7 @@
 
 use crate::error::Result;
 use crate::model::Model;
-use crate::model::llama::Saved;
+use crate::model::llama::{Layer, Saved};
 use crate::ops::linear::Matrix;
 use crate::ops::rms_norm::Gain;
 use crate::ops::{Buf, DropoutKey, Env, Grads, Tokens, embedding, head};
@@ -57,7 +57,7 @@ pub fn forward_backward(
     // Below the first trained layer nothing needs a gradient.
     let embed_trained = matches!(llama.embed, Matrix::Trained(_));
     let n_layers = llama.layers.len();
-    let first = if embed_trained { 0 } else { llama.layers.iter().position(|l| l.is_trained()).unwrap_or(n_layers) };
+    let first = if embed_trained { 0 } else { llama.layers.iter().position(Layer::is_trained).unwrap_or(n_layers) };
 
     let mut x = embedding::forward(&env, &llama.embed, llama.hidden_size);
     let mut kept: Vec<(Buf, Option<Saved>)> = Vec::with_capacity(n_layers);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_tokenizer import make_tokenizer
@@ -54,7 +55,8 @@ ALIASES = {
 def quiet(tokenizer: Tokenizer, name: str, **options: object) -> Tokenizer:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return get_chat_template(tokenizer, name, map_eos_token=False, **options)  # type: ignore[arg-type]
+        made: Tokenizer = get_chat_template(tokenizer, name, map_eos_token=False, **options)  # type: ignore[arg-type]
+        return made
 
 
 @pytest.fixture
@@ -118,7 +120,9 @@ def test_sharegpt_becomes_role_and_content() -> None:
     rows = [
         {"conversations": [{"from": "human", "value": "U"}, {"from": "gpt", "value": "A", "weight": None}], "id": 3}
     ]
-    want = [{"conversations": [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}], "id": 3}]
+    want: list[dict[str, Any]] = [
+        {"conversations": [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}], "id": 3}
+    ]
     strip = [
         {**row, "conversations": [dict(sorted(m.items())) for m in row["conversations"]]}
         for row in standardize_sharegpt(rows)

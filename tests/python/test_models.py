@@ -226,6 +226,7 @@ def test_full_finetuning_saves_a_whole_model(folder: Path, tmp_path: Path) -> No
     assert model.num_parameters(only_trainable=True) == model.num_parameters()
     move(model)
     model.save_pretrained(tmp_path / "model")
+    model.tokenizer.save_pretrained(tmp_path / "model")
     np.testing.assert_array_equal(load(tmp_path / "model")(IDS).logits, model(IDS).logits)
     assert not np.array_equal(load(folder)(IDS).logits, model(IDS).logits)
 

@@ -113,36 +113,39 @@ def _being_written(out: Path) -> bool:
 def test_twenty_kills_leave_the_run_the_same_to_the_bit(folder: Path, tmp_path: Path) -> None:
     steps, tests = 60, str(Path(__file__).parent)
 
-    def start(out: Path) -> subprocess.Popen[str]:
+    def command(out: Path) -> list[str]:
         code = _CHILD.format(tests=tests, folder=str(folder), out=str(out), steps=steps, optim="adamw_torch")
-        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        return [sys.executable, "-c", code]
+
+    def finish(out: Path) -> None:
+        subprocess.run(command(out), check=True, timeout=240, stdout=subprocess.DEVNULL)
 
     whole = tmp_path / "whole"
-    assert start(whole).wait(240) == 0
+    finish(whole)
     out = tmp_path / "killed"
     draw = random.Random(0)
     kills = while_writing = 0
     while kills < 20:
-        child = start(out)
-        assert child.stdout is not None
-        assert child.stdout.readline() == "begin\n"
-        begun = _newest(out)
-        aim_at_writing = kills % 2 == 0
-        # Odd rounds make a step or two of progress and die anywhere; even rounds die in the middle of a checkpoint.
-        deadline = time.monotonic() + 60
-        while child.poll() is None and time.monotonic() < deadline:
-            if aim_at_writing and _being_written(out):
-                break
-            if not aim_at_writing and _newest(out) >= min(begun + draw.randint(1, 2), steps - 1):
-                time.sleep(draw.random() * 0.02)
-                break
-        assert child.poll() is None, "the run ended before it could be killed"
-        child.send_signal(signal.SIGKILL)
-        child.wait(30)
+        with subprocess.Popen(command(out), stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "begin\n"
+            begun = _newest(out)
+            aim_at_writing = kills % 2 == 0
+            # Odd rounds make some progress and die anywhere; even rounds die amid the writing of a checkpoint.
+            deadline = time.monotonic() + 60
+            while child.poll() is None and time.monotonic() < deadline:
+                if aim_at_writing and _being_written(out):
+                    break
+                if not aim_at_writing and _newest(out) >= min(begun + draw.randint(1, 2), steps - 1):
+                    time.sleep(draw.random() * 0.02)
+                    break
+            assert child.poll() is None, "the run ended before it could be killed"
+            child.send_signal(signal.SIGKILL)
+            child.wait(30)
         kills += 1
         while_writing += _being_written(out)
     assert while_writing >= 5, f"only {while_writing} of {kills} kills fell into the writing of a checkpoint"
-    assert start(out).wait(240) == 0
+    finish(out)
     assert _checkpoint(out, steps) == _checkpoint(whole, steps)
     assert not _being_written(out), "what the kills left behind was swept"
 

@@ -314,6 +314,7 @@ def test_settings_read_back_as_they_will_run() -> None:
     assert (config.optim, config.seed, config.logging_steps, config.output_dir) == ("adamw_8bit", 3407, 1, "outputs")
     assert (config.warmup_ratio, config.num_train_epochs, config.max_steps, config.weight_decay) == (0.1, 3, -1, 0.001)
     older: dict[str, Any] = {"evaluation_strategy": "epoch"}
+    alias: dict[str, Any] = {"max_seq_length": 17}
     theirs = TrainingArguments("here", max_steps=60, warmup_steps=5, **older)
     assert (theirs.per_device_train_batch_size, theirs.optim, theirs.seed) == (8, "adamw_torch", 42)
     assert (theirs.output_dir, theirs.max_steps, theirs.warmup_steps, theirs.eval_strategy) == ("here", 60, 5, "epoch")
@@ -324,7 +325,7 @@ def test_settings_read_back_as_they_will_run() -> None:
     assert config.plan(8) == {"steps_per_epoch": 2, "total_steps": 2, "epochs": 1}
     assert SFTConfig(hub_token="hf_secret").to_dict()["hub_token"] == "<HUB_TOKEN>"
     assert "hf_secret" not in repr(SFTConfig(hub_token="hf_secret"))
-    assert SFTConfig(max_seq_length=17).max_length == 17 and SFTConfig(report_to=["none"]).report_to == "none"
+    assert SFTConfig(**alias).max_length == 17 and SFTConfig(report_to=["none"]).report_to == "none"
 
 
 @pytest.mark.parametrize(

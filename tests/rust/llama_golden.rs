@@ -10,12 +10,12 @@ use std::path::{Path, PathBuf};
 
 const CASES: [&str; 5] = ["gqa", "head_dim", "bias", "rope_llama3", "rope_linear"];
 
-pub fn golden(name: &str) -> PathBuf {
+pub(crate) fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
 }
 
 /// Writes the tensors that stand under `prefixes` of a golden file as a model folder.
-pub fn model_folder(file: &TensorFile, prefixes: &[&str], skip: impl Fn(&str) -> bool) -> tempfile::TempDir {
+pub(crate) fn model_folder(file: &TensorFile, prefixes: &[&str], skip: impl Fn(&str) -> bool) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     let mut tensors = Vec::new();
     for name in file.names() {
@@ -40,13 +40,13 @@ pub fn model_folder(file: &TensorFile, prefixes: &[&str], skip: impl Fn(&str) ->
     folder
 }
 
-pub fn load(folder: &Path) -> Model {
+pub(crate) fn load(folder: &Path) -> Model {
     let options = LoadOptions { precision: Precision::F32, quantize: None, full_finetuning: false };
     Model::load(folder, &options).unwrap()
 }
 
 /// The rows of a golden file and their shifted targets.
-pub fn rows(file: &TensorFile) -> (Tokens, Vec<i32>) {
+pub(crate) fn rows(file: &TensorFile) -> (Tokens, Vec<i32>) {
     let ints = |name: &str| {
         let mut bytes = Vec::new();
         file.read_bytes(name, &mut bytes).unwrap();
@@ -67,7 +67,7 @@ pub fn rows(file: &TensorFile) -> (Tokens, Vec<i32>) {
 }
 
 /// Largest difference over the largest expected magnitude.
-pub fn relative(got: &[f32], want: &[f32]) -> f32 {
+pub(crate) fn relative(got: &[f32], want: &[f32]) -> f32 {
     assert_eq!(got.len(), want.len());
     let scale = want.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
     got.iter().zip(want).fold(0.0_f32, |m, (g, w)| m.max((g - w).abs())) / scale.max(1e-12)
@@ -79,7 +79,7 @@ fn absolute(got: &[f32], want: &[f32]) -> f32 {
 }
 
 /// Adds the golden adapter: rank 4, alpha 8, all seven linear layers.
-pub fn add_adapter(model: &mut Model, file: &TensorFile) {
+pub(crate) fn add_adapter(model: &mut Model, file: &TensorFile) {
     let places: Vec<_> = (0..model.llama.layers.len())
         .flat_map(|layer_idx| {
             (0..7).map(move |linear_idx| Placement { layer_idx, linear_idx, rank: 4, scale: 2.0, dropout: 0.0 })
@@ -96,7 +96,7 @@ fn concatenated(file: &TensorFile, prefix: &str) -> Vec<f32> {
 }
 
 /// Loss and gradients of the golden batch.
-pub fn step(model: &Model, tokens: &Tokens, targets: &[i32], recompute: Recompute) -> (f64, Grads) {
+pub(crate) fn step(model: &Model, tokens: &Tokens, targets: &[i32], recompute: Recompute) -> (f64, Grads) {
     let trained = targets.iter().filter(|t| **t != -100).count();
     let mut grads = Grads::zeros(&model.params);
     let options = StepOptions { dropout: None, weight: 1.0 / trained as f32, recompute, poll: &|| Ok(()) };

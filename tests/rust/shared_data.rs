@@ -7,7 +7,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// A file or folder of the shared data, or `None` with a printed line.
-pub fn shared(path: &str, cases: usize) -> Option<PathBuf> {
+pub(crate) fn shared(path: &str, cases: usize) -> Option<PathBuf> {
     let full = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data").join(path);
     if full.exists() {
         return Some(full);
