@@ -42,7 +42,7 @@ check: $(VENV)/installed $(VENV)/fetched ## formatters, linters, type checkers, 
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict $(TYPED)
-	MYPYPATH=python $(BIN)/python -m mypy.stubtest rustune._native
+	MYPYPATH=python $(BIN)/python -m mypy.stubtest --mypy-config-file pyproject.toml rustune._native
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --offline --no-deps
 	$(BIN)/typos
 	cargo test --locked --offline --test rust tidy

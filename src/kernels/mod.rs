@@ -1,6 +1,6 @@
 //! Slices in, slices out: the arithmetic, one table of functions per instruction set, chosen once at run time.
 //!
-//! [`reference`] is the specification; [`generic`] is the same arithmetic written once over a vector; each file under
+//! [`mod@reference`] is the specification; `generic` is the same arithmetic written once over a vector; each file under
 //! `x86/` proves that the CPU can run it and hands out the whole table. Holding a table is the proof.
 //! Kernels never allocate, never use threads and never read the environment, except [`active`], which picks a table.
 
