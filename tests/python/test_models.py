@@ -106,6 +106,18 @@ def test_folders_that_cannot_be_loaded(tmp_path: Path, folder: Path) -> None:
     (wide / "config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
     with pytest.raises(WeightsError, match=r"gate_proj|up_proj|down_proj"):
         load(wide)
+    _, tensors = tiny.read_safetensors(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    for bad in (np.nan, np.inf):
+        damaged = tensors[name].copy()
+        damaged[3, 5] = bad
+        tiny.write_safetensors(wide / "model.safetensors", tensors | {name: damaged})
+        (wide / "config.json").write_text(json.dumps(config))
+        with pytest.raises(WeightsError, match=r"layers\.1\.mlp\.up_proj\.weight: element \d+ is (NaN|inf)"):
+            load(wide)
+    tiny.write_safetensors(wide / "model.safetensors", tensors | {"model.layers.0.self_attn.q_norm.weight": damaged})
+    with pytest.raises(WeightsError, match="q_norm"):
+        load(wide)
 
 
 def test_the_loss_is_the_mean_of_the_token_losses(folder: Path) -> None:

@@ -163,12 +163,7 @@ fn every_gradient_of_full_finetuning() {
 fn a_bitsandbytes_checkpoint_gives_its_logits_and_gradients() {
     let file = TensorFile::open(golden("llama_nf4.safetensors")).unwrap();
     for variant in ["plain", "double"] {
-        let quantized = |name: &str| name.ends_with("_proj.weight");
-        let mut folder = model_folder(&file, &["bnb/", &format!("bnb_{variant}/")], |_| false);
-        // The unquantized tensors go to a second shard.
-        let rest = model_folder(&file, &["model/"], quantized);
-        join(&mut folder, rest.path());
-        let mut model = load(folder.path());
+        let mut model = nf4_model(&file, variant);
         let (tokens, targets) = rows(&file);
         let difference = absolute(&model.logits(&tokens).unwrap(), &concatenated(&file, &format!("{variant}/logits")));
         assert!(difference < 2e-3, "{variant}: logits differ by {difference}");
@@ -180,6 +175,15 @@ fn a_bitsandbytes_checkpoint_gives_its_logits_and_gradients() {
             assert!(difference < 2e-3, "{variant}: gradient of {} differs by {difference}", param.name);
         }
     }
+}
+
+/// The bitsandbytes checkpoint of llama_nf4, in two shards: the quantized tensors and the others.
+pub(crate) fn nf4_model(file: &TensorFile, variant: &str) -> Model {
+    let quantized = |name: &str| name.ends_with("_proj.weight");
+    let mut folder = model_folder(file, &["bnb/", &format!("bnb_{variant}/")], |_| false);
+    let rest = model_folder(file, &["model/"], quantized);
+    join(&mut folder, rest.path());
+    load(folder.path())
 }
 
 /// Turns two one-file folders into one of two shards.

@@ -8,7 +8,7 @@ use rustune::ops::attention::{self, Forward, Heads, segments};
 use rustune::ops::linear::{Bias, Linear, Lora, Matrix};
 use rustune::ops::rms_norm::{Gain, RmsNorm};
 use rustune::ops::rope::{Rope, RopeScaling, Turn};
-use rustune::ops::tape::seed_gradient;
+use rustune::ops::tape::{Op, seed_gradient};
 use rustune::ops::{Ctx, DropoutKey, Env, Grads, ParamStore, Precision, Tokens, Weight, head, swiglu};
 use rustune::quant::{FloatKind, Nf4Tensor};
 
@@ -297,4 +297,27 @@ fn head_and_loss_with_ignored_targets() {
         };
         central_differences(isa, &h, &dh, mean);
     });
+}
+
+#[test]
+fn an_op_composes_on_the_tape_with_views_that_are_not_contiguous() {
+    let ctx = Ctx::new(Precision::F32).unwrap();
+    let (gate, up) = (floats(35, 20), floats(35, 21));
+    let (tg, tu) = (var(&gate, &[5, 7]), var(&up, &[7, 5]));
+    let (forward, backward) = (ctx.clone(), ctx);
+    let op = Op {
+        name: "swiglu",
+        forward: move |x: &[&[f32]]| swiglu::forward(&forward, x[0], x[1]).to_vec(),
+        backward: move |x: &[&[f32]], dy: &[f32]| {
+            let (dgate, dup) = swiglu::backward(&backward, x[0], x[1], dy);
+            vec![dgate.to_vec(), dup.to_vec()]
+        },
+    };
+    let ours = tg.t().unwrap().apply_op2(&tu, op).unwrap().sqr().unwrap();
+    let twin = (tg.t().unwrap().silu().unwrap() * tu.as_tensor()).unwrap().sqr().unwrap();
+    let upstream = floats(35, 22);
+    assert_near("composed", &values(&ours), &values(&twin), 1e-5); // exp within 2 ulp, squared
+    let (got, want) = (tape(&ours, &upstream, &[&tg, &tu]), tape(&twin, &upstream, &[&tg, &tu]));
+    assert_near("composed dgate", &got[0], &want[0], 1e-5);
+    assert_near("composed dup", &got[1], &want[1], 1e-5);
 }

@@ -1,6 +1,6 @@
 //! Training against torch: ten losses, clipping and schedule, full fine-tuning, and the laws of LoRA.
 
-use crate::llama_golden::{add_adapter, golden, load, model_folder, relative, rows, step};
+use crate::llama_golden::{add_adapter, golden, load, model_folder, nf4_model, relative, rows, step};
 use rustune::config::train::{AdamHyper, OptimizerKind, ScheduleKind};
 use rustune::io::safetensors::TensorFile;
 use rustune::lora::{Init, Placement, inject};
@@ -63,6 +63,18 @@ fn ten_losses_of_every_architecture() {
         let losses = ten_losses(&mut model, &tokens, &targets, 1e-2);
         assert_losses(&losses, &file, "losses_adamw", 1e-4);
         assert!(losses[9] < losses[0], "{case}: the loss did not fall");
+    }
+}
+
+#[test]
+fn ten_losses_over_a_bitsandbytes_base() {
+    let file = TensorFile::open(golden("llama_nf4.safetensors")).unwrap();
+    for variant in ["plain", "double"] {
+        let mut model = nf4_model(&file, variant);
+        add_adapter(&mut model, &file);
+        let (tokens, targets) = rows(&file);
+        let losses = ten_losses(&mut model, &tokens, &targets, 1e-2);
+        assert_losses(&losses, &file, &format!("{variant}/losses_adamw"), 2e-3);
     }
 }
 
