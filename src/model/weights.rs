@@ -138,7 +138,10 @@ impl Loader<'_> {
             let tensor = Nf4Tensor::quantize(&values, &[rows, cols], kind, block_size, double_quant);
             return Ok(Matrix::Frozen(Weight::nf4(tensor.map_err(|e| self.error(name, e.to_string()))?)?));
         }
-        if dtype == Dtype::BF16 || bf16_run {
+        if dtype == Dtype::BF16 {
+            return Ok(Matrix::Frozen(Weight::bf16(self.dense_bf16(name)?, rows, cols)?));
+        }
+        if bf16_run {
             let values = self.dense(name, &[rows, cols])?;
             return Ok(Matrix::Frozen(Weight::bf16(values.into_iter().map(bf16::from_f32).collect(), rows, cols)?));
         }
@@ -151,11 +154,23 @@ impl Loader<'_> {
         let values = self.files.read_f32(name)?;
         match values.iter().position(|v| !v.is_finite()) {
             None => Ok(values),
-            Some(i) => {
-                Err(self
-                    .error(name, format!("element {i} is {}: the checkpoint is damaged; download it again", values[i])))
-            }
+            Some(i) => Err(self.not_finite(name, i, values[i])),
         }
+    }
+
+    /// A checked bf16 tensor as it is stored, never widened: an embedding table is the largest tensor there is.
+    fn dense_bf16(&self, name: &str) -> Result<Vec<bf16>> {
+        let mut bytes = Vec::new();
+        self.files.read_bytes(name, &mut bytes)?;
+        let values: Vec<bf16> = bytes.as_chunks::<2>().0.iter().map(|pair| bf16::from_le_bytes(*pair)).collect();
+        match values.iter().position(|v| !v.is_finite()) {
+            None => Ok(values),
+            Some(i) => Err(self.not_finite(name, i, values[i].to_f32())),
+        }
+    }
+
+    fn not_finite(&self, tensor: &str, at: usize, value: f32) -> Error {
+        self.error(tensor, format!("element {at} is {value}: the checkpoint is damaged; download it again"))
     }
 
     /// Marks a tensor as used and checks that it is there, has the shape, and is of a float type.
