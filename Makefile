@@ -26,7 +26,7 @@ help: ## list the targets
 build: $(VENV)/installed ## build the wheel and install it into .venv
 
 .PHONY: quickstart
-quickstart: $(VENV)/installed ## fine-tune the model we ship, end to end, offline (about 3 minutes)
+quickstart: $(VENV)/installed ## fine-tune the model we ship, end to end, offline (a minute or two)
 	$(BIN)/rustune quickstart --out quickstart-out
 
 .PHONY: test

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -752,7 +753,8 @@ class FastLanguageModel:
 
         def resolve(wanted: str, at_revision: str | None) -> str:
             cache = None if cache_dir is None else os.fspath(cache_dir)
-            return os.fspath(_native.resolve_model(wanted, at_revision, secret, cache, local_files_only))
+            made = _native.resolve_model(wanted, at_revision, secret, cache, local_files_only, _tell_download)
+            return os.fspath(made)
 
         folder = resolve(name, revision)
         adapter_folder = folder if (Path(folder) / "adapter_config.json").is_file() else None
@@ -908,6 +910,16 @@ class FastLanguageModel:
             The same model.
         """
         return model.for_training(use_gradient_checkpointing)
+
+
+def _tell_download(kind: str, text: str, done: int, total: int | None) -> None:
+    """Shows what a download does: a line that moves on a terminal, and warnings everywhere."""
+    if kind == "warning":
+        warnings.warn(text, stacklevel=2)
+    elif sys.stderr.isatty():
+        share = f"{done / total:4.0%} of {total / 1e6:,.0f} MB" if total else f"{done / 1e6:,.0f} MB"
+        sys.stderr.write(f"\r{text}: {share}" + ("\n" if done == total else ""))
+        sys.stderr.flush()
 
 
 def _quantization(written: dict[str, Any], config: Any, dtype: Any) -> tuple[dict[str, Any], Any]:

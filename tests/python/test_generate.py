@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -160,3 +163,13 @@ def test_the_chat_template_ends_a_turn(loaded: tuple[Model, Any]) -> None:
     ids = prompt["input_ids"] if hasattr(prompt, "keys") else prompt
     assert np.ravel(ids).tolist() == [tiny.BOS, tiny.USER, *b"hi", tiny.EOS, tiny.ASSISTANT]
     assert model.generate(prompt, max_new_tokens=2, **NEVER).shape == (1, 8)
+
+
+def test_ctrl_c_stops_a_generation_and_the_model_stays_usable(model: Model) -> None:
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        # Would take minutes: every token attends to all before it.
+        model.generate([[1, 2, 3]], max_new_tokens=50_000, do_sample=False, eos_token_id=tiny.VOCAB - 1)
+    timer.join()
+    assert model.generate([[1, 2, 3]], max_new_tokens=2, do_sample=False).shape[1] >= 4
