@@ -4,6 +4,7 @@
 //! `x86/` proves that the CPU can run it and hands out the whole table. Holding a table is the proof.
 //! Kernels never allocate, never use threads and never read the environment, except [`active`], which picks a table.
 
+pub mod gemv;
 mod generic;
 #[cfg(test)]
 mod parity;
@@ -58,6 +59,17 @@ pub struct Kernels {
     /// `out[i] = code[index i] · scale`, two indices a byte, first element in the high nibble;
     /// packed: `[ceil(n / 2)]`, out: `[n]`, all of one block.
     pub nf4_block: fn(packed: &[u8], scale: f32, code: &[f32; 16], out: &mut [f32]),
+    // Matrix times a few vectors (gemv.rs); x: `[n_x, cols]`, out: `[rows, n_x]`, n_x at most `gemv::MAX_X`.
+    /// x in the order in which this table's `nf4_gemv` meets the weights of a block;  x, out: `[n · 64]`.
+    pub nf4_order: fn(x: &[f32], out: &mut [f32]),
+    /// `out[j, i] = Σ_p w[j, p] · x[i, p]`, `w = round(code[index] · scale)`, x brought into order by `nf4_order`.
+    pub nf4_gemv: gemv::Nf4Gemv,
+    /// `out[j, i] = Σ_p w[j, p] · x[i, p]`;  w: `[rows, cols]`.
+    pub bf16_gemv: fn(w: &[half::bf16], cols: usize, x: &[f32], out: &mut [f32]),
+    /// `out[j, i] = Σ_p w[j, p] · x[i, p]`;  w: `[rows, cols]`.
+    pub f32_gemv: fn(w: &[f32], cols: usize, x: &[f32], out: &mut [f32]),
+    /// `out[j, i] = Σ_p scales[j, p / 64] · w[j, p] · x[i, p]`;  w: `[rows, cols]`, scales: `[rows, cols / 64]`.
+    pub i8_gemv: fn(w: &[i8], scales: &[f32], cols: usize, x: &[f32], out: &mut [f32]),
 }
 
 /// Every table this machine can run, best first; the last is always `scalar`.

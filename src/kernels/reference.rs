@@ -3,6 +3,7 @@
 //! Sums run in f64, left to right, except the GEMM tile, whose f32 sum over p is left to right as well.
 
 use super::Kernels;
+use super::gemv::{BLOCK, Nf4Rows, check_x};
 
 /// The table every machine can run.
 pub(super) fn table() -> Kernels {
@@ -22,6 +23,13 @@ pub(super) fn table() -> Kernels {
         rope_row,
         round_bf16,
         nf4_block,
+        nf4_order: |x, out| out.copy_from_slice(x),
+        nf4_gemv,
+        bf16_gemv: |w, cols, x, out| gemv(w.len() / cols, cols, x, out, |at| w[at].to_f32()),
+        f32_gemv: |w, cols, x, out| gemv(w.len() / cols, cols, x, out, |at| w[at]),
+        i8_gemv: |w, scales, cols, x, out| {
+            gemv(w.len() / cols, cols, x, out, |at| f32::from(w[at]) * scales[at / BLOCK]);
+        },
     }
 }
 
@@ -125,6 +133,26 @@ fn nf4_block(packed: &[u8], scale: f32, code: &[f32; 16], out: &mut [f32]) {
         pair[0] = code[usize::from(byte >> 4)] * scale;
         if let Some(second) = pair.get_mut(1) {
             *second = code[usize::from(byte & 15)] * scale;
+        }
+    }
+}
+
+fn nf4_gemv(w: Nf4Rows<'_>, code: &[f32; 16], x: &[f32], out: &mut [f32]) {
+    let (rows, _) = w.check(x, out);
+    gemv(rows, w.cols, x, out, |at| {
+        let byte = w.packed[at / 2];
+        let index = if at % 2 == 0 { byte >> 4 } else { byte & 15 };
+        w.round.apply(code[usize::from(index)] * w.scales[at / BLOCK])
+    });
+}
+
+/// `out[j, i] = Σ_p weight(j · cols + p) · x[i, p]`.
+fn gemv(rows: usize, cols: usize, x: &[f32], out: &mut [f32], weight: impl Fn(usize) -> f32) {
+    let n_x = check_x("gemv", rows, cols, x, out);
+    for j in 0..rows {
+        for i in 0..n_x {
+            let products = (0..cols).map(|p| f64::from(weight(j * cols + p)) * f64::from(x[i * cols + p]));
+            out[j * n_x + i] = products.sum::<f64>() as f32;
         }
     }
 }

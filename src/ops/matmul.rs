@@ -6,7 +6,7 @@
 //! depend on the number of threads or on how C is cut. Few rows against a frozen weight take the dot-product path instead.
 
 use super::weight::{Precision, Weight};
-use super::{Buf, Ctx};
+use super::{Buf, Ctx, gemv};
 use crate::kernels::tiles::{TileMut, bounds, split_grid};
 use crate::kernels::{Kernels, MAX_TILE};
 use rayon::prelude::*;
@@ -21,7 +21,7 @@ const THIN: usize = 768;
 /// Rows of A that are packed at a time: bounds the packed copy.
 const MC: usize = 1920;
 /// Up to this many rows, `X · Wᵀ` is a row of dot products straight from the weight's storage.
-const FEW_ROWS: usize = 4;
+const FEW_ROWS: usize = gemv::MAX_ROWS;
 
 /// A GEMM operand.
 #[derive(Clone, Copy)]
@@ -284,32 +284,12 @@ fn pack_b(ctx: &Ctx, g: &Gemm<'_>, ks: std::ops::Range<usize>, js: std::ops::Ran
     }
 }
 
-/// `C (+)= alpha · X · Wᵀ` for few rows: every weight row is read once and dotted with each row of X.
+/// `C (+)= alpha · X · Wᵀ` for few rows, which reads every weight once.
 fn few_rows(ctx: &Ctx, g: &Gemm<'_>, weight: &Weight, x: &[f32], x_stride: usize, c: &mut [f32]) {
-    let bf16 = ctx.precision == Precision::Bf16;
-    let mut rows = ctx.buf(g.m * g.k);
-    for (i, row) in rows.chunks_exact_mut(g.k).enumerate() {
-        row.copy_from_slice(&x[i * x_stride..][..g.k]);
-    }
-    if bf16 {
-        (ctx.kernels.round_bf16)(&mut rows);
-    }
-    let step = (65_536 / g.k).clamp(1, 64);
-    split_grid(c, g.n, &[0, g.m], &bounds(g.n, step)).into_par_iter().for_each(|mut tile| {
-        SCRATCH.with_borrow_mut(|scratch| {
-            let w = &mut scratch.row;
-            w.resize(g.k, 0.0);
-            for j in 0..tile.cols() {
-                weight.read(ctx.kernels, (tile.col0 + j) * g.k, w);
-                if bf16 {
-                    (ctx.kernels.round_bf16)(w);
-                }
-                for (i, x) in rows.chunks_exact(g.k).enumerate() {
-                    tile.row(i)[j] += g.alpha * (ctx.kernels.dot)(x, w);
-                }
-            }
-        });
-    });
+    let x = gemv::Input::new(ctx, x, g.m, g.k, x_stride);
+    let mut out = ctx.buf(c.len());
+    gemv::weight(ctx, weight, &x, &mut out);
+    (ctx.kernels.axpy)(g.alpha, &gemv::transpose(ctx, out, g.m), c);
 }
 
 /// A serial GEMM on small dense blocks, for use inside a task; the packed copies live in its [`BlockScratch`].

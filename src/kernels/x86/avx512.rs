@@ -2,7 +2,10 @@
 //! The 16-entry NF4 table is one register, looked up with `vpermps`. `vdpbf16ps` is not used: it is half the speed of
 //! f32 FMA on Sapphire Rapids.
 
+mod gemv;
+
 use crate::kernels::generic::Simd;
+pub(super) use gemv::nf4_gemv_bf16;
 use std::arch::x86_64::*;
 
 /// Proof that AVX-512 F, BW, DQ and VL may run.

@@ -28,6 +28,12 @@ macro_rules! instantiate {
                 rope_row: |x, cos, sin| instantiate!(@enter $token, rope_row(x, cos, sin)),
                 round_bf16: |x| instantiate!(@enter $token, round_bf16(x)),
                 nf4_block: |packed, scale, code, out| instantiate!(@enter $token, nf4_block(packed, scale, code, out)),
+                // Matrix times a few vectors (gemv.rs).
+                nf4_order: |x, out| instantiate!(@enter $token, nf4_order(x, out)),
+                nf4_gemv: |w, code, x, out| instantiate!(@enter $token, nf4_gemv(w, code, x, out)),
+                bf16_gemv: |w, cols, x, out| instantiate!(@enter $token, bf16_gemv(w, cols, x, out)),
+                f32_gemv: |w, cols, x, out| instantiate!(@enter $token, f32_gemv(w, cols, x, out)),
+                i8_gemv: |w, scales, cols, x, out| instantiate!(@enter $token, i8_gemv(w, scales, cols, x, out)),
             })
         }
 
@@ -49,15 +55,25 @@ macro_rules! instantiate {
             round_bf16(x: &mut [f32]) -> ();
             nf4_block(packed: &[u8], scale: f32, code: &[f32; 16], out: &mut [f32]) -> ();
         );
+        instantiate!(@functions_of gemv, $token, $features,
+            nf4_order(x: &[f32], out: &mut [f32]) -> ();
+            nf4_gemv(w: crate::kernels::gemv::Nf4Rows<'_>, code: &[f32; 16], x: &[f32], out: &mut [f32]) -> ();
+            bf16_gemv(w: &[half::bf16], cols: usize, x: &[f32], out: &mut [f32]) -> ();
+            f32_gemv(w: &[f32], cols: usize, x: &[f32], out: &mut [f32]) -> ();
+            i8_gemv(w: &[i8], scales: &[f32], cols: usize, x: &[f32], out: &mut [f32]) -> ();
+        );
     };
     (@enter $token:ident, $name:ident($($arg:ident),*)) => {
         // SAFETY: only `table` hands this function out, after `detect` has seen the instruction set.
         unsafe { $name($token(()), $($arg),*) }
     };
-    (@functions $token:ident, $features:literal, $($name:ident($($arg:ident: $type:ty),*) -> $out:ty;)*) => {$(
+    (@functions $token:ident, $features:literal, $($functions:tt)*) => {
+        instantiate!(@functions_of generic, $token, $features, $($functions)*);
+    };
+    (@functions_of $module:ident, $token:ident, $features:literal, $($name:ident($($arg:ident: $type:ty),*) -> $out:ty;)*) => {$(
         #[target_feature(enable = $features)]
         fn $name(s: $token, $($arg: $type),*) -> $out {
-            generic::$name(s, $($arg),*)
+            crate::kernels::$module::$name(s, $($arg),*)
         }
     )*};
 }
@@ -69,5 +85,7 @@ use super::Kernels;
 
 /// The tables this CPU and operating system can run.
 pub(super) fn tables() -> impl Iterator<Item = Kernels> {
-    [avx512::table(), avx2::table()].into_iter().flatten()
+    let avx512 =
+        avx512::table().map(|table| Kernels { nf4_gemv: avx512::nf4_gemv_bf16().unwrap_or(table.nf4_gemv), ..table });
+    [avx512, avx2::table()].into_iter().flatten()
 }
