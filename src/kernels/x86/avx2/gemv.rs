@@ -28,9 +28,7 @@ fn scaled(_: Avx2, code: &[f32; 16], scale: f32) -> [__m256; 2] {
 /// Rounded to half precision and back.
 #[inline(always)]
 fn round_f16(_: Avx2, table: [__m256; 2]) -> [__m256; 2] {
-    table.map(|half| {
-        intrinsic!(_mm256_cvtph_ps(_mm256_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(half)))
-    })
+    table.map(|half| intrinsic!(_mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(half))))
 }
 
 /// A block's indices looked up in its table: the bytes as 8 words of 8 nibbles; each right shift moves one nibble of every
