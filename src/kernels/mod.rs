@@ -9,6 +9,7 @@ mod generic;
 #[cfg(test)]
 mod parity;
 pub mod philox;
+pub mod quantize;
 pub mod reference;
 pub mod tiles;
 #[cfg(target_arch = "x86_64")]
@@ -70,6 +71,11 @@ pub struct Kernels {
     pub f32_gemv: fn(w: &[f32], cols: usize, x: &[f32], out: &mut [f32]),
     /// `out[j, i] = Σ_p scales[j, p / 64] · w[j, p] · x[i, p]`;  w: `[rows, cols]`, scales: `[rows, cols / 64]`.
     pub i8_gemv: fn(w: &[i8], scales: &[f32], cols: usize, x: &[f32], out: &mut [f32]),
+    // Quantizing (quantize.rs).
+    /// One block to NF4: `code[i]` = number of thresholds strictly below `x[i] · (1 / absmax)`, two codes a byte, the first
+    /// in the high nibble; returns absmax, the largest magnitude. If that is NaN or infinite, `out` is unspecified.
+    /// x: `[n · 32]`, thresholds ascending, out: `[n · 16]`.
+    pub nf4_quantize: fn(x: &[f32], thresholds: &[f32; 15], out: &mut [u8]) -> f32,
 }
 
 /// Every table this machine can run, best first; the last is always `scalar`.

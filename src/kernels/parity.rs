@@ -232,3 +232,33 @@ fn a_row_of_x_does_not_see_its_neighbours() {
         }
     }
 }
+
+#[test]
+fn nf4_quantize_is_exact() {
+    let thresholds: [f32; 15] = std::array::from_fn(|i| (i as f32 - 7.0) / 8.0);
+    let reference = reference::table();
+    for table in available() {
+        for n in [32, 64, 128, 4096] {
+            let mut x = floats(n, 27);
+            // On thresholds exactly, just above them, and a zero of either sign.
+            for (i, threshold) in thresholds.iter().enumerate() {
+                x[2 * i] = 3.0 * threshold;
+                x[2 * i + 1] = 3.0 * threshold.next_up();
+            }
+            x[30] = 3.0;
+            x[31] = -0.0;
+            let cases =
+                [x.clone(), vec![0.0; n], x.iter().map(|x| x * 1e-39).collect(), x.iter().map(|x| -x).collect()];
+            for (case, x) in cases.iter().enumerate() {
+                let (mut got, mut want) = (vec![7; n / 2], vec![7; n / 2]);
+                let absmax = (table.nf4_quantize)(x, &thresholds, &mut got);
+                assert_eq!(absmax, (reference.nf4_quantize)(x, &thresholds, &mut want), "{} case {case}", table.isa);
+                assert_eq!(got, want, "{} n={n} case {case}", table.isa);
+            }
+            for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                x[n - 3] = bad;
+                assert!(!(table.nf4_quantize)(&x, &thresholds, &mut vec![0; n / 2]).is_finite(), "{} {bad}", table.isa);
+            }
+        }
+    }
+}

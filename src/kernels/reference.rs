@@ -4,6 +4,7 @@
 
 use super::Kernels;
 use super::gemv::{BLOCK, Nf4Rows, check_x};
+use super::quantize::{INFINITY_BITS, MIN_ABSMAX};
 
 /// The table every machine can run.
 pub(super) fn table() -> Kernels {
@@ -30,6 +31,7 @@ pub(super) fn table() -> Kernels {
         i8_gemv: |w, scales, cols, x, out| {
             gemv(w.len() / cols, cols, x, out, |at| f32::from(w[at]) * scales[at / BLOCK]);
         },
+        nf4_quantize,
     }
 }
 
@@ -155,4 +157,19 @@ fn gemv(rows: usize, cols: usize, x: &[f32], out: &mut [f32], weight: impl Fn(us
             out[j * n_x + i] = products.sum::<f64>() as f32;
         }
     }
+}
+
+fn nf4_quantize(x: &[f32], thresholds: &[f32; 15], out: &mut [u8]) -> f32 {
+    assert_eq!(out.len(), x.len().div_ceil(2), "nf4_quantize: lengths differ");
+    // The magnitude bits of floats sort like the floats, with infinity and NaN on top.
+    let largest = x.iter().map(|x| x.abs().to_bits()).fold(0, u32::max);
+    let absmax = f32::from_bits(largest);
+    if largest < INFINITY_BITS {
+        let inverse = 1.0 / absmax.max(MIN_ABSMAX);
+        let code = |x: f32| thresholds.iter().filter(|&&threshold| x * inverse > threshold).count() as u8;
+        for (pair, byte) in x.chunks(2).zip(out) {
+            *byte = code(pair[0]) << 4 | code(pair.get(1).copied().unwrap_or(0.0));
+        }
+    }
+    absmax
 }

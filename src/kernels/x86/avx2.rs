@@ -2,6 +2,7 @@
 //! bf16 rounding adds 0x7FFF + the lowest kept bit; NF4 looks eight indices up in two 8-entry registers and blends.
 
 mod gemv;
+mod quantize;
 
 use crate::kernels::generic::Simd;
 use std::arch::x86_64::*;

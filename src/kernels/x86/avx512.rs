@@ -3,6 +3,7 @@
 //! f32 FMA on Sapphire Rapids.
 
 mod gemv;
+mod quantize;
 
 use crate::kernels::generic::Simd;
 pub(super) use gemv::nf4_gemv_bf16;

@@ -34,6 +34,8 @@ macro_rules! instantiate {
                 bf16_gemv: |w, cols, x, out| instantiate!(@enter $token, bf16_gemv(w, cols, x, out)),
                 f32_gemv: |w, cols, x, out| instantiate!(@enter $token, f32_gemv(w, cols, x, out)),
                 i8_gemv: |w, scales, cols, x, out| instantiate!(@enter $token, i8_gemv(w, scales, cols, x, out)),
+                // Quantizing (quantize.rs).
+                nf4_quantize: |x, thresholds, out| instantiate!(@enter $token, nf4_quantize(x, thresholds, out)),
             })
         }
 
@@ -61,6 +63,9 @@ macro_rules! instantiate {
             bf16_gemv(w: &[half::bf16], cols: usize, x: &[f32], out: &mut [f32]) -> ();
             f32_gemv(w: &[f32], cols: usize, x: &[f32], out: &mut [f32]) -> ();
             i8_gemv(w: &[i8], scales: &[f32], cols: usize, x: &[f32], out: &mut [f32]) -> ();
+        );
+        instantiate!(@functions_of quantize, $token, $features,
+            nf4_quantize(x: &[f32], thresholds: &[f32; 15], out: &mut [u8]) -> f32;
         );
     };
     (@enter $token:ident, $name:ident($($arg:ident),*)) => {
