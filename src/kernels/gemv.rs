@@ -98,8 +98,6 @@ pub(super) trait Packed: Simd {
     /// The same, `code · scale` rounded to half precision and the result to bfloat16.
     fn nf4_f16_bf16(self, packed: &[u8; BLOCK / 2], code: &[f32; 16], scale: f32) -> Self::Block;
     /// The first `LANES` elements of `w`.
-    fn load_bf16(self, w: &[bf16]) -> Self::V;
-    /// The first `LANES` elements of `w`.
     fn load_i8(self, w: &[i8]) -> Self::V;
 }
 
@@ -255,12 +253,13 @@ fn dense_pass<S: Packed, T: Copy, const M: usize>(
     }
 }
 
+/// w: the bits of bf16.
 #[inline(always)]
-pub(super) fn bf16_gemv<S: Packed>(s: S, w: &[bf16], cols: usize, x: &[f32], out: &mut [f32]) {
-    let tail = |w: &[bf16]| {
+pub(super) fn bf16_gemv<S: Packed>(s: S, w: &[u16], cols: usize, x: &[f32], out: &mut [f32]) {
+    let tail = |w: &[u16]| {
         let mut padded = [0.0; 16];
-        for (to, from) in padded.iter_mut().zip(w) {
-            *to = f32::from_bits(u32::from(from.to_bits()) << 16);
+        for (to, &from) in padded.iter_mut().zip(w) {
+            *to = f32::from_bits(u32::from(from) << 16);
         }
         s.load_tail(&padded[..w.len()])
     };

@@ -10,6 +10,7 @@ use super::{Buf, Ctx, Env};
 use crate::kernels::gemv::{BLOCK, MAX_X, Nf4Rows, Round};
 use crate::quant::nf4::{Absmax, CODE_BOOK};
 use crate::quant::{FloatKind, Nf4Tensor};
+use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -111,7 +112,9 @@ impl<'a> Rows<'a> {
         };
         match (weight.storage(), &x.ordered) {
             (Storage::F32(data), _) if !bf16 => (ctx.kernels.f32_gemv)(&data[elements], x.cols, &x.plain, out),
-            (Storage::Bf16(data), _) => (ctx.kernels.bf16_gemv)(&data[elements], x.cols, &x.plain, out),
+            (Storage::Bf16(data), _) => {
+                (ctx.kernels.bf16_gemv)(data[elements].reinterpret_cast(), x.cols, &x.plain, out);
+            }
             (Storage::Nf4(tensor), Some(ordered)) if tensor.block_size.is_multiple_of(BLOCK) => {
                 let packed = &tensor.packed[elements.start / 2..elements.end / 2];
                 let blocks = elements.start / BLOCK..elements.end / BLOCK;
@@ -183,18 +186,18 @@ fn block_scales<'a>(tensor: &'a Nf4Tensor, blocks: Range<usize>, scratch: &'a mu
 
 /// `out[j, i] = row j of the matrix · x_i`;  out: `[rows, n_rows]`.
 pub fn matrix(env: &Env<'_>, matrix: &Matrix, x: &Input, out: &mut [f32]) {
-    rows(env.ctx, Rows::of(env, matrix), x, out);
+    rows(env.ctx, Rows::of(env, matrix), 0, x, out);
 }
 
-/// `out[j, i] = row j of the weight · x_i`;  out: `[rows, n_rows]`.
-pub fn weight(ctx: &Ctx, weight: &Weight, x: &Input, out: &mut [f32]) {
-    rows(ctx, Rows::Weight(weight), x, out);
+/// `out[j, i] = row (first + j) of the weight · x_i`;  out: `[some rows, n_rows]`.
+pub fn weight(ctx: &Ctx, weight: &Weight, first: usize, x: &Input, out: &mut [f32]) {
+    rows(ctx, Rows::Weight(weight), first, x, out);
 }
 
-fn rows(ctx: &Ctx, rows: Rows<'_>, x: &Input, out: &mut [f32]) {
+fn rows(ctx: &Ctx, rows: Rows<'_>, first: usize, x: &Input, out: &mut [f32]) {
     let step = rows.per_task(x.cols);
     in_tasks(out, step * x.n_rows, |task, out| {
-        SCRATCH.with_borrow_mut(|scratch| rows.multiply(ctx, x, task * step, out, scratch));
+        SCRATCH.with_borrow_mut(|scratch| rows.multiply(ctx, x, first + task * step, out, scratch));
     });
 }
 
@@ -247,7 +250,7 @@ impl<'a> Ready<'a> {
 /// `scale · A x`, `[n_rows, rank]`.
 fn down(env: &Env<'_>, lora: &Lora, x: &Input) -> Buf {
     let mut low = env.ctx.buf(lora.rank * x.n_rows);
-    rows(env.ctx, Rows::F32(env.params.get(lora.a)), x, &mut low);
+    rows(env.ctx, Rows::F32(env.params.get(lora.a)), 0, x, &mut low);
     low.iter_mut().for_each(|low| *low *= lora.scale);
     transpose(env.ctx, low, x.n_rows)
 }
@@ -344,7 +347,7 @@ mod tests {
                     }
                     for (name, w) in weights(rows, cols) {
                         let mut out = ctx.buf(rows * n_rows);
-                        weight(&ctx, &w, &input, &mut out);
+                        weight(&ctx, &w, 0, &input, &mut out);
                         let out = transpose(&ctx, out, n_rows);
                         let values = dense(&ctx, &w);
                         for (at, got) in out.iter().enumerate() {

@@ -12,6 +12,7 @@ pub mod gemv;
 pub mod head;
 pub mod linear;
 pub mod matmul;
+mod pack;
 pub mod params;
 pub mod pool;
 pub mod rms_norm;

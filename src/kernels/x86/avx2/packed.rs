@@ -3,7 +3,6 @@
 use super::Avx2;
 use crate::kernels::gemv::{BLOCK, Packed};
 use crate::kernels::generic::Simd;
-use half::bf16;
 use std::arch::x86_64::*;
 
 /// The body of a function that takes the token: the proof that the intrinsics may run.
@@ -124,14 +123,6 @@ impl Packed for Avx2 {
     #[inline(always)]
     fn nf4_f16_bf16(self, packed: &[u8; BLOCK / 2], code: &[f32; 16], scale: f32) -> [__m256; 8] {
         lookup(self, packed, round_f16(self, scaled(self, code, scale)).map(|half| self.round_bf16(half)))
-    }
-    #[inline(always)]
-    fn load_bf16(self, w: &[bf16]) -> __m256 {
-        assert!(w.len() >= 8);
-        intrinsic!({
-            let halves = _mm256_cvtepu16_epi32(_mm_loadu_si128(w.as_ptr().cast()));
-            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(halves))
-        })
     }
     #[inline(always)]
     fn load_i8(self, w: &[i8]) -> __m256 {

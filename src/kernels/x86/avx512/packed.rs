@@ -3,7 +3,6 @@
 use super::Avx512;
 use crate::kernels::gemv::{self, BLOCK, Nf4Gemv, Nf4Rows, Packed, Round};
 use crate::kernels::generic::Simd;
-use half::bf16;
 use std::arch::x86_64::*;
 
 /// The body of a function that takes the token: the proof that the intrinsics may run.
@@ -73,14 +72,6 @@ impl Packed for Avx512 {
     #[inline(always)]
     fn nf4_f16_bf16(self, packed: &[u8; BLOCK / 2], code: &[f32; 16], scale: f32) -> [__m512; 4] {
         lookup(self, packed, self.round_bf16(round_f16(self, scaled(self, code, scale))))
-    }
-    #[inline(always)]
-    fn load_bf16(self, w: &[bf16]) -> __m512 {
-        assert!(w.len() >= 16);
-        intrinsic!({
-            let halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(w.as_ptr().cast()));
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves))
-        })
     }
     #[inline(always)]
     fn load_i8(self, w: &[i8]) -> __m512 {
