@@ -109,17 +109,15 @@ fn prefill(
         }
         fed = ends;
     }
-    Ok(model.llama.logits(&model.env(&tokens), &last))
+    Ok(model.next_logits(&model.env(&tokens), &last))
 }
 
 /// Logits after one more token of each active sequence: `[n_tokens, vocab]`.
 fn next_logits(model: &Model, tokens: &Tokens, cache: &mut KvCache) -> Buf {
     let env = model.env(tokens);
-    if tokens.len() <= MAX_ROWS {
-        return model.llama.decode(&env, cache);
-    }
-    let hidden = model.llama.forward(&env, Some(cache));
-    model.llama.logits(&env, &hidden)
+    let few = tokens.len() <= MAX_ROWS;
+    let hidden = if few { model.llama.decode(&env, cache) } else { model.llama.forward(&env, Some(cache)) };
+    model.next_logits(&env, &hidden)
 }
 
 /// The next tokens of all sequences as one batch, at their positions.
