@@ -2,9 +2,9 @@
 
     python benches/decode.py [--smoke] [--peer-python PYTHON]
 
-Prints one table: tokens a second of one sequence (head as it is, and in 8 bits) and of a batch, bytes of weights that a token
-reads, what share of the bandwidth bound that is, and prefill. The peer runs when PYTHON has `xllamacpp` and `gguf`; it
-decodes a Q4_0 GGUF of the same shape. All weights are random; both read the same number of tokens on the same threads.
+Prints one table: tokens a second of one sequence (head as it is, and in 8 bits) and of a batch, bytes of weights that
+a token reads, what share of the bandwidth bound that is, and prefill. The peer runs when PYTHON has `xllamacpp` and
+`gguf`; it decodes a Q4_0 GGUF of the same shape. All weights are random; both use the same number of threads.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Seconds and peak memory of transformers + bitsandbytes quantizing a folder to NF4 while loading it; prints a line of JSON.
+"""Seconds and peak memory of transformers + bitsandbytes quantizing a folder to NF4 while loading, as a line of JSON.
 
 Run by benches/load.py with the interpreter that has torch, transformers and bitsandbytes; not part of the package.
 """

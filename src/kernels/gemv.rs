@@ -1,7 +1,7 @@
 //! Matrix times a few vectors, straight from the weights' storage: decoding is bandwidth, so a weight is read once.
 //!
 //! A kernel takes some rows of W and up to [`MAX_X`] rows of x, and writes the dot products `out[j, i] = Σ_p W[j, p] · x[i, p]`,
-//! `out: [rows of W, rows of x]`. Products and sums are f32, in four chains per row of x whatever the number of rows, so a
+//! `out: [rows of W, rows of x]`. Products and sums are f32, in the same chains for each row of x whatever the number of rows, so a
 //! row's result does not depend on its neighbours.
 //!
 //! NF4, blocks of 64: the 16 values that a block's indices stand for are its scale times the code book, rounded to the dtype
@@ -279,16 +279,16 @@ fn dense_pass<S: Packed, T: Element, const M: usize>(
                 }
             }
         }
-        for (v, c) in (whole..body).step_by(S::LANES).enumerate() {
+        for c in (whole..body).step_by(S::LANES) {
             let weights = T::load(s, &row[c..]);
             for i in 0..M {
-                acc[i][v] = s.fma(weights, s.load(&xs[i][c..]), acc[i][v]);
+                acc[i][0] = s.fma(weights, s.load(&xs[i][c..]), acc[i][0]);
             }
         }
         if body < cols {
             let weights = T::load_tail(s, &row[body..]);
             for i in 0..M {
-                acc[i][3] = s.fma(weights, s.load_tail(&xs[i][body..]), acc[i][3]);
+                acc[i][1] = s.fma(weights, s.load_tail(&xs[i][body..]), acc[i][1]);
             }
         }
         for (out, acc) in out[first..first + M].iter_mut().zip(&acc) {
@@ -317,17 +317,16 @@ pub(super) fn i8_gemv<S: Packed>(s: S, w: &[i8], scales: &[f32], cols: usize, x:
     let rows = w.as_chunks::<BLOCK>().0.chunks_exact(blocks).zip(scales.chunks_exact(blocks));
     for ((row, scales), out) in rows.zip(out.chunks_exact_mut(n_x)) {
         for (out, x) in out.iter_mut().zip(x.chunks_exact(cols)) {
-            let mut acc = [s.splat(0.0); 4];
-            let x = x.as_chunks::<BLOCK>().0;
-            for (b, ((w, x), &scale)) in row.iter().zip(x).zip(scales).enumerate() {
+            let mut acc = s.splat(0.0);
+            for ((w, x), &scale) in row.iter().zip(x.as_chunks::<BLOCK>().0).zip(scales) {
                 // Within the block the factors are whole numbers; its scale comes once, at its end.
                 let mut sum = s.mul(s.load_i8(w), s.load(x));
                 for v in 1..BLOCK / S::LANES {
                     sum = s.fma(s.load_i8(&w[v * S::LANES..]), s.load(&x[v * S::LANES..]), sum);
                 }
-                acc[b % 4] = s.fma(s.splat(scale), sum, acc[b % 4]);
+                acc = s.fma(s.splat(scale), sum, acc);
             }
-            *out = total(s, &acc);
+            *out = s.sum(acc);
         }
     }
 }

@@ -1,7 +1,7 @@
-//! One token of each of a few sequences through the decoder, straight from packed weights: [`Llama::forward`] for decoding.
+//! A few tokens through the decoder, straight from packed weights: [`Llama::forward`] for decoding.
 //!
 //! The same arithmetic as [`super::llama::Layer::forward`] with a cache, without what only a backward needs, and with the
-//! products of `ops/gemv.rs`: a weight is read once for all sequences. Buffers come from the context's pool.
+//! products of `ops/gemv.rs`: a weight is read once for all tokens. Buffers come from the context's pool.
 
 use super::Model;
 use super::kv_cache::{KvCache, LayerCache};
@@ -60,8 +60,7 @@ impl Model {
 }
 
 impl Llama {
-    /// Hidden states after the last norm, `[n_tokens, hidden]`; each sequence gives one token of `env.tokens` or none, and
-    /// at most [`gemv::MAX_ROWS`] together.
+    /// Hidden states after the last norm, `[n_tokens, hidden]`, of at most [`gemv::MAX_ROWS`] new tokens.
     pub fn decode(&self, env: &Env<'_>, cache: &mut KvCache) -> Buf {
         let rope = self.rope.angles(&env.tokens.positions);
         let mut x = embedding::forward(env, &self.embed, self.hidden_size);
