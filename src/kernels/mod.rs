@@ -4,6 +4,7 @@
 //! `x86/` proves that the CPU can run it and hands out the whole table. Holding a table is the proof.
 //! Kernels never allocate, never use threads and never read the environment, except [`active`], which picks a table.
 
+pub mod attention;
 mod generic;
 #[cfg(test)]
 mod parity;
@@ -58,6 +59,8 @@ pub struct Kernels {
     /// `out[i] = code[index i] · scale`, two indices a byte, first element in the high nibble;
     /// packed: `[ceil(n / 2)]`, out: `[n]`, all of one block.
     pub nf4_block: fn(packed: &[u8], scale: f32, code: &[f32; 16], out: &mut [f32]),
+    /// Attention on tiles of queries and blocks of keys.
+    pub attention: attention::Attention,
 }
 
 /// Every table this machine can run, best first; the last is always `scalar`.

@@ -312,45 +312,6 @@ fn few_rows(ctx: &Ctx, g: &Gemm<'_>, weight: &Weight, x: &[f32], x_stride: usize
     });
 }
 
-/// A serial GEMM on small dense blocks, for use inside a task; the packed copies live in its [`BlockScratch`].
-///
-/// Operands are rounded as `ctx.precision` asks. `c` has rows `c_stride` apart.
-pub(crate) fn gemm_block(ctx: &Ctx, g: &Gemm<'_>, c: &mut [f32], c_stride: usize, scratch: &mut BlockScratch) {
-    let Kernels { mr, nr, gemm_tile, axpy, .. } = *ctx.kernels;
-    let bf16 = ctx.precision == Precision::Bf16;
-    if g.into == Into::Store {
-        for row in c.chunks_mut(c_stride).take(g.m) {
-            row[..g.n].fill(0.0);
-        }
-    }
-    scratch.a.resize(g.m.div_ceil(mr) * mr * g.k, 0.0);
-    for (panel, out) in scratch.a.chunks_exact_mut(g.k * mr).enumerate() {
-        pack_panel(&g.a, panel * mr, mr.min(g.m - panel * mr), 0, out, mr);
-    }
-    if bf16 {
-        (ctx.kernels.round_bf16)(&mut scratch.a);
-    }
-    pack_b(ctx, g, 0..g.k, 0..g.n, &mut scratch.b);
-    let mut out = [0.0; MAX_TILE];
-    let out = &mut out[..mr * nr];
-    for (j, b_panel) in scratch.b.panel.chunks_exact(g.k * nr).enumerate() {
-        let width = nr.min(g.n - j * nr);
-        for (i, a_panel) in scratch.a.chunks_exact(g.k * mr).enumerate() {
-            gemm_tile(a_panel, b_panel, out);
-            for r in 0..mr.min(g.m - i * mr) {
-                axpy(g.alpha, &out[r * nr..][..width], &mut c[(i * mr + r) * c_stride + j * nr..][..width]);
-            }
-        }
-    }
-}
-
-/// The packed copies of [`gemm_block`].
-#[derive(Default)]
-pub(crate) struct BlockScratch {
-    a: Vec<f32>,
-    b: Scratch,
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
@@ -404,9 +365,6 @@ mod tests {
                 let g = Gemm { m, n, k, a: Operand::rows(&a, k), b: Operand::rows(&b, n), alpha: 1.0, into: Into::Add };
                 gemm(&ctx, &g, &mut c);
                 close(&c, &want.iter().map(|v| 2.0 * v).collect::<Vec<_>>(), &what);
-                let mut c = vec![1.0; m * n];
-                gemm_block(&ctx, &Gemm { into: Into::Store, alpha: 1.0, ..g }, &mut c, n, &mut BlockScratch::default());
-                close(&c, &want, &what);
             }
         }
     }

@@ -15,6 +15,7 @@ impl Avx2 {
 }
 
 instantiate!("avx2", Avx2, "avx2,fma", 6 x 2);
+instantiate!(attention Avx2, "avx2,fma", 6);
 
 /// A lane mask with the first `n` lanes set.
 #[inline(always)]

@@ -21,6 +21,7 @@ impl Avx512 {
 }
 
 instantiate!("avx512", Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma", 12 x 2);
+instantiate!(attention Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma", 12);
 
 /// A lane mask with the first `n` lanes set.
 #[inline(always)]

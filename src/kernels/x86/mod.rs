@@ -28,6 +28,7 @@ macro_rules! instantiate {
                 rope_row: |x, cos, sin| instantiate!(@enter $token, rope_row(x, cos, sin)),
                 round_bf16: |x| instantiate!(@enter $token, round_bf16(x)),
                 nf4_block: |packed, scale, code, out| instantiate!(@enter $token, nf4_block(packed, scale, code, out)),
+                attention: attention(),
             })
         }
 
@@ -49,6 +50,34 @@ macro_rules! instantiate {
             round_bf16(x: &mut [f32]) -> ();
             nf4_block(packed: &[u8], scale: f32, code: &[f32; 16], out: &mut [f32]) -> ();
         );
+    };
+    // The attention kernels, on a tile of $mr rows.
+    (attention $token:ident, $features:literal, $mr:literal) => {
+        use crate::kernels::attention::{self, Attention, Block, Few, Gradients, Softmax, Upstream};
+
+        fn attention() -> Attention {
+            Attention {
+                panel: 2 * <$token as generic::Simd>::LANES,
+                forward: |t, v_rows, softmax| instantiate!(@enter $token, attend(t, v_rows, softmax)),
+                backward: |t, upstream, gradients| instantiate!(@enter $token, attend_backward(t, upstream, gradients)),
+                few: |t, softmax| instantiate!(@enter $token, attend_few(t, softmax)),
+            }
+        }
+
+        #[target_feature(enable = $features)]
+        fn attend(s: $token, t: &Block<'_>, v_rows: &[f32], softmax: &mut Softmax<'_>) {
+            attention::forward::<$token, $mr>(s, t, v_rows, softmax);
+        }
+
+        #[target_feature(enable = $features)]
+        fn attend_backward(s: $token, t: &Block<'_>, upstream: &Upstream<'_>, gradients: &mut Gradients<'_>) {
+            attention::backward::<$token, $mr>(s, t, upstream, gradients);
+        }
+
+        #[target_feature(enable = $features)]
+        fn attend_few(s: $token, t: &Few<'_>, softmax: &mut Softmax<'_>) {
+            attention::few(s, t, softmax);
+        }
     };
     (@enter $token:ident, $name:ident($($arg:ident),*)) => {
         // SAFETY: only `table` hands this function out, after `detect` has seen the instruction set.
