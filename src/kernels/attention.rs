@@ -191,34 +191,24 @@ fn tile<S: Simd, const MR: usize, const NV: usize, const BY_ROWS: bool, const ST
     let nr = NV * S::LANES;
     let (p0, count) = (depth.start, depth.len());
     let mut acc = [[s.splat(0.0); NV]; MR];
-    if BY_ROWS {
-        let mut rows = [&o.a[..0]; MR];
-        for (r, slice) in rows.iter_mut().enumerate() {
-            *slice = &o.a[(row + r) * STRIDE + p0..][..count];
-        }
+    if count > 0 {
+        // Element (r, p) of the left operand is at `first + r · by_row + p · by_depth`. Both operands are checked here, once:
+        // with checks inside the loop the compiler keeps the sums in memory.
+        let (by_row, by_depth) = if BY_ROWS { (STRIDE, 1) } else { (1, STRIDE) };
+        let first = row * by_row + p0 * by_depth;
+        assert!(first + (MR - 1) * by_row + (count - 1) * by_depth < o.a.len(), "attention: left operand too short");
+        assert!((p0 + count - 1) * o.b_stride + nr <= o.b.len(), "attention: right operand too short");
+        let (a, b) = (&o.a[first..], &o.b[p0 * o.b_stride..]);
         for p in 0..count {
-            let b = &o.b[(p0 + p) * o.b_stride..][..nr];
+            // SAFETY: p < count, and the assert on `b` covers the row of the last p.
+            let b = unsafe { b.get_unchecked(p * o.b_stride..p * o.b_stride + nr) };
             let mut b_vec = [s.splat(0.0); NV];
             for (v, b_vec) in b_vec.iter_mut().enumerate() {
                 *b_vec = s.load(&b[v * S::LANES..]);
             }
             for r in 0..MR {
-                let a = s.splat(rows[r][p]);
-                for v in 0..NV {
-                    acc[r][v] = s.fma(a, b_vec[v], acc[r][v]);
-                }
-            }
-        }
-    } else {
-        for p in 0..count {
-            let a = &o.a[(p0 + p) * STRIDE + row..][..MR];
-            let b = &o.b[(p0 + p) * o.b_stride..][..nr];
-            let mut b_vec = [s.splat(0.0); NV];
-            for (v, b_vec) in b_vec.iter_mut().enumerate() {
-                *b_vec = s.load(&b[v * S::LANES..]);
-            }
-            for r in 0..MR {
-                let a = s.splat(a[r]);
+                // SAFETY: r < MR and p < count, and the assert on `a` covers the last of both.
+                let a = s.splat(unsafe { *a.get_unchecked(r * by_row + p * by_depth) });
                 for v in 0..NV {
                     acc[r][v] = s.fma(a, b_vec[v], acc[r][v]);
                 }

@@ -7,13 +7,15 @@
 use super::generic::Simd;
 use super::philox::philox4x32_10;
 
-/// The mask of one row: element `i` takes word `i % 4` of Philox block `[i / 4, position, row, module]`.
+/// The mask of a piece of a row: its element `i` takes word `i % 4` of Philox block `[(first + i) / 4, position, row, module]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Mask {
     /// Seed and step.
     pub key: [u32; 2],
     /// Position, dataset row and module.
     pub counter: [u32; 3],
+    /// Where the piece begins in its row, a multiple of 4.
+    pub first: u32,
     /// Elements whose word is below it are dropped.
     pub threshold: u32,
     /// What kept elements are multiplied by.
@@ -21,7 +23,7 @@ pub struct Mask {
 }
 
 /// What happens to a masked row.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Masked<'a> {
     /// `y = y ⊙ mask · scale`.
     InPlace,
@@ -102,8 +104,9 @@ pub(super) fn dropout_row<S: Simd>(s: S, m: &Mask, how: Masked<'_>, y: &mut [f32
     if let Masked::Copy(x) | Masked::Add(x) = how {
         assert_eq!(x.len(), y.len(), "dropout_row: lengths differ");
     }
+    assert!(m.first.is_multiple_of(4), "dropout_row: a block serves four elements");
     for (step, y) in y.chunks_mut(4 * S::LANES).enumerate() {
-        let words = philox(s, (step * S::LANES) as u32, m);
+        let words = philox(s, m.first / 4 + (step * S::LANES) as u32, m);
         for (v, y) in y.chunks_mut(S::LANES).enumerate() {
             let at = (step * 4 + v) * S::LANES;
             let whole = y.len() == S::LANES;
@@ -131,9 +134,10 @@ pub(super) fn dropout_row_scalar(m: &Mask, how: Masked<'_>, y: &mut [f32]) {
     if let Masked::Copy(x) | Masked::Add(x) = how {
         assert_eq!(x.len(), y.len(), "dropout_row: lengths differ");
     }
+    assert!(m.first.is_multiple_of(4), "dropout_row: a block serves four elements");
     let [position, row, module] = m.counter;
     for (i, y) in y.iter_mut().enumerate() {
-        let word = philox4x32_10([(i / 4) as u32, position, row, module], m.key)[i % 4];
+        let word = philox4x32_10([m.first / 4 + (i / 4) as u32, position, row, module], m.key)[i % 4];
         let x = match how {
             Masked::InPlace => *y,
             Masked::Copy(x) | Masked::Add(x) => x[i],

@@ -107,7 +107,7 @@ fn rows_stay_in_bounds() {
         (table.rope_row)(&mut floats(6 * n), &x, &w, -1.0);
         let packed = Guarded::new(&vec![0x5A_u8; n.div_ceil(2)], flush);
         (table.nf4_block)(&packed, 0.5, &[0.25; 16], &mut y);
-        let mask = Mask { key: [1, 2], counter: [3, 4, 5], threshold: 1 << 30, scale: 2.0 };
+        let mask = Mask { key: [1, 2], counter: [3, 4, 5], first: 0, threshold: 1 << 30, scale: 2.0 };
         for how in [Masked::InPlace, Masked::Copy(&x), Masked::Add(&x)] {
             (table.dropout_row)(&mask, how, &mut y);
         }
@@ -137,7 +137,7 @@ fn tiles_stay_in_bounds() {
 fn attention_stays_in_bounds() {
     each(|table, keys, floats, flush| {
         // Widths below, at and between the lane widths; as many queries as keys, up to a tile.
-        let (dim, n) = ([5, 16, 24, 64][keys % 4], keys.min(QUERIES));
+        let (dim, n): (usize, usize) = ([5, 16, 24, 64][keys % 4], keys.min(QUERIES));
         let (width, panel) = (dim.next_multiple_of(PAD), table.attention.panel);
         let src = floats(keys.max(n) * dim);
         let mut panels = floats(keys.next_multiple_of(panel) * dim);

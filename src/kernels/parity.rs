@@ -4,6 +4,7 @@ use super::attention::{
     Block, FEW_KEYS, Few, Gradients, KEYS, PAD, QUERIES, Softmax, Upstream, pack_panels, pack_queries, pack_rows,
     queries_len,
 };
+use super::elementwise::{AdamStep, Mask, Masked};
 use super::{Kernels, available, philox::philox4x32_10, reference};
 
 const LENGTHS: [usize; 12] = [1, 2, 7, 8, 9, 15, 16, 17, 31, 64, 100, 1000];
@@ -112,10 +113,87 @@ fn swiglu_and_exp() {
 fn rope() {
     each(|table, reference, half, what| {
         let (cos, sin) = (floats(half, 12), floats(half, 13));
-        let (mut got, mut want) = (floats(2 * half, 14), floats(2 * half, 14));
-        (table.rope_row)(&mut got, &cos, &sin);
-        (reference.rope_row)(&mut want, &cos, &sin);
+        for sign in [1.0, -1.0] {
+            let (mut got, mut want) = (floats(6 * half, 14), floats(6 * half, 14));
+            (table.rope_row)(&mut got, &cos, &sin, sign);
+            (reference.rope_row)(&mut want, &cos, &sin, sign);
+            assert_close(&got, &want, 3e-7, what); // one rounding less with FMA
+        }
+    });
+}
+
+#[test]
+fn gain_of_a_norm() {
+    each(|table, reference, n, what| {
+        let (x, dy) = (floats(n, 30), floats(n, 31));
+        let (mut got, mut want) = (floats(n, 32), floats(n, 32));
+        (table.rms_norm_gain)(&x, 0.7, &dy, &mut got);
+        (reference.rms_norm_gain)(&x, 0.7, &dy, &mut want);
         assert_close(&got, &want, 3e-7, what); // one rounding less with FMA
+    });
+}
+
+#[test]
+fn dropout_masks_are_the_scalar_generators_to_the_bit() {
+    let bits = |x: &[f32]| x.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+    each(|table, _, n, what| {
+        let x = floats(n, 33);
+        for (first, threshold) in [(0, 0), (0, 1 << 30), (8, 3 << 30), (0x7FFF_FFF0, u32::MAX)] {
+            let mask = Mask { key: [3407, 17], counter: [u32::MAX, 5, 9], first, threshold, scale: 1.25 };
+            let word = |i: usize| {
+                philox4x32_10([(first as usize / 4 + i / 4) as u32, u32::MAX, 5, 9], [3407, 17])[i % 4]
+            };
+            let want: Vec<f32> = (0..n).map(|i| if word(i) >= threshold { x[i] * 1.25 } else { 0.0 }).collect();
+            let (mut copied, mut in_place, mut added) = (vec![9.0; n], x.clone(), vec![1.0; n]);
+            (table.dropout_row)(&mask, Masked::Copy(&x), &mut copied);
+            (table.dropout_row)(&mask, Masked::InPlace, &mut in_place);
+            (table.dropout_row)(&mask, Masked::Add(&x), &mut added);
+            assert_eq!(bits(&copied), bits(&want), "copy {what}");
+            assert_eq!(bits(&in_place), bits(&want), "in place {what}");
+            let sums: Vec<f32> = want.iter().map(|v| 1.0 + v).collect();
+            assert_eq!(bits(&added), bits(&sums), "add {what}");
+        }
+    });
+}
+
+#[test]
+fn adamw_gives_the_bits_of_the_formula() {
+    let bits = |x: &[f32]| x.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+    let step = AdamStep {
+        beta1: 0.9,
+        one_minus_beta1: 0.1,
+        beta2: 0.999,
+        one_minus_beta2: 0.001,
+        eps: 1e-8,
+        correction2_sqrt: 0.044,
+        step_size: -2e-3,
+        keep: 0.9999,
+        grad_scale: 0.37,
+    };
+    each(|table, _, n, what| {
+        let start = || [floats(n, 34), floats(n, 35), floats(n, 36).iter().map(|v| v.abs()).collect()];
+        let (g, [mut p, mut m, mut v], mut want) = (floats(n, 37), start(), start());
+        (table.adamw_row)(&step, &mut p, &g, &mut m, &mut v);
+        for i in 0..n {
+            let (first, second) = (want[1][i], want[2][i]);
+            (want[1][i], want[2][i]) = step.update(&mut want[0][i], first, second, g[i]);
+        }
+        for (got, want) in [p, m, v].iter().zip(&want) {
+            assert_eq!(bits(got), bits(want), "{what}");
+        }
+    });
+}
+
+#[test]
+fn a_nan_stays_a_nan() {
+    each(|table, _, n, what| {
+        let mut x = floats(n, 38);
+        x[n / 2] = f32::NAN;
+        let ones = vec![1.0; n];
+        let mut y = vec![0.0; n];
+        (table.swiglu_row)(&x, &ones, &mut y);
+        assert!(y[n / 2].is_nan(), "swiglu {what}");
+        assert!((table.exp_row)(&mut x, 1.0, 0.0).is_nan() && x[n / 2].is_nan(), "exp {what}");
     });
 }
 

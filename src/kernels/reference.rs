@@ -3,6 +3,7 @@
 //! Sums run in f64, left to right, except the GEMM tile, whose f32 sum over p is left to right as well.
 
 use super::Kernels;
+use super::elementwise::{adamw_row_scalar, dropout_row_scalar};
 use super::attention::{Attention, Block, Few, Gradients, KEYS, Softmax, Upstream, PAD, DIMS, QUERIES, QUERY_STRIDE};
 
 /// The table every machine can run.
@@ -20,10 +21,13 @@ pub(super) fn table() -> Kernels {
         swiglu_row_backward,
         max_row,
         exp_row,
-        rope_row,
         round_bf16,
         nf4_block,
         attention: Attention { panel: PANEL, forward: attend, backward: attend_backward, few: attend_few },
+        rope_row,
+        rms_norm_gain,
+        dropout_row: dropout_row_scalar,
+        adamw_row: adamw_row_scalar,
     }
 }
 
@@ -107,11 +111,21 @@ fn exp_row(x: &mut [f32], scale: f32, shift: f32) -> f32 {
     sum as f32
 }
 
-fn rope_row(x: &mut [f32], cos: &[f32], sin: &[f32]) {
-    assert!(x.len() == 2 * cos.len() && cos.len() == sin.len(), "rope_row: lengths differ");
-    let (first, second) = x.split_at_mut(cos.len());
-    for (((x1, x2), c), s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
-        (*x1, *x2) = (*x1 * c - *x2 * s, *x2 * c + *x1 * s);
+fn rope_row(x: &mut [f32], cos: &[f32], sin: &[f32], sign: f32) {
+    let half = cos.len();
+    assert!(sin.len() == half && x.len() % (2 * half) == 0, "rope_row: lengths differ");
+    for head in x.chunks_exact_mut(2 * half) {
+        let (first, second) = head.split_at_mut(half);
+        for (((x1, x2), c), s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+            (*x1, *x2) = (*x1 * c - *x2 * (sign * s), *x2 * c + *x1 * (sign * s));
+        }
+    }
+}
+
+fn rms_norm_gain(x: &[f32], rstd: f32, dy: &[f32], dw: &mut [f32]) {
+    assert!(x.len() == dy.len() && x.len() == dw.len(), "rms_norm_gain: lengths differ");
+    for ((dw, dy), x) in dw.iter_mut().zip(dy).zip(x) {
+        *dw += dy * x * rstd;
     }
 }
 

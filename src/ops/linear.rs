@@ -3,7 +3,7 @@
 //! `y = x Wᵀ + bias + scale · (D(x) Aᵀ) Bᵀ`, D = dropout.  With u = D(x) Aᵀ and g = scale · dy, the backward is
 //! `dx = dy W + D(du A)`, `du = g B`, `dA = duᵀ D(x)`, `dB = gᵀ u`; a frozen W never gets a gradient, and costs none.
 
-use super::dropout::{dropout, dropout_in_place};
+use super::dropout::Dropout;
 use super::matmul::{Gemm, Into, Operand, gemm};
 use super::{Buf, Env, Grads, ParamId, Weight};
 use rayon::prelude::*;
@@ -152,14 +152,10 @@ impl Linear {
         let Some(dx) = dx else { return };
         let (a, b) = (Operand::rows(&dlow, rank), Operand::rows(env.params.get(lora.a), n_in));
         let g = Gemm { m: n_tokens, n: n_in, k: rank, a, b, alpha: 1.0, into: Into::Add };
-        match (&mut dropped, env.dropout) {
-            (Some(masked), Some(key)) => {
-                gemm(ctx, &Gemm { into: Into::Store, ..g }, masked);
-                dropout_in_place(key, lora.module, lora.dropout, env.tokens, n_in, masked);
-                let task = super::rows_per_task(1);
-                dx.par_chunks_mut(task).zip(masked.par_chunks(task)).for_each(|(dx, masked)| {
-                    (ctx.kernels.axpy)(1.0, masked, dx);
-                });
+        match (&mut dropped, self.dropout(env, lora)) {
+            (Some(low), Some(dropout)) => {
+                gemm(ctx, &Gemm { into: Into::Store, ..g }, low);
+                dropout.add(ctx, low, dx);
             }
             _ => gemm(ctx, &g, dx),
         }
@@ -167,10 +163,16 @@ impl Linear {
 
     /// D(x), or `None` where it is x itself.
     fn dropped(&self, env: &Env<'_>, lora: &Lora, x: &[f32]) -> Option<Buf> {
-        let key = env.dropout.filter(|_| lora.dropout > 0.0)?;
+        let dropout = self.dropout(env, lora)?;
         let mut out = env.ctx.buf(x.len());
-        dropout(key, lora.module, lora.dropout, env.tokens, self.inputs, x, &mut out);
+        dropout.copy(env.ctx, x, &mut out);
         Some(out)
+    }
+
+    /// The dropout of the adapter's input, if there is any.
+    fn dropout<'a>(&self, env: &Env<'a>, lora: &Lora) -> Option<Dropout<'a>> {
+        let key = env.dropout.filter(|_| lora.dropout > 0.0)?;
+        Some(Dropout { key, module: lora.module, p: lora.dropout, tokens: env.tokens, width: self.inputs })
     }
 
     /// Whether the layer itself has anything to train.

@@ -4,6 +4,7 @@
 /// function that carries the `target_feature`.
 macro_rules! instantiate {
     ($isa:literal, $token:ident, $features:literal, $mr:literal x $nv:literal) => {
+        use crate::kernels::elementwise::{self, AdamStep, Mask, Masked};
         use crate::kernels::{Kernels, generic};
 
         pub(super) fn table() -> Option<Kernels> {
@@ -25,10 +26,13 @@ macro_rules! instantiate {
                 },
                 max_row: |x| instantiate!(@enter $token, max_row(x)),
                 exp_row: |x, scale, shift| instantiate!(@enter $token, exp_row(x, scale, shift)),
-                rope_row: |x, cos, sin| instantiate!(@enter $token, rope_row(x, cos, sin)),
                 round_bf16: |x| instantiate!(@enter $token, round_bf16(x)),
                 nf4_block: |packed, scale, code, out| instantiate!(@enter $token, nf4_block(packed, scale, code, out)),
                 attention: attention(),
+                rope_row: |x, cos, sin, sign| instantiate!(@enter $token, rope_row(x, cos, sin, sign)),
+                rms_norm_gain: |x, rstd, dy, dw| instantiate!(@enter $token, rms_norm_gain(x, rstd, dy, dw)),
+                dropout_row: |mask, how, y| instantiate!(@enter $token, dropout_row(mask, how, y)),
+                adamw_row: |step, p, g, m, v| instantiate!(@enter $token, adamw_row(step, p, g, m, v)),
             })
         }
 
@@ -37,7 +41,13 @@ macro_rules! instantiate {
             generic::gemm_tile::<$token, $mr, $nv>(s, a, b, out);
         }
 
-        instantiate!(@functions $token, $features,
+        instantiate!(@functions elementwise, $token, $features,
+            rope_row(x: &mut [f32], cos: &[f32], sin: &[f32], sign: f32) -> ();
+            rms_norm_gain(x: &[f32], rstd: f32, dy: &[f32], dw: &mut [f32]) -> ();
+            dropout_row(mask: &Mask, how: Masked<'_>, y: &mut [f32]) -> ();
+            adamw_row(step: &AdamStep, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) -> ();
+        );
+        instantiate!(@functions generic, $token, $features,
             dot(x: &[f32], y: &[f32]) -> f32;
             axpy(alpha: f32, x: &[f32], y: &mut [f32]) -> ();
             rms_norm_row(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) -> f32;
@@ -46,7 +56,6 @@ macro_rules! instantiate {
             swiglu_row_backward(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]) -> ();
             max_row(x: &[f32]) -> f32;
             exp_row(x: &mut [f32], scale: f32, shift: f32) -> f32;
-            rope_row(x: &mut [f32], cos: &[f32], sin: &[f32]) -> ();
             round_bf16(x: &mut [f32]) -> ();
             nf4_block(packed: &[u8], scale: f32, code: &[f32; 16], out: &mut [f32]) -> ();
         );
@@ -83,10 +92,10 @@ macro_rules! instantiate {
         // SAFETY: only `table` hands this function out, after `detect` has seen the instruction set.
         unsafe { $name($token(()), $($arg),*) }
     };
-    (@functions $token:ident, $features:literal, $($name:ident($($arg:ident: $type:ty),*) -> $out:ty;)*) => {$(
+    (@functions $module:ident, $token:ident, $features:literal, $($name:ident($($arg:ident: $type:ty),*) -> $out:ty;)*) => {$(
         #[target_feature(enable = $features)]
         fn $name(s: $token, $($arg: $type),*) -> $out {
-            generic::$name(s, $($arg),*)
+            $module::$name(s, $($arg),*)
         }
     )*};
 }
