@@ -5,6 +5,8 @@ use super::attention::{
     queries_len,
 };
 use super::elementwise::{AdamStep, Mask, Masked};
+use super::gemm::{PanelA, Rows, TileC};
+use super::tiles::TileMut;
 use super::{Kernels, available};
 use std::ops::{Deref, DerefMut};
 
@@ -106,7 +108,16 @@ fn rows_stay_in_bounds() {
         (table.round_bf16)(&mut y);
         (table.rope_row)(&mut floats(6 * n), &x, &w, -1.0);
         let packed = Guarded::new(&vec![0x5A_u8; n.div_ceil(2)], flush);
-        (table.nf4_block)(&packed, 0.5, &[0.25; 16], &mut y);
+        let scales = floats(n.div_ceil(32));
+        (table.nf4_blocks)(&packed, &scales, 32, &[0.25; 16], n % 2 == 0, &mut y);
+        let halves = Guarded::new(&vec![0x3F80_u16; n], flush);
+        (table.widen)(&halves, &mut y);
+        if let Some(pairs) = &table.pairs {
+            (pairs.pack_row)(&x, &mut floats(n.div_ceil(2)));
+            (pairs.join_rows)(&x, &w, &mut y);
+            (pairs.join_halves)(&halves, &halves, &mut y);
+            (pairs.nf4)(&packed, &scales, 32, &[0.25; 16], &mut Guarded::new(&vec![0; n], flush));
+        }
         let mask = Mask { key: [1, 2], counter: [3, 4, 5], first: 0, threshold: 1 << 30, scale: 2.0 };
         for how in [Masked::InPlace, Masked::Copy(&x), Masked::Add(&x)] {
             (table.dropout_row)(&mask, how, &mut y);
@@ -129,7 +140,20 @@ fn rows_stay_in_bounds() {
 #[test]
 fn tiles_stay_in_bounds() {
     each(|table, k, floats, _| {
-        (table.gemm_tile)(&floats(k * table.mr), &floats(k * table.nr), &mut floats(table.mr * table.nr));
+        for tile in [Some(&table.tile), table.pairs.as_ref().map(|pairs| &pairs.tile)].into_iter().flatten() {
+            // Rows of A panels are whole tile registers.
+            let depth = if tile.panel_a == PanelA::Rows { k.next_multiple_of(16) } else { k };
+            let (rows, cols) = (k.min(tile.mr), k.min(tile.nr));
+            for add in [false, true] {
+                let mut c = floats(rows * cols);
+                let c = &mut TileMut::whole(&mut c, cols, rows, cols);
+                (tile.run)(&floats(depth * tile.mr), &floats(depth * tile.nr), TileC { c, i: 0, j: 0, alpha: 1.0, add });
+            }
+        }
+        let (count, width) = (k.min(20), 23);
+        let rows = floats(count * k);
+        let rows = Rows { data: &rows, stride: k, count, depth: k };
+        (table.transpose)(rows, &mut floats(k * width), width, width - count);
     });
 }
 

@@ -5,15 +5,25 @@
 macro_rules! instantiate {
     ($isa:literal, $token:ident, $features:literal, $mr:literal x $nv:literal) => {
         use crate::kernels::elementwise::{self, AdamStep, Mask, Masked};
+        use crate::kernels::gemm::{self, GemmTile, PanelA, Rows, TileC};
         use crate::kernels::{Kernels, generic};
 
         pub(super) fn table() -> Option<Kernels> {
             $token::detect()?;
             Some(Kernels {
                 isa: $isa,
-                mr: $mr,
-                nr: $nv * <$token as generic::Simd>::LANES,
-                gemm_tile: |a, b, out| instantiate!(@enter $token, tile(a, b, out)),
+                tile: GemmTile {
+                    mr: $mr,
+                    nr: $nv * <$token as generic::Simd>::LANES,
+                    panel_a: PanelA::Columns,
+                    run: |a, b, c| instantiate!(@enter $token, tile(a, b, c)),
+                },
+                pairs: None,
+                transpose: |rows, out, width, first| instantiate!(@enter $token, transpose(rows, out, width, first)),
+                nf4_blocks: |packed, scales, block, code, round, out| {
+                    instantiate!(@enter $token, nf4_blocks(packed, scales, block, code, round, out))
+                },
+                widen: |x, out| instantiate!(@enter $token, widen(x, out)),
                 dot: |x, y| instantiate!(@enter $token, dot(x, y)),
                 axpy: |alpha, x, y| instantiate!(@enter $token, axpy(alpha, x, y)),
                 rms_norm_row: |x, w, eps, y| instantiate!(@enter $token, rms_norm_row(x, w, eps, y)),
@@ -27,7 +37,6 @@ macro_rules! instantiate {
                 max_row: |x| instantiate!(@enter $token, max_row(x)),
                 exp_row: |x, scale, shift| instantiate!(@enter $token, exp_row(x, scale, shift)),
                 round_bf16: |x| instantiate!(@enter $token, round_bf16(x)),
-                nf4_block: |packed, scale, code, out| instantiate!(@enter $token, nf4_block(packed, scale, code, out)),
                 attention: attention(),
                 rope_row: |x, cos, sin, sign| instantiate!(@enter $token, rope_row(x, cos, sin, sign)),
                 rms_norm_gain: |x, rstd, dy, dw| instantiate!(@enter $token, rms_norm_gain(x, rstd, dy, dw)),
@@ -37,8 +46,8 @@ macro_rules! instantiate {
         }
 
         #[target_feature(enable = $features)]
-        fn tile(s: $token, a: &[f32], b: &[f32], out: &mut [f32]) {
-            generic::gemm_tile::<$token, $mr, $nv>(s, a, b, out);
+        fn tile(s: $token, a: &[f32], b: &[f32], c: TileC<'_, '_>) {
+            gemm::tile::<$token, $mr, $nv>(s, |a, b, sum| generic::Simd::fma(s, a, b, sum), a, b, c);
         }
 
         instantiate!(@functions elementwise, $token, $features,
@@ -46,6 +55,11 @@ macro_rules! instantiate {
             rms_norm_gain(x: &[f32], rstd: f32, dy: &[f32], dw: &mut [f32]) -> ();
             dropout_row(mask: &Mask, how: Masked<'_>, y: &mut [f32]) -> ();
             adamw_row(step: &AdamStep, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) -> ();
+        );
+        instantiate!(@functions gemm, $token, $features,
+            transpose(rows: Rows<'_>, out: &mut [f32], width: usize, first: usize) -> ();
+            nf4_blocks(packed: &[u8], scales: &[f32], block: usize, code: &[f32; 16], round: bool, out: &mut [f32]) -> ();
+            widen(x: &[u16], out: &mut [f32]) -> ();
         );
         instantiate!(@functions generic, $token, $features,
             dot(x: &[f32], y: &[f32]) -> f32;
@@ -57,7 +71,6 @@ macro_rules! instantiate {
             max_row(x: &[f32]) -> f32;
             exp_row(x: &mut [f32], scale: f32, shift: f32) -> f32;
             round_bf16(x: &mut [f32]) -> ();
-            nf4_block(packed: &[u8], scale: f32, code: &[f32; 16], out: &mut [f32]) -> ();
         );
     };
     // The attention kernels, on a tile of $mr rows.
@@ -92,20 +105,26 @@ macro_rules! instantiate {
         // SAFETY: only `table` hands this function out, after `detect` has seen the instruction set.
         unsafe { $name($token(()), $($arg),*) }
     };
-    (@functions $module:ident, $token:ident, $features:literal, $($name:ident($($arg:ident: $type:ty),*) -> $out:ty;)*) => {$(
+    (@functions $home:ident, $token:ident, $features:literal, $($name:ident($($arg:ident: $type:ty),*) -> $out:ty;)*) => {$(
         #[target_feature(enable = $features)]
         fn $name(s: $token, $($arg: $type),*) -> $out {
-            $module::$name(s, $($arg),*)
+            $home::$name(s, $($arg),*)
         }
     )*};
 }
 
+pub(super) mod amx;
+#[cfg(all(test, target_os = "linux"))]
+mod amx_emulator;
 mod avx2;
 mod avx512;
+mod avx512bf16;
 
 use super::Kernels;
 
-/// The tables this CPU and operating system can run.
+/// The tables this CPU and operating system can run, best first.
 pub(super) fn tables() -> impl Iterator<Item = Kernels> {
-    [avx512::table(), avx2::table()].into_iter().flatten()
+    let (fast, slow): (Vec<_>, Vec<_>) =
+        avx512bf16::table().into_iter().partition(|table| table.pairs.is_some_and(|pairs| pairs.fast));
+    amx::table().into_iter().chain(fast).chain(avx512::table()).chain(slow).chain(avx2::table())
 }
