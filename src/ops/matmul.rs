@@ -397,39 +397,6 @@ fn few_rows(ctx: &Ctx, shape: Shape, term: &Term<'_>, c: &mut [f32]) {
     });
 }
 
-/// A serial GEMM on small dense blocks, for use inside a task; the packed copies live in its [`BlockScratch`].
-///
-/// Operands are rounded as `ctx.precision` asks. `c` has rows `c_stride` apart.
-pub(crate) fn gemm_block(ctx: &Ctx, g: &Gemm<'_>, c: &mut [f32], c_stride: usize, scratch: &mut BlockScratch) {
-    let form = Form::of(ctx);
-    let GemmTile { mr, nr, run, panel_a } = form.tile;
-    let BlockScratch { a, b, words } = scratch;
-    let mut tile = TileMut::whole(c, c_stride, g.m, g.n);
-    let mut add = g.into == Into::Add;
-    for (_, ks) in form.blocks(g.k) {
-        let depth = form.depth(ks.len());
-        let a = sized(a, g.m.div_ceil(mr) * mr * depth);
-        for (panel, out) in a.chunks_exact_mut(depth * mr).enumerate() {
-            let rows = panel * mr..g.m.min((panel + 1) * mr);
-            pack_panel(ctx, &form, g.a, rows, ks.clone(), panel_a, out, words);
-        }
-        let b = sized(b, g.n.div_ceil(nr) * nr * depth);
-        pack_b(ctx, &form, g.b, ks, 0..g.n, b, words);
-        for (j, b_panel) in b.chunks_exact(depth * nr).enumerate() {
-            run(a, b_panel, TileC { c: &mut tile, i: 0, j: j * nr, alpha: g.alpha, add });
-        }
-        add = true;
-    }
-}
-
-/// The packed copies of [`gemm_block`].
-#[derive(Default)]
-pub(crate) struct BlockScratch {
-    a: Lines,
-    b: Lines,
-    words: Lines,
-}
-
 #[cfg(test)]
 #[path = "matmul_tests.rs"]
 mod tests;
