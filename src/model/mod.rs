@@ -1,6 +1,7 @@
 //! Decoders, one readable file per family, and what they share: config, weights, KV cache.
 
 pub mod config;
+pub mod decode;
 pub mod kv_cache;
 pub mod llama;
 pub mod save;

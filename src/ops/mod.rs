@@ -8,6 +8,7 @@
 pub mod attention;
 pub mod dropout;
 pub mod embedding;
+pub mod gemv;
 pub mod head;
 pub mod linear;
 pub mod matmul;
