@@ -95,6 +95,17 @@ impl Tokens {
         tokens
     }
 
+    /// The tokens of a range, for ops that look at each token alone: they stand there as one sequence.
+    #[must_use]
+    pub fn rows(&self, range: std::ops::Range<usize>) -> Self {
+        Self {
+            ids: self.ids[range.clone()].to_vec(),
+            positions: self.positions[range.clone()].to_vec(),
+            rows: self.rows[range.clone()].to_vec(),
+            cu_seqlens: vec![0, range.len()],
+        }
+    }
+
     /// Number of tokens.
     pub fn len(&self) -> usize {
         self.ids.len()

@@ -5,6 +5,7 @@ pub mod adamw8bit;
 pub mod checkpoint;
 pub mod clip;
 pub mod optimizer;
+pub mod plan;
 pub mod run;
 pub mod schedule;
 pub mod step;
