@@ -70,6 +70,23 @@ pub fn epoch_order(n: usize, seed: u64, epoch: u64) -> Vec<u32> {
     randperm(n, seed.wrapping_add(epoch))
 }
 
+/// The rows of one pass in an order in which `batch` neighbours are of about the same length, the longest row first.
+///
+/// transformers' `get_length_grouped_indices` of the generator that [`epoch_order`] uses: mega-batches of up to 50 batches
+/// of a random order, each sorted from long to short.
+pub fn length_grouped_order(lengths: &[usize], batch: usize, seed: u64, epoch: u64) -> Vec<u32> {
+    let batches = (lengths.len() / (4 * batch)).clamp(1, 50);
+    let mut order = epoch_order(lengths.len(), seed, epoch);
+    let longest_first = |row: &u32| std::cmp::Reverse(lengths[*row as usize]);
+    order.chunks_mut(batches * batch).for_each(|mega_batch| mega_batch.sort_by_key(longest_first));
+    // The first of the longest of all: a step that does not fit into memory fails at once.
+    let heads = (0..order.len()).step_by(batches * batch);
+    if let Some(longest) = heads.min_by_key(|&at| longest_first(&order[at])) {
+        order.swap(0, longest);
+    }
+    order
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]

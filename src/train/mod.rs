@@ -2,6 +2,7 @@
 
 pub mod adamw;
 pub mod adamw8bit;
+pub mod batches;
 pub mod checkpoint;
 pub mod clip;
 pub mod optimizer;

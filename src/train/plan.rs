@@ -5,9 +5,12 @@
 
 use super::adamw8bit::{BLOCK, MIN_8BIT_SIZE};
 use super::step::{Recompute, first_trained};
-use crate::config::OptimizerKind;
-use crate::model::Model;
+use crate::config::{Lora, OptimizerKind};
+use crate::error::{Error, Result};
+use crate::io::os::{available_memory_bytes, rss_bytes};
+use crate::lora::peft::placements;
 use crate::model::llama::{Keep, mlp_chunks};
+use crate::model::{LoadOptions, Model, ModelConfig};
 use crate::ops::linear::{Linear, Matrix};
 use crate::ops::{Precision, head};
 use serde::Serialize;
@@ -153,6 +156,51 @@ pub fn keeps(sizes: &Sizes, n_tokens: usize, recompute: Recompute) -> Vec<Keep> 
     keeps
 }
 
+/// What a user asks for: `use_gradient_checkpointing`, and the trainer's `gradient_checkpointing`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Checkpointing {
+    /// `"unsloth"`: what is fastest in the memory there is.
+    Fastest,
+    /// `True`: every layer runs again.
+    EveryLayer,
+    /// `False`: no layer does.
+    Nothing,
+}
+
+impl Checkpointing {
+    /// `unsloth`, `true` or `false`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for anything else.
+    pub fn from_name(name: &str) -> Result<Self> {
+        match name {
+            "unsloth" => Ok(Self::Fastest),
+            "true" => Ok(Self::EveryLayer),
+            "false" => Ok(Self::Nothing),
+            _ => Err(Error::config("use_gradient_checkpointing", name, "expected \"unsloth\", True or False")),
+        }
+    }
+}
+
+/// Share of the available memory that [`Checkpointing::Fastest`] plans with; the rest is for what else runs.
+const SHARE: f64 = 0.8;
+
+/// A run's memory beside that of this machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Forecast {
+    /// What the run takes.
+    pub estimate: Estimate,
+    /// The process's most resident memory then, where the system says how much it has now.
+    pub peak: Option<u64>,
+    /// What the process may still take, where the system says so.
+    pub available: Option<u64>,
+    /// Whether that is enough; `None` where the system does not say.
+    pub fits: Option<bool>,
+    /// What follows from it.
+    #[serde(skip)]
+    pub recompute: Recompute,
+}
+
 /// The memory of a training run, in bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Estimate {
@@ -184,32 +232,142 @@ impl Estimate {
     }
 }
 
-/// The memory of training with micro-batches of up to `n_tokens` tokens.
-///
-/// weights: bytes of the model, trained: elements of each trained tensor.
-pub fn estimate(
-    sizes: &Sizes,
-    weights: usize,
-    trained: &[usize],
-    optimizer: OptimizerKind,
-    n_tokens: usize,
-    recompute: Recompute,
-) -> Estimate {
-    let keeps = keeps(sizes, n_tokens, recompute);
-    let kept = keeps.iter().map(|&keep| 4 * n_tokens * (sizes.hidden + sizes.kept(keep))).sum();
-    let count = |level: fn(Keep) -> bool| keeps.iter().filter(|&&keep| level(keep)).count();
-    Estimate {
-        model: weights,
-        optimizer: trained.iter().map(|&len| state_bytes(optimizer, len)).sum(),
-        gradients: 4 * trained.iter().sum::<usize>(),
-        kept,
-        workspace: sizes.peak_bytes(&keeps, n_tokens) - kept,
-        layers: [
-            count(|keep| keep >= Keep::Products),
-            count(|keep| keep == Keep::Attention),
-            count(|keep| keep == Keep::Input),
-        ],
-        n_tokens,
+/// What the memory of a run follows from.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// The sizes of the model.
+    pub sizes: Sizes,
+    /// Bytes of its weights, adapters included.
+    pub weights: usize,
+    /// Elements of each trained tensor.
+    pub trained: Vec<usize>,
+    /// The optimizer.
+    pub optimizer: OptimizerKind,
+    /// Tokens of the largest micro-batch.
+    pub n_tokens: usize,
+}
+
+impl Run {
+    /// The training of a loaded model.
+    pub fn of(model: &Model, optimizer: OptimizerKind, n_tokens: usize) -> Self {
+        let trained = model.params.all().iter().map(|param| param.data.len()).collect();
+        Self { sizes: Sizes::of(model), weights: model.nbytes(), trained, optimizer, n_tokens }
+    }
+
+    /// Its memory.
+    pub fn estimate(&self, recompute: Recompute) -> Estimate {
+        let Self { sizes, n_tokens, .. } = self;
+        let keeps = keeps(sizes, *n_tokens, recompute);
+        let kept = keeps.iter().map(|&keep| 4 * n_tokens * (sizes.hidden + sizes.kept(keep))).sum();
+        let count = |level: fn(Keep) -> bool| keeps.iter().filter(|&&keep| level(keep)).count();
+        Estimate {
+            model: self.weights,
+            optimizer: self.trained.iter().map(|&len| state_bytes(self.optimizer, len)).sum(),
+            gradients: 4 * self.trained.iter().sum::<usize>(),
+            kept,
+            workspace: sizes.peak_bytes(&keeps, *n_tokens) - kept,
+            layers: [
+                count(|keep| keep >= Keep::Products),
+                count(|keep| keep == Keep::Attention),
+                count(|keep| keep == Keep::Input),
+            ],
+            n_tokens: *n_tokens,
+        }
+    }
+
+    /// How the run goes where the process has `resident` bytes with the model loaded and may take `available` more.
+    pub fn forecast(&self, asked: Checkpointing, resident: Option<u64>, available: Option<u64>) -> Forecast {
+        let recompute = match (asked, available) {
+            (Checkpointing::Nothing, _) => Recompute::Nothing,
+            (Checkpointing::EveryLayer, _) | (_, None) => Recompute::EveryLayer,
+            (Checkpointing::Fastest, Some(available)) => {
+                let least = self.estimate(Recompute::EveryLayer);
+                let for_all = (SHARE * available as f64) as usize;
+                Recompute::Within(for_all.saturating_sub(least.optimizer + least.gradients))
+            }
+        };
+        let estimate = self.estimate(recompute);
+        let added = estimate.added() as u64;
+        Forecast {
+            peak: resident.map(|now| now + added),
+            fits: available.map(|available| added <= available),
+            available,
+            estimate,
+            recompute,
+        }
+    }
+
+    /// How the training of a loaded model goes on this machine as it is now.
+    pub fn forecast_here(&self, asked: Checkpointing) -> Forecast {
+        self.forecast(asked, rss_bytes(), available_memory_bytes())
+    }
+
+    /// The training of a model that is not loaded yet; `lora`: the adapter it is to get.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the adapter names no layer of the model.
+    pub fn planned(
+        c: &ModelConfig,
+        options: &LoadOptions,
+        lora: &Lora,
+        optimizer: OptimizerKind,
+        n_tokens: usize,
+    ) -> Result<Self> {
+        let (h, ffn, q, kv) =
+            (c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
+        // [out, in] in the order of `LINEAR_NAMES`.
+        let linears = [(q, h), (kv, h), (kv, h), (h, q), (ffn, h), (ffn, h), (h, ffn)];
+        let places = if options.full_finetuning { Vec::new() } else { placements(lora, c.num_layers)? };
+        let first =
+            if options.full_finetuning { 0 } else { places.iter().map(|p| p.layer_idx).min().unwrap_or(c.num_layers) };
+        let ranks = |range: std::ops::Range<usize>| {
+            let of_layer = |layer| {
+                let here = places.iter().filter(|p| p.layer_idx == layer && range.contains(&p.linear_idx));
+                here.map(|p| p.rank).sum::<usize>()
+            };
+            (0..c.num_layers).map(of_layer).max().unwrap_or(0)
+        };
+        let sizes = Sizes {
+            layers: c.num_layers - first,
+            hidden: h,
+            ffn,
+            q_width: q,
+            kv_width: kv,
+            heads: c.num_heads,
+            vocab: c.vocab_size,
+            head_trained: options.full_finetuning,
+            attention_ranks: ranks(0..4),
+            mlp_ranks: ranks(4..7),
+            dropout: places.iter().any(|p| p.dropout > 0.0),
+            packed_bytes: if options.precision == Precision::Bf16 { 2 } else { 4 },
+        };
+        let tables = vec![c.vocab_size * h; if c.tie_word_embeddings { 1 } else { 2 }];
+        let norms = vec![h; 2 * c.num_layers + 1];
+        if options.full_finetuning {
+            let matrices = linears.iter().map(|(rows, cols)| rows * cols).collect::<Vec<_>>().repeat(c.num_layers);
+            let trained = [tables, norms, matrices].concat();
+            let weights = 4 * trained.iter().sum::<usize>();
+            return Ok(Self { sizes, weights, trained, optimizer, n_tokens });
+        }
+        let trained: Vec<usize> = places
+            .iter()
+            .flat_map(|p| {
+                let (rows, cols) = linears[p.linear_idx];
+                [p.rank * cols, rows * p.rank]
+            })
+            .collect();
+        // A 16-bit checkpoint stays as it is; f32 is rounded where the products are.
+        let is_f32 = ["dtype", "torch_dtype"].iter().any(|key| c.json[*key] == "float32");
+        let wide = if is_f32 && options.precision == Precision::F32 { 4.0 } else { 2.0 };
+        let linear_bytes = match options.quantize {
+            None => wide,
+            Some(q) if q.double_quant => 0.5 + (1.0 + 4.0 / 256.0) / q.block_size as f64,
+            Some(q) => 0.5 + 4.0 / q.block_size as f64,
+        };
+        let in_linears = linears.iter().map(|(rows, cols)| rows * cols).sum::<usize>() * c.num_layers;
+        let frozen = wide * tables.iter().sum::<usize>() as f64 + linear_bytes * in_linears as f64;
+        let weights = frozen as usize + 4 * trained.iter().sum::<usize>();
+        Ok(Self { sizes, weights, trained, optimizer, n_tokens })
     }
 }
 
@@ -253,10 +411,10 @@ mod tests {
     fn the_estimate_is_what_the_pool_has_in_use_at_most() {
         for (i, shape) in shapes().into_iter().enumerate() {
             let model = random_model(shape);
-            let sizes = Sizes::of(&model);
             let lengths = [300, 100, 112];
             for recompute in [Recompute::EveryLayer, Recompute::Nothing] {
-                let estimated = estimate(&sizes, 0, &[], OptimizerKind::AdamW, 512, recompute).total() as f64;
+                let run = Run { weights: 0, trained: Vec::new(), ..Run::of(&model, OptimizerKind::AdamW, 512) };
+                let estimated = run.estimate(recompute).total() as f64;
                 let measured = measured(&model, &lengths, recompute) as f64;
                 let ratio = estimated / measured;
                 assert!((0.9..1.15).contains(&ratio), "shape {i}, {recompute:?}: {estimated} against {measured}");
@@ -287,6 +445,44 @@ mod tests {
     }
 
     #[test]
+    fn a_model_is_estimated_before_it_is_loaded() {
+        use crate::config::LoraOptions;
+        use crate::lora::peft::attach;
+        let shape = TestShape { rank: 0, ..shapes()[0] };
+        let mut model = random_model(shape);
+        let written = serde_json::json!({"r": 8, "target_modules": ["q_proj", "up_proj"], "finetune_last_n_layers": 2});
+        let lora = serde_json::from_value::<LoraOptions>(written).unwrap().resolve(shape.layers).unwrap();
+        let options = LoadOptions { precision: Precision::F32, quantize: None, full_finetuning: false };
+        let mut config = model.config.clone();
+        config.json["dtype"] = "float32".into();
+        let before = Run::planned(&config, &options, &lora, OptimizerKind::AdamW8bit, 100).unwrap();
+        attach(&mut model, &lora).unwrap();
+        let after = Run::of(&model, OptimizerKind::AdamW8bit, 100);
+        assert_eq!((before.sizes, before.weights), (after.sizes, after.weights));
+        assert_eq!(before.sizes.layers, 2);
+        let sorted = |run: &Run| {
+            let mut trained = run.trained.clone();
+            trained.sort_unstable();
+            trained
+        };
+        assert_eq!(sorted(&before), sorted(&after));
+    }
+
+    #[test]
+    fn a_forecast_says_whether_the_memory_is_enough() {
+        let run = Run::of(&random_model(shapes()[0]), OptimizerKind::AdamW, 512);
+        let enough = run.forecast(Checkpointing::Fastest, Some(1000), Some(1 << 40));
+        assert_eq!((enough.estimate.layers, enough.fits), ([4, 0, 0], Some(true)));
+        assert_eq!(enough.peak, Some(1000 + enough.estimate.added() as u64));
+        let tight = run.forecast(Checkpointing::Fastest, None, Some(1000));
+        assert_eq!((tight.estimate.layers, tight.fits, tight.peak), ([1, 0, 3], Some(false), None));
+        assert_eq!(run.forecast(Checkpointing::Fastest, None, None).recompute, Recompute::EveryLayer);
+        assert_eq!(run.forecast(Checkpointing::Nothing, None, Some(0)).recompute, Recompute::Nothing);
+        assert_eq!(run.forecast(Checkpointing::EveryLayer, None, Some(1 << 40)).recompute, Recompute::EveryLayer);
+        assert!(Checkpointing::from_name("sometimes").is_err());
+    }
+
+    #[test]
     fn an_estimate_counts_the_optimizer_as_it_is() {
         use crate::config::AdamHyper;
         use crate::train::optimizer::build;
@@ -294,8 +490,8 @@ mod tests {
         let lens = [100, 5_000, 40_000];
         let named: Vec<_> = lens.iter().map(|&len| (len.to_string(), len)).collect();
         for kind in [OptimizerKind::AdamW, OptimizerKind::AdamW8bit] {
-            let sizes = Sizes::of(&random_model(TestShape { layers: 1, ffn: 64, ..TestShape::wide() }));
-            let got = estimate(&sizes, 12, &lens, kind, 10, Recompute::EveryLayer);
+            let run = Run::of(&random_model(TestShape { layers: 1, ffn: 64, ..TestShape::wide() }), kind, 10);
+            let got = Run { weights: 12, trained: lens.to_vec(), ..run }.estimate(Recompute::EveryLayer);
             assert_eq!((got.optimizer, got.gradients), (build(kind, hyper, &named).state_bytes(), 4 * 45_100));
             assert_eq!(got.total(), 12 + got.added());
         }
