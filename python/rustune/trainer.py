@@ -478,7 +478,8 @@ class SFTTrainer:
         parts, available, gib = memory["estimate"], memory["available"], 2.0**30
         kept, in_part, again = parts["layers"]
         line = (
-            f"memory: about {(memory['peak'] or parts['model']) / gib:.1f} GiB at most (model {parts['model'] / gib:.2f},"
+            f"memory: about {(memory['peak'] or parts['model']) / gib:.1f} GiB at most"
+            f" (model {parts['model'] / gib:.2f},"
             f" optimizer and gradients {(parts['optimizer'] + parts['gradients']) / gib:.2f},"
             f" activations {(parts['kept'] + parts['workspace']) / gib:.2f}"
             f" for {parts['n_tokens']:,} tokens: {kept} layers kept, {in_part} in part, {again} recomputed)"

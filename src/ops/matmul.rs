@@ -162,6 +162,11 @@ struct Scratch {
     tile: Lines,
 }
 
+/// Floats of the right operand `[k, n]` that are packed at a time, beside what each thread packs for itself.
+pub fn packed_whole(n: usize, k: usize) -> usize {
+    if n <= THIN { n * k } else { 0 }
+}
+
 /// Runs a GEMM on all threads.
 ///
 /// # Panics

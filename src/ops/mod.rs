@@ -15,6 +15,7 @@ pub mod matmul;
 mod pack;
 pub mod params;
 pub mod pool;
+pub mod probe;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;

@@ -7,6 +7,8 @@ use crate::io::hub::{HubEvent, HubOptions, resolve_with};
 use crate::io::os;
 use crate::kernels;
 use crate::model::ModelConfig;
+use crate::ops::Ctx;
+use crate::ops::probe::{peak_flops, read_bandwidth};
 use crate::train::checkpoint::{self, Skipped};
 use crate::train::plan::{Checkpointing, Run};
 use pyo3::prelude::*;
@@ -90,6 +92,21 @@ fn resolve_train_options(options: &str, n_rows: usize) -> PyResult<String> {
     Ok(json!({ "train": train, "plan": plan }).to_string())
 }
 
+/// The most that this machine reaches, as JSON: `flops` of products in `dtype` and `read_bytes`, each a second.
+///
+/// Takes a second or two.
+#[pyfunction]
+fn measure_peak(py: Python<'_>, dtype: &str) -> PyResult<String> {
+    let options = load_options(Some(dtype), "{}")?;
+    let measured = enter(py, || {
+        os::with_pool(|| {
+            let ctx = Ctx::new(options.precision)?;
+            Ok(json!({"flops": peak_flops(&ctx), "read_bytes": read_bandwidth(&ctx)}))
+        })
+    })?;
+    Ok(measured.to_string())
+}
+
 /// What training a model would take before it is loaded, as JSON like that of `Model.training_memory`.
 ///
 /// folder: has a `config.json`; lora: arguments of `get_peft_model`; available: of this machine if not given.
@@ -127,5 +144,6 @@ pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(resolve_model, module)?)?;
     module.add_function(wrap_pyfunction!(newest_checkpoint, module)?)?;
     module.add_function(wrap_pyfunction!(estimate_memory, module)?)?;
+    module.add_function(wrap_pyfunction!(measure_peak, module)?)?;
     module.add_function(wrap_pyfunction!(resolve_train_options, module)?)
 }

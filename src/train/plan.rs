@@ -12,6 +12,7 @@ use crate::lora::peft::placements;
 use crate::model::llama::{Keep, mlp_chunks};
 use crate::model::{LoadOptions, Model, ModelConfig};
 use crate::ops::linear::{Linear, Matrix};
+use crate::ops::matmul::packed_whole;
 use crate::ops::{Precision, head};
 use serde::Serialize;
 
@@ -92,11 +93,13 @@ impl Sizes {
         let activated = if keep < Keep::Everything { h + ffn } else { 0 };
         let masked = if self.dropout { ffn } else { 0 };
         let packed = |floats: usize| floats * self.packed_bytes / 4;
+        // dx of gate and up where it is so narrow that both weights are packed whole.
+        let narrow = 2 * packed(packed_whole(h, ffn));
         // Through down: dactive, its packed operand and that of dB; through gate and up: dgate, dup, dh, three packed.
         let through_down = gated + activated + ffn + masked.max(packed(h));
         let through_gate_up = gated.min(1) * h + 2 * ffn + h + packed(3 * ffn) + masked.min(h);
         let swiglu = gated + h + 3 * ffn;
-        let mlp = attention + chunk * through_down.max(through_gate_up).max(swiglu);
+        let mlp = attention + narrow + chunk * through_down.max(through_gate_up).max(swiglu);
         // mid is gone; dattended, dq, dk, dv; then h, dh and the packed operands.
         let apart = if keep == Keep::Input { attention - n_tokens * h } else { 0 };
         let through_attention = apart + n_tokens * (2 * q + 2 * kv);
@@ -120,7 +123,9 @@ impl Sizes {
     /// Bytes that the norm before the head, the head and the loss take.
     fn head_bytes(&self, n_tokens: usize) -> usize {
         let stream = 4 * n_tokens * self.hidden;
-        let logits = head::logits_at_a_time(n_tokens, self.vocab, self.head_trained) * (4 + self.packed_bytes);
+        let logits = head::logits_at_a_time(n_tokens, self.vocab, self.head_trained);
+        let narrow = packed_whole(self.hidden, logits / n_tokens.max(1));
+        let logits = 4 * logits + self.packed_bytes * (logits + narrow);
         // x, h, h packed, the sums and the logits; then x, h, the sums, dh and its finished rows.
         (3 * stream + stream * self.packed_bytes / 4 + logits).max(5 * stream)
     }
