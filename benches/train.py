@@ -39,9 +39,7 @@ def main() -> None:
     parser.add_argument("--isa", help="forces an instruction set")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--peer-python", help="an interpreter with torch, peft and bitsandbytes")
-    parser.add_argument(
-        "--real-lengths", action="store_true", help="rows as long as alpaca's against full ones"
-    )
+    parser.add_argument("--real-lengths", action="store_true", help="rows as long as alpaca's against full ones")
     parser.add_argument("--packing", action="store_true", help="with --real-lengths: packed to --seq tokens")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
