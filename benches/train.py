@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--optim", default="adamw_torch")
     parser.add_argument("--checkpointing", choices=["unsloth", "true", "false"], default="unsloth")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps after one that warms up")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps after one that warms up; 0 times that")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the products; what this machine does best")
     parser.add_argument("--isa", help="forces an instruction set")
     parser.add_argument("--threads", type=int)
@@ -194,13 +194,14 @@ def _child(options: argparse.Namespace) -> dict[str, Any]:
     )
     trainer.train()
     info = rustune.info()
+    timed = times[1:] or times
     made = {
-        "step_s": statistics.median(times[1:]),
+        "step_s": statistics.median(timed),
         "peak_bytes": info["peak_rss_bytes"],
         "load_s": load_s,
-        "seconds": sum(times[1:]),
-        "tokens": tokens[-1] - tokens[0],
-        "timed": len(times) - 1,
+        "seconds": sum(timed),
+        "tokens": tokens[-1] - (tokens[0] if options.steps else 0),
+        "timed": len(timed),
         "memory": memory,
         "isa": info["isa"],
         "dtype": model.dtype,
