@@ -186,7 +186,14 @@ pub struct Outcome {
 /// [`Error::Checkpoint`] and [`Error::Weights`] for a checkpoint that does not fit, what the observer returns.
 /// The model is as after the last finished step.
 pub fn run(job: Job<'_>, observer: &mut dyn Observer) -> Result<Outcome> {
-    Run::new(job, observer)?.train()
+    let lender = job.model;
+    let outcome = Run::new(job, observer)?.train();
+    // What the activations took is free for whatever comes after training.
+    lender.read(&mut |model| {
+        model.ctx.pool.clear();
+        Ok(())
+    })?;
+    outcome
 }
 
 /// Mean token loss over `rows` and the number of trained tokens.
