@@ -442,8 +442,10 @@ mod tests {
             let now = keeps(&sizes, 512, Recompute::Within(bytes));
             assert!(sizes.peak_bytes(&now, 512) <= bytes);
             let floats = |keeps: &[Keep]| keeps.iter().map(|&keep| sizes.kept(keep)).sum::<usize>();
-            assert!(floats(&now) >= floats(&before), "{now:?} after {before:?}");
-            assert!(measured(&model, &[512], Recompute::Within(bytes)) < bytes * 115 / 100, "{now:?}");
+            // Layers are kept whole rather than in part: up to one part may be missing.
+            assert!(floats(&now) + sizes.kept(Keep::Attention) >= floats(&before), "{now:?} after {before:?}");
+            let measured = measured(&model, &[512], Recompute::Within(bytes));
+            assert!(measured < bytes * 115 / 100, "{measured} of {bytes}: {now:?}");
             before = now;
         }
         assert_ne!(before, [Keep::Input, Keep::Input, Keep::Input, Keep::Everything]);
