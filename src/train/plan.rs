@@ -100,9 +100,9 @@ impl Sizes {
         let through_gate_up = gated.min(1) * h + 2 * ffn + h + packed(3 * ffn) + masked.min(h);
         let swiglu = gated + h + 3 * ffn;
         let mlp = attention + narrow + chunk * through_down.max(through_gate_up).max(swiglu);
-        // mid is gone; dattended, dq, dk, dv; then h, dh and the packed operands.
+        // mid is gone; dattended, dq, dk, dv, D, keys twice and values packed; then h, dh and the packed operands.
         let apart = if keep == Keep::Input { attention - n_tokens * h } else { 0 };
-        let through_attention = apart + n_tokens * (2 * q + 2 * kv);
+        let through_attention = apart + n_tokens * (2 * q + 5 * kv + self.heads);
         let through_qkv = n_tokens * (q + 2 * kv + 2 * h + packed(2 * q + 2 * kv) + if self.dropout { h } else { 0 });
         4 * mlp.max(through_attention).max(through_qkv)
     }
