@@ -190,7 +190,9 @@ impl Layer {
         let mut attention = self.attend(env, rope, x, cache);
         // out = mid + down(...): out starts as mid
         let (mut out, attention) = if keep == Keep::Input {
-            (attention.mid, None)
+            let mid = std::mem::take(&mut attention.mid);
+            drop(attention);
+            (mid, None)
         } else {
             attention.normed.take_if(|_| keep < Keep::Everything);
             (env.ctx.copy(&attention.mid), Some(attention))
