@@ -16,6 +16,7 @@ pub use weights::{LoadOptions, Quantize};
 
 use crate::error::{Error, Result};
 use crate::ops::{Ctx, Env, ParamStore, Tokens};
+use crate::quant::Int8Matrix;
 use std::path::{Path, PathBuf};
 
 /// A loaded model: the decoder, its trainable tensors, and the tools to run it.
@@ -30,6 +31,8 @@ pub struct Model {
     pub params: ParamStore,
     /// Kernels and buffers.
     pub ctx: Ctx,
+    /// The head in 8 bits, for generation where asked for ([`Model::set_lm_head_bits`]).
+    int8_head: Option<Int8Matrix>,
 }
 
 impl Model {
@@ -43,7 +46,7 @@ impl Model {
         let ctx = Ctx::new(options.precision)?;
         let mut params = ParamStore::default();
         let llama = weights::load(folder, &config, options, &mut params)?;
-        Ok(Self { folder: folder.to_owned(), config, llama, params, ctx })
+        Ok(Self { folder: folder.to_owned(), config, llama, params, ctx, int8_head: None })
     }
 
     /// Logits of every token, `[n_tokens, vocab]`.

@@ -218,6 +218,11 @@ impl Model {
         Ok(self.read()?.adapter.is_some())
     }
 
+    /// Bits of the head in generation: 8, or None for the head as it is.
+    fn set_lm_head_bits(&self, py: Python<'_>, bits: Option<u32>) -> PyResult<()> {
+        enter(py, || with_pool(|| self.write()?.core.set_lm_head_bits(bits)))
+    }
+
     /// Whether every tensor is trained.
     #[getter]
     fn is_fully_trained(&self) -> PyResult<bool> {
