@@ -5,6 +5,8 @@ pub mod decode;
 pub mod kv_cache;
 pub mod llama;
 pub mod save;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod weights;
 
 pub use config::ModelConfig;
