@@ -77,6 +77,7 @@ struct Scratch {
     scales: Vec<f32>,
     row: Vec<f32>,
     part: Vec<f32>,
+    both: Vec<f32>,
 }
 
 thread_local! {
@@ -309,13 +310,15 @@ pub fn gated(env: &Env<'_>, gate: &Linear, up: &Linear, x: &Input) -> Buf {
     let (gate, up) = rayon::join(|| Ready::new(env, gate, x), || Ready::new(env, up, x));
     let step = gate.rows.per_task(x.cols);
     in_tasks(&mut out, step * x.n_rows, |task, out| {
-        let mut both = ctx.buf(2 * out.len());
-        let (gate_part, up_part) = both.split_at_mut(out.len());
         SCRATCH.with_borrow_mut(|scratch| {
+            let mut both = std::mem::take(&mut scratch.both);
+            both.resize(2 * out.len(), 0.0);
+            let (gate_part, up_part) = both.split_at_mut(out.len());
             gate.multiply(ctx, x, task * step, gate_part, scratch);
             up.multiply(ctx, x, task * step, up_part, scratch);
+            (ctx.kernels.swiglu_row)(gate_part, up_part, out);
+            scratch.both = both;
         });
-        (ctx.kernels.swiglu_row)(gate_part, up_part, out);
     });
     transpose(ctx, out, x.n_rows)
 }
