@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from rustune import _native, progress
+from rustune import _native, banner, progress, reporting
 from rustune._native import ConfigError, DataError
 from rustune.callbacks import CallbackHandler, Observer, TrainerControl, TrainerState
 from rustune.config import SFTConfig, TrainingArguments, settings_from, unknown_argument
@@ -180,7 +180,8 @@ class SFTTrainer:
             "train_dataloader": None,
             "eval_dataloader": None,
         }
-        self._handler = CallbackHandler(callbacks or (), self.args, self.state, context)
+        reporters = reporting.callbacks(self.args.report_to)
+        self._handler = CallbackHandler([*reporters, *(callbacks or ())], self.args, self.state, context)
         self._handler.call("on_init_end")
 
     @property
@@ -217,7 +218,7 @@ class SFTTrainer:
         plan = self.args.plan(len(self.train_dataset))
         self._begin(plan, resume)
         shown = progress.choose(self.args.disable_tqdm)
-        shown.banner(self._banner(plan))
+        shown.banner(*banner.texts(self, plan))
         eval_rows = None if self.eval_dataset is None else self.eval_dataset.rows
         try:
             outcome = json.loads(
@@ -355,6 +356,26 @@ class SFTTrainer:
         """
         self._handler.logged({**logs, "epoch": self.state.epoch, "step": self.state.global_step})
 
+    def plot_loss(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Draws the losses of training and evaluation.
+
+        Args:
+            path: A file to write it to as well, whose ending says the format.
+
+        Returns:
+            A figure of matplotlib, which a notebook shows.
+
+        Raises:
+            ConfigError: If matplotlib is not installed.
+            DataError: If nothing was logged yet.
+
+        Example:
+            >>> trainer.plot_loss("loss.png")  # doctest: +SKIP
+        """
+        from rustune import plots
+
+        return plots.loss_curves(self, path=path)
+
     def _read(self, what: str, dataset: Any) -> TokenisedDataset | None:
         """Tokenises a dataset, and says what was left out."""
         if dataset is None:
@@ -388,6 +409,8 @@ class SFTTrainer:
             warnings.warn(f"{folder}: passed over: {reason}", stacklevel=3)
         if path is None:
             print(f"{self.args.output_dir} holds no checkpoint to go on from: starting afresh")
+        else:
+            print(f"going on from {path}")
         return None if path is None else os.fspath(path)
 
     def _begin(self, plan: dict[str, int], resume: str | None) -> None:
@@ -442,26 +465,6 @@ class SFTTrainer:
             "train_loss": outcome["training_loss"],
             "epoch": outcome["epoch"],
         }
-
-    def _banner(self, plan: dict[str, int]) -> str:
-        """What is about to be done, in a few lines."""
-        dataset, args = self.train_dataset, self.args
-        if dataset is None:
-            return ""
-        trained, total = self.model.get_nb_trainable_parameters()
-        batch, accumulation = args.train_batch_size, int(args.gradient_accumulation_steps)
-        lines = [
-            f"{len(dataset):,} examples, {dataset.rows.n_tokens:,} tokens, {dataset.rows.n_trained:,} of them trained",
-            f"batch {batch} x {accumulation} accumulation, {plan['total_steps']:,} steps, {plan['epochs']} epochs",
-            f"{trained:,} of {total:,} parameters trained ({100 * trained / max(total, 1):.2f} %), {args.optim},"
-            f" learning rate {args.learning_rate:g} {args.lr_scheduler_type}",
-        ]
-        cut, rows = dataset.report.get("cut", 0), max(dataset.report.get("rows", 0), 1)
-        lines.append(
-            f"rows are cut after {self.max_seq_length:,} tokens: {100 * cut / rows:.1f} % of them"
-            + (f", {dataset.report.get('tokens_lost', 0):,} tokens lost" if cut else "")
-        )
-        return "\n".join(lines)
 
 
 _LEFT_OUT: Final = (("empty", "without text"), ("untrained", "without a trained token"))

@@ -1,0 +1,466 @@
+"""What a training run needs: memory from the shape of a model, time from one layer of it tried out on this machine."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from rustune._native import ConfigError, HubError, ModelError
+
+# Bytes of the interpreter, numpy, the engine's code and its threads before a model is loaded.
+_RUNTIME_BYTES: Final = 60 << 20
+# Floats of logits that exist at a time, and rows of the head in a block at least, as in src/ops/head.rs.
+_LOGITS: Final = 4 << 20
+_HEAD_BLOCK: Final = 1024
+# NF4: half a byte a weight; a byte of absmax for 64 of them, and a float for 256 of those.
+_NF4_BYTES: Final = 0.5 + 1 / 64 + 4 / (64 * 256)
+_NF4_PLAIN_BYTES: Final = 0.5 + 4 / 64
+# Optimizer state a trained number: two floats, or two bytes with two floats for each 256.
+_STATE_BYTES: Final = {"adamw": 8.0, "adamw_8bit": 2 + 8 / 256}
+# The layer that is tried out has no more weights than this, and the trial no more tokens.
+_TRIAL_WEIGHTS: Final = 64_000_000
+_TRIAL_TOKENS: Final = 512
+_TIMEOUT_SECONDS: Final = 20
+
+LINEARS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Llama.
+
+    Attributes:
+        hidden: Width of the residual stream.
+        ffn: Width of the MLP.
+        layers: Number of layers.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        head_dim: Width of a head.
+        vocab: Number of tokens.
+        tied: Whether the head is the embedding table.
+    """
+
+    hidden: int
+    ffn: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+
+    @staticmethod
+    def from_config(config: Mapping[str, Any]) -> Shape:
+        """Reads the sizes.
+
+        Args:
+            config: A `config.json`.
+
+        Returns:
+            The shape.
+
+        Raises:
+            ModelError: If a size is missing or makes no sense.
+        """
+
+        def size(name: str, default: Any = None) -> int:
+            value = config.get(name, default)
+            value = default if value is None else value
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ModelError(f"config.json: {name} = {value!r}: expected a whole number, at least 1")
+            return value
+
+        hidden, heads = size("hidden_size"), size("num_attention_heads")
+        return Shape(
+            hidden=hidden,
+            ffn=size("intermediate_size"),
+            layers=size("num_hidden_layers"),
+            heads=heads,
+            kv_heads=size("num_key_value_heads", heads),
+            head_dim=size("head_dim", max(hidden // heads, 1)),
+            vocab=size("vocab_size"),
+            tied=bool(config.get("tie_word_embeddings", False)),
+        )
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """The linear layers of a decoder layer: name to outputs and inputs."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q_proj": (q, self.hidden),
+            "k_proj": (kv, self.hidden),
+            "v_proj": (kv, self.hidden),
+            "o_proj": (self.hidden, q),
+            "gate_proj": (self.ffn, self.hidden),
+            "up_proj": (self.ffn, self.hidden),
+            "down_proj": (self.hidden, self.ffn),
+        }
+
+    @property
+    def n_linear(self) -> int:
+        """Weights in the linear layers of one decoder layer."""
+        return sum(out * into for out, into in self.linears.values())
+
+    @property
+    def n_tables(self) -> int:
+        """Weights of the embedding table and the head."""
+        return self.vocab * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def n_parameters(self) -> int:
+        """All weights."""
+        return self.layers * (self.n_linear + 2 * self.hidden) + self.hidden + self.n_tables
+
+    def n_adapter(self, rank: int, targets: Iterable[str] = LINEARS) -> int:
+        """Counts the trained numbers of an adapter.
+
+        Args:
+            rank: Its rank.
+            targets: Names of linear layers.
+
+        Returns:
+            Their number.
+        """
+        return self.layers * rank * sum(sum(self.linears[name]) for name in targets)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes a training run needs at its peak.
+
+    Attributes:
+        weights: The frozen model.
+        trained: The trained numbers, their gradients and the optimizer's state.
+        activations: What the forward keeps for the backward, over all layers.
+        workspace: What one layer and the head need while they are computed.
+        runtime: Everything that has nothing to do with the model.
+    """
+
+    weights: int
+    trained: int
+    activations: int
+    workspace: int
+    runtime: int = _RUNTIME_BYTES
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return self.weights + self.trained + self.activations + self.workspace + self.runtime
+
+
+def weight_bytes(shape: Shape, quantization: str = "nf4") -> int:
+    """Returns the bytes of a model's weights in memory.
+
+    Args:
+        shape: The model's sizes.
+        quantization: `nf4`, `nf4_plain` (without double quantization), `16bit` or `32bit`.
+
+    Returns:
+        Bytes. The tables have 2 bytes a weight unless everything has 4.
+
+    Raises:
+        ConfigError: For another quantization.
+    """
+    kinds = {"nf4": _NF4_BYTES, "nf4_plain": _NF4_PLAIN_BYTES, "16bit": 2.0, "32bit": 4.0}
+    if quantization not in kinds:
+        raise ConfigError(f"quantization = {quantization}: expected one of {', '.join(kinds)}")
+    table = 4 if quantization == "32bit" else 2
+    norms = 4 * (2 * shape.layers + 1) * shape.hidden
+    return math.ceil(shape.layers * shape.n_linear * kinds[quantization]) + table * shape.n_tables + norms
+
+
+def memory(
+    shape: Shape,
+    *,
+    tokens: int,
+    n_trained: int,
+    rank: int = 16,
+    optim: str = "adamw_8bit",
+    recompute: bool = True,
+    weights: int | None = None,
+    quantization: str = "nf4",
+) -> Memory:
+    """Estimates the peak memory of training.
+
+    Args:
+        shape: The model's sizes.
+        tokens: Tokens of the largest micro-batch: its rows times their length.
+        n_trained: Trained numbers, `shape.n_adapter(rank)` for an adapter.
+        rank: The adapter's rank.
+        optim: The optimizer, as transformers spells it.
+        recompute: Whether the backward runs each layer again, keeping only its input.
+        weights: Bytes of the loaded weights, where they are known.
+        quantization: As for `weight_bytes`, where they are not.
+
+    Returns:
+        The bytes, by what they are for.
+
+    Example:
+        >>> llama_1b = Shape(2048, 8192, 16, 32, 8, 64, 128256, True)
+        >>> need = memory(llama_1b, tokens=1024, n_trained=llama_1b.n_adapter(16))
+        >>> 1.0 < need.total / 2**30 < 2.5
+        True
+    """
+    q, kv, ffn, hidden = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.ffn, shape.hidden
+    # Floats a token: what a layer keeps (the fields of `Saved` in src/model/llama.rs), its input, and what its backward
+    # and the packing of operands add (the gradients of the three wide buffers and one packed copy).
+    saved = 3 * hidden + 2 * q + 2 * kv + 3 * ffn + 7 * rank + shape.heads + 2
+    backward = 3 * ffn + ffn + 3 * hidden
+    kept = shape.layers * hidden if recompute else shape.layers * (hidden + saved)
+    layer = (saved if recompute else 0) + backward
+    block = min(max(_LOGITS // max(tokens, 1), _HEAD_BLOCK), shape.vocab)
+    head = tokens * (block + 2 * hidden)
+    state = _STATE_BYTES["adamw_8bit" if "8bit" in optim else "adamw"]
+    return Memory(
+        weights=weight_bytes(shape, quantization) if weights is None else weights,
+        trained=math.ceil(n_trained * (4 + 4 + state)),
+        activations=4 * tokens * kept,
+        workspace=4 * (tokens * layer + head),
+    )
+
+
+def flops(shape: Shape, *, tokens: int, length: int, recompute: bool = True) -> float:
+    """Counts the floating point operations of a forward and backward with frozen weights.
+
+    Args:
+        shape: The model's sizes.
+        tokens: Tokens in all.
+        length: Tokens of a row: attention costs more the longer rows are.
+        recompute: Whether the backward runs each layer again.
+
+    Returns:
+        Additions and multiplications. Forward 2 a weight and token, as much for the gradient of the input, and as much
+        again for running a layer anew; the head is read once for the logits and once for their gradient.
+    """
+    passes = 3 if recompute else 2
+    linear = 2.0 * shape.n_linear * shape.layers * passes
+    # Scores and values, half of them by the causal mask; the backward has five such products to the forward's two.
+    attention = 2.0 * length * shape.heads * shape.head_dim * shape.layers * (passes - 1 + 2.5) / 2 * 2
+    return tokens * (linear + attention + 4.0 * shape.vocab * shape.hidden)
+
+
+def measure(shape: Shape, *, tokens: int = _TRIAL_TOKENS, rank: int = 16, quantization: str = "nf4") -> float:
+    """Trains one layer of a model's shape, with made-up weights, and times it.
+
+    A layer of more than 64 million weights is made smaller. It takes a few seconds, and some 130 MB of temporary files.
+
+    Args:
+        shape: The model's sizes.
+        tokens: Tokens of the trial, 512 at most.
+        rank: The adapter's rank.
+        quantization: `nf4` or anything else for 16 bits.
+
+    Returns:
+        Floating point operations a second, as `flops` counts them.
+    """
+    from rustune import FastLanguageModel, SFTConfig, SFTTrainer, TrainerCallback
+
+    trial = _trial_shape(shape)
+    length = max(min(tokens, _TRIAL_TOKENS), 8)
+    marks: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            marks.append(time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            marks.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        _write_trial(Path(folder), trial)
+        native, four = Path(folder), quantization.startswith("nf4")
+        loaded = _load_quietly(FastLanguageModel, native, length, four)
+        model = FastLanguageModel.get_peft_model(loaded, r=rank)
+        rows = [{"input_ids": [(3 * i) % trial.vocab for i in range(length)]}]
+        args = SFTConfig(
+            output_dir=folder,
+            max_steps=3,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=1,
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        SFTTrainer(model, args, train_dataset=rows, callbacks=[Clock()]).train()
+    # The first step also fills caches and buffers.
+    seconds = min(end - begin for begin, end in zip(marks[2::2], marks[3::2], strict=True))
+    return flops(trial, tokens=length, length=length) / max(seconds, 1e-9)
+
+
+def read_config(name: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:
+    """Reads a model's `config.json`, and nothing else of it.
+
+    Args:
+        name: A folder, the folder of an adapter, or a hub name, whose config is taken from the cache or the hub.
+        revision: Branch, tag or commit on the hub.
+
+    Returns:
+        The parsed file.
+
+    Raises:
+        HubError: If the hub does not have it, does not give it, or cannot be reached.
+        ModelError: If it is not JSON.
+        FileNotFoundError: If the folder has none.
+    """
+    where = os.fspath(name)
+    if os.path.isdir(where):
+        adapter = Path(where) / "adapter_config.json"
+        if adapter.is_file() and not (Path(where) / "config.json").is_file():
+            base = _parsed(adapter.read_text(encoding="utf-8"), adapter).get("base_model_name_or_path")
+            if not isinstance(base, str) or not base or base == where:
+                raise ModelError(f"{adapter}: base_model_name_or_path: expected the base model's name or folder")
+            return read_config(base)
+        path = Path(where) / "config.json"
+        return _parsed(path.read_text(encoding="utf-8"), path)
+    if where.startswith((".", "/", "~")) or where.count("/") > 1:
+        raise FileNotFoundError(2, "No such model folder", where)
+    cached = _cached(where, revision or "main")
+    if cached is not None:
+        return _parsed(cached.read_text(encoding="utf-8"), cached)
+    return _parsed(_download(where, revision or "main"), f"{where}/config.json")
+
+
+def _trial_shape(shape: Shape) -> Shape:
+    """One layer of a shape, not too large, with a small vocabulary."""
+    trial = replace(shape, layers=1, vocab=512, tied=True)
+    while trial.n_linear > _TRIAL_WEIGHTS:
+        heads = max(trial.heads // 2, 1)
+        trial = replace(
+            trial,
+            hidden=max(trial.hidden // 2 // 64 * 64, 64),
+            ffn=max(trial.ffn // 2 // 64 * 64, 64),
+            heads=heads,
+            kv_heads=max(math.gcd(heads, trial.kv_heads), 1),
+        )
+    return trial
+
+
+def _write_trial(folder: Path, shape: Shape) -> None:
+    """Writes a model with made-up bfloat16 weights."""
+    import numpy as np
+
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.ffn,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    # One stretch of random numbers serves all tensors: drawing millions would take longer than the trial.
+    noise = np.random.default_rng(0).normal(0.0, 0.02, 1 << 20).astype(np.float32).view(np.uint32) >> 16
+    one = np.float32(1.0).view(np.uint32) >> 16
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab, shape.hidden)}
+    parents = {name: "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn" for name in LINEARS}
+    for layer in range(shape.layers):
+        at = f"model.layers.{layer}"
+        tensors |= {f"{at}.{parents[name]}.{name}.weight": sizes for name, sizes in shape.linears.items()}
+        tensors |= {f"{at}.{norm}.weight": (shape.hidden,) for norm in ("input_layernorm", "post_attention_layernorm")}
+    tensors["model.norm.weight"] = (shape.hidden,)
+    header: dict[str, Any] = {}
+    end = 0
+    for name, sizes in tensors.items():
+        begin, end = end, end + 2 * math.prod(sizes)
+        header[name] = {"dtype": "BF16", "shape": list(sizes), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, sizes in tensors.items():
+            n = math.prod(sizes)
+            values = np.full(n, one) if name.endswith("norm.weight") else np.resize(noise, n)
+            file.write(values.astype("<u2").tobytes())
+
+
+def _load_quietly(loader: Any, folder: Path, length: int, four: bool) -> Any:
+    """Loads the trial model, which has no tokenizer: that needs no warning."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, _ = loader.from_pretrained(folder, length, load_in_4bit=four, load_in_16bit=not four)
+    return model
+
+
+def _parsed(text: str, where: object) -> dict[str, Any]:
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise ModelError(f"{where}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{where}: expected an object, got {type(config).__name__}")
+    return config
+
+
+def _home() -> Path:
+    return Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+
+
+def _cached(name: str, revision: str) -> Path | None:
+    """The config in the hub's cache, if it is there."""
+    cache = Path(os.environ.get("HF_HUB_CACHE") or _home() / "hub").expanduser()
+    folder = cache / f"models--{name.replace('/', '--')}"
+    reference = folder / "refs" / revision
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+    path = folder / "snapshots" / commit / "config.json"
+    return path if path.is_file() else None
+
+
+class _SameHost(urllib.request.HTTPRedirectHandler):
+    """Follows redirections, without the token when they lead to another host."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        """Makes the next request."""
+        made = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if made is not None and urllib.parse.urlsplit(newurl).netloc != urllib.parse.urlsplit(req.full_url).netloc:
+            made.remove_header("Authorization")
+        return made
+
+
+def _download(name: str, revision: str) -> str:
+    """The config from the hub."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise HubError(f"{name}: there is no such folder, it is not in the cache, and HF_HUB_OFFLINE is set")
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    if urllib.parse.urlsplit(endpoint).scheme not in ("http", "https"):
+        raise ConfigError(f"HF_ENDPOINT = {endpoint}: expected an address that begins with http:// or https://")
+    request = urllib.request.Request(
+        f"{endpoint}/{urllib.parse.quote(name)}/resolve/{urllib.parse.quote(revision, safe='')}/config.json"
+    )
+    kept = _home() / "token"
+    token = os.environ.get("HF_TOKEN") or (kept.read_text(encoding="utf-8").strip() if kept.is_file() else "")
+    if token:
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.build_opener(_SameHost).open(request, timeout=_TIMEOUT_SECONDS) as answer:
+            text: str = answer.read(1 << 24).decode("utf-8")
+            return text
+    except urllib.error.HTTPError as error:
+        why = {
+            401: "no such model, or access is refused: set HF_TOKEN",
+            403: "access is refused: ask for it on the model's page and set HF_TOKEN",
+            404: f"no such model, no revision {revision} of it, or no config.json in it",
+        }.get(error.code, f"{endpoint} answered {error.code}")
+        raise HubError(f"{name}: {why}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "reason", error)
+        raise HubError(f"{name}: {endpoint} cannot be reached ({reason}); give the path of a folder") from None
