@@ -115,7 +115,8 @@ def needed(trainer: Any) -> estimate.Memory:
         rank=int((model.adapter or {}).get("r", 0)),
         optim=str(args.optim),
         recompute=recompute,
-        weights=model.get_memory_footprint(),
+        # Trained numbers count for themselves.
+        weights=max(model.get_memory_footprint() - 4 * n_trained, 0),
     )
 
 

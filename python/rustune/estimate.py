@@ -25,6 +25,8 @@ _HEAD_BLOCK: Final = 1024
 # NF4: half a byte a weight; a byte of absmax for 64 of them, and a float for 256 of those.
 _NF4_BYTES: Final = 0.5 + 1 / 64 + 4 / (64 * 256)
 _NF4_PLAIN_BYTES: Final = 0.5 + 4 / 64
+# The map of a quantized tensor's 8-bit scales, and their mean.
+_NF4_MAP_BYTES: Final = 4 * 256 + 4
 # Optimizer state a trained number: two floats, or two bytes with two floats for each 256.
 _STATE_BYTES: Final = {"adamw": 8.0, "adamw_8bit": 2 + 8 / 256}
 # The layer that is tried out has no more weights than this, and the trial no more tokens.
@@ -48,6 +50,7 @@ class Shape:
         head_dim: Width of a head.
         vocab: Number of tokens.
         tied: Whether the head is the embedding table.
+        stored: Bytes of a weight in the files, where it is not quantized.
     """
 
     hidden: int
@@ -58,6 +61,7 @@ class Shape:
     head_dim: int
     vocab: int
     tied: bool
+    stored: int = 2
 
     @staticmethod
     def from_config(config: Mapping[str, Any]) -> Shape:
@@ -90,6 +94,7 @@ class Shape:
             head_dim=size("head_dim", max(hidden // heads, 1)),
             vocab=size("vocab_size"),
             tied=bool(config.get("tie_word_embeddings", False)),
+            stored=4 if (config.get("dtype") or config.get("torch_dtype")) == "float32" else 2,
         )
 
     @property
@@ -163,20 +168,20 @@ def weight_bytes(shape: Shape, quantization: str = "nf4") -> int:
 
     Args:
         shape: The model's sizes.
-        quantization: `nf4`, `nf4_plain` (without double quantization), `16bit` or `32bit`.
+        quantization: `nf4`, `nf4_plain` (without double quantization), or `16bit`, as the files have it.
 
     Returns:
-        Bytes. The tables have 2 bytes a weight unless everything has 4.
+        Bytes; the tables are never quantized.
 
     Raises:
         ConfigError: For another quantization.
     """
-    kinds = {"nf4": _NF4_BYTES, "nf4_plain": _NF4_PLAIN_BYTES, "16bit": 2.0, "32bit": 4.0}
+    kinds = {"nf4": _NF4_BYTES, "nf4_plain": _NF4_PLAIN_BYTES, "16bit": float(shape.stored)}
     if quantization not in kinds:
         raise ConfigError(f"quantization = {quantization}: expected one of {', '.join(kinds)}")
-    table = 4 if quantization == "32bit" else 2
     norms = 4 * (2 * shape.layers + 1) * shape.hidden
-    return math.ceil(shape.layers * shape.n_linear * kinds[quantization]) + table * shape.n_tables + norms
+    maps = shape.layers * len(LINEARS) * _NF4_MAP_BYTES if quantization == "nf4" else 0
+    return math.ceil(shape.layers * shape.n_linear * kinds[quantization]) + maps + shape.stored * shape.n_tables + norms
 
 
 def memory(
@@ -331,7 +336,7 @@ def read_config(name: str | os.PathLike[str], revision: str | None = None) -> di
 
 def _trial_shape(shape: Shape) -> Shape:
     """One layer of a shape, not too large, with a small vocabulary."""
-    trial = replace(shape, layers=1, vocab=512, tied=True)
+    trial = replace(shape, layers=1, vocab=512, tied=True, stored=2)
     while trial.n_linear > _TRIAL_WEIGHTS:
         heads = max(trial.heads // 2, 1)
         trial = replace(
@@ -455,6 +460,7 @@ def _download(name: str, revision: str) -> str:
             text: str = answer.read(1 << 24).decode("utf-8")
             return text
     except urllib.error.HTTPError as error:
+        error.close()
         why = {
             401: "no such model, or access is refused: set HF_TOKEN",
             403: "access is refused: ask for it on the model's page and set HF_TOKEN",

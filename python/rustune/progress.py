@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import importlib
 import shutil
 import sys
 import time
@@ -245,10 +246,9 @@ class Table(Progress):
     def __init__(self) -> None:
         super().__init__()
         # The one optional import, and only inside a notebook, where it is loaded already.
-        from IPython.display import HTML, display
-
-        self._html: Any = HTML
-        self._handle: Any = display(HTML(""), display_id=True)
+        ipython: Any = importlib.import_module("IPython.display")
+        self._html: Any = ipython.HTML
+        self._handle: Any = ipython.display(ipython.HTML(""), display_id=True)
         self._page = ""
         self._time = ""
         # Step to training loss and results of the evaluation, by the column's title.
@@ -318,7 +318,8 @@ class Table(Progress):
         rate = "" if ended else html.escape(self.rate())
         progress = (
             "<div style='margin:6px 0'>"
-            f"<progress value='{self.step}' max='{self.max_steps}' style='width:300px;vertical-align:middle'></progress> "
+            f"<progress value='{self.step}' max='{self.max_steps}' style='width:300px;vertical-align:middle'>"
+            "</progress> "
             f"{ended}{self.step}/{self.max_steps} <span style='white-space:pre'> {rate}</span></div>"
         )
         table = f"<table style='border-collapse:collapse'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
