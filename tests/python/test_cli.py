@@ -131,7 +131,7 @@ def test_the_three_formats_say_the_same(tmp_path: Path) -> None:
         ("run.ini", "", r"expected a \.yaml, \.toml or \.json file"),
         ("run.json", "{", "cannot be parsed"),
         ("run.json", "[]", "expected the sections model, lora, data, training, got list"),
-        ("run.json", '{"trainin": {}}', "trainin: .*did you mean training"),
+        ("run.json", '{"trainng": {}}', "trainng: .*did you mean training"),
         ("run.json", '{"learning_rate": 1}', "learning_rate: belongs into the section training"),
         ("run.json", '{"training": {"learnig_rate": 1}}', "learnig_rate: .*did you mean learning_rate"),
         ("run.json", '{"lora": 3}', "lora: expected names and values, got int"),

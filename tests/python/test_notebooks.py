@@ -52,7 +52,7 @@ def test_ours_are_clean_and_short(path: Path) -> None:
     assert len(lines) <= 40
     first, last = notebook.cells[0].source, notebook.cells[-1].source
     assert first.startswith("# ") and "**What you need:**" in first and "CPU" in first
-    assert last.startswith("## For a real model") and re.search(r"hours|tokens a second", last)
+    assert last.startswith("## For a real model") and re.search(r"hours|tokens a second|\d s ", last)
 
 
 def test_two_interruptions_change_nothing(tmp_path: Path) -> None:
@@ -80,8 +80,8 @@ def test_two_interruptions_change_nothing(tmp_path: Path) -> None:
     assert re.search(r"going on from stopped.checkpoint-6", said[2])
     assert re.search(r"going on from stopped.checkpoint-9", said[3])
     assert said[5] == "True\n"
-    # The table as it stood when the run was stopped, and when it was done.
-    assert re.search(r"stopped at [78]/16", pages[1]) and "Training Loss" in pages[1] and "Validation Loss" in pages[1]
+    # The table as it stood when the run was stopped (the signal comes around the end of step 7), and when it was done.
+    assert re.search(r"stopped at [678]/16", pages[1]) and "Training Loss" in pages[1] and "Validation Loss" in pages[1]
     assert "16/16" in pages[4] and "stopped" not in pages[4] and "tok/s" in pages[4] and "needed" in pages[4]
     (picture,) = notebook.cells[6].outputs
     assert picture.data["image/png"].startswith("iVBORw0KGgo")
