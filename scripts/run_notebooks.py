@@ -6,16 +6,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from nbformat import from_dict
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 CELL_SECONDS = 600
@@ -32,7 +31,7 @@ def main() -> int:
         return 1
     failed = []
     for path in paths:
-        notebook: Any = from_dict(json.loads(path.read_text(encoding="utf-8")))  # type: ignore[no-untyped-call]
+        notebook: Any = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             client = NotebookClient(
@@ -45,7 +44,7 @@ def main() -> int:
                 problem = str(error)
         if options.keep:
             options.keep.mkdir(parents=True, exist_ok=True)
-            (options.keep / path.name).write_text(json.dumps(notebook, indent=1), encoding="utf-8")
+            nbformat.write(notebook, options.keep / path.name)  # type: ignore[no-untyped-call]
         print(f"{path.name}: {'FAILED' if problem else 'passed'} in {time.monotonic() - started:.0f} s", flush=True)
         if problem:
             failed.append(path.name)
