@@ -66,7 +66,7 @@ def loss_curves(
             axes.plot(
                 [step for step, _ in validation],
                 [loss for _, loss in validation],
-                color=colour,
+                color=colour if len(given) > 1 else _COLOURS[1],
                 linestyle="--",
                 marker="o",
                 markersize=5,
