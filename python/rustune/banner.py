@@ -6,7 +6,7 @@ import html
 import json
 from typing import Any, Final
 
-from rustune import _native, estimate
+from rustune import _native
 
 # Longest stretch of a sample that is shown whole, in characters.
 _LONG_UNTRAINED: Final = 300
@@ -95,29 +95,45 @@ def sample_pieces(trainer: Any) -> list[tuple[str, bool]]:
     return pieces
 
 
-def needed(trainer: Any) -> estimate.Memory:
+def memory(trainer: Any) -> dict[str, Any]:
     """Estimates the memory of a trainer's run.
 
     Args:
         trainer: An `SFTTrainer` with a training dataset.
 
     Returns:
-        The bytes, with the weights as they are loaded.
+        `peak`, `available` and `fits`, and in `estimate` the bytes by what they are for.
     """
-    model, args, dataset = trainer.model, trainer.args, trainer.train_dataset
-    n_trained, _ = model.get_nb_trainable_parameters()
-    asked = args.gradient_checkpointing
-    recompute = model.recompute if asked is None else bool(asked)
-    return estimate.memory(
-        estimate.Shape.from_config(model.config.to_dict()),
-        tokens=max(min(dataset.rows.longest * args.train_batch_size, dataset.rows.n_tokens), 1),
-        n_trained=n_trained,
-        rank=int((model.adapter or {}).get("r", 0)),
-        optim=str(args.optim),
-        recompute=recompute,
-        # Trained numbers count for themselves.
-        weights=max(model.get_memory_footprint() - 4 * n_trained, 0),
+    made: dict[str, Any] = json.loads(
+        trainer.model.native.training_memory(
+            trainer.train_dataset.rows, trainer._engine_options(), trainer._checkpointing()
+        )
     )
+    return made
+
+
+def memory_lines(forecast: dict[str, Any]) -> list[tuple[str, str]]:
+    """Says what a run takes of the memory there is.
+
+    Args:
+        forecast: What `memory` returns.
+
+    Returns:
+        Names and what is to be said of them.
+    """
+    parts = forecast["estimate"]
+    kept, in_part, again = parts["layers"]
+    said = f"about {gib(forecast['peak'] or parts['model'])} at most"
+    if forecast["available"] is not None:
+        said += f", {gib(forecast['available'])} are free"
+    if forecast["fits"] is False:
+        said += ": NOT ENOUGH; take smaller batches or shorter rows"
+    of_what = (
+        f"model {gib(parts['model'])}, optimizer and gradients {gib(parts['optimizer'] + parts['gradients'])},"
+        f" activations {gib(parts['kept'] + parts['workspace'])} for {parts['n_tokens']:,} tokens"
+    )
+    layers = f"{kept} of {kept + in_part + again} layers kept for the backward, {in_part} in part, {again} recomputed"
+    return [("memory", said), ("", of_what), ("", layers)]
 
 
 def _facts(trainer: Any, plan: dict[str, int]) -> list[tuple[str, str]]:
@@ -136,14 +152,9 @@ def _facts(trainer: Any, plan: dict[str, int]) -> list[tuple[str, str]]:
         )
     else:
         length += f", none cut (limit {trainer.max_seq_length:,})"
-    need = needed(trainer)
-    # What is loaded already is not free any more, but it is ours.
-    there = json.loads(_native.info())["available_memory_bytes"] + need.weights + need.runtime
-    memory = f"about {gib(need.total)} needed, {gib(there)} there"
-    if need.total > there:
-        memory += ": TOO LITTLE; use a smaller batch, shorter rows (max_length) or gradient_checkpointing=True"
+    packed = f", packed to {rows.n_packed(trainer.max_seq_length):,} rows" if args.packing else ""
     return [
-        ("examples", f"{len(dataset):,}: {rows.n_tokens:,} tokens, {rows.n_trained:,} of them trained on"),
+        ("examples", f"{len(dataset):,}{packed}: {rows.n_tokens:,} tokens, {rows.n_trained:,} of them trained on"),
         ("lengths", length),
         (
             "steps",
@@ -152,7 +163,7 @@ def _facts(trainer: Any, plan: dict[str, int]) -> list[tuple[str, str]]:
         ),
         ("parameters", f"{trained:,} of {total:,} trained ({100 * trained / max(total, 1):.2f} %)"),
         ("optimizer", f"{args.optim}, learning rate {args.learning_rate:g}, {args.lr_scheduler_type}"),
-        ("memory", memory),
+        *memory_lines(memory(trainer)),
     ]
 
 

@@ -15,20 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from rustune import _native
 from rustune._native import ConfigError, HubError, ModelError
 
-# Bytes of the interpreter, numpy, the engine's code and its threads before a model is loaded.
-_RUNTIME_BYTES: Final = 60 << 20
-# Floats of logits that exist at a time, and rows of the head in a block at least, as in src/ops/head.rs.
-_LOGITS: Final = 4 << 20
-_HEAD_BLOCK: Final = 1024
-# NF4: half a byte a weight; a byte of absmax for 64 of them, and a float for 256 of those.
-_NF4_BYTES: Final = 0.5 + 1 / 64 + 4 / (64 * 256)
-_NF4_PLAIN_BYTES: Final = 0.5 + 4 / 64
-# The map of a quantized tensor's 8-bit scales, and their mean.
-_NF4_MAP_BYTES: Final = 4 * 256 + 4
-# Optimizer state a trained number: two floats, or two bytes with two floats for each 256.
-_STATE_BYTES: Final = {"adamw": 8.0, "adamw_8bit": 2 + 8 / 256}
 # The layer that is tried out has no more weights than this, and the trial no more tokens.
 _TRIAL_WEIGHTS: Final = 64_000_000
 _TRIAL_TOKENS: Final = 512
@@ -50,7 +39,6 @@ class Shape:
         head_dim: Width of a head.
         vocab: Number of tokens.
         tied: Whether the head is the embedding table.
-        stored: Bytes of a weight in the files, where it is not quantized.
     """
 
     hidden: int
@@ -61,7 +49,6 @@ class Shape:
     head_dim: int
     vocab: int
     tied: bool
-    stored: int = 2
 
     @staticmethod
     def from_config(config: Mapping[str, Any]) -> Shape:
@@ -94,7 +81,6 @@ class Shape:
             head_dim=size("head_dim", max(hidden // heads, 1)),
             vocab=size("vocab_size"),
             tied=bool(config.get("tie_word_embeddings", False)),
-            stored=4 if (config.get("dtype") or config.get("torch_dtype")) == "float32" else 2,
         )
 
     @property
@@ -139,122 +125,70 @@ class Shape:
         return self.layers * rank * sum(sum(self.linears[name]) for name in targets)
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes a training run needs at its peak.
-
-    Attributes:
-        weights: The frozen model.
-        trained: The trained numbers, their gradients and the optimizer's state.
-        activations: What the forward keeps for the backward, over all layers.
-        workspace: What one layer and the head need while they are computed.
-        runtime: Everything that has nothing to do with the model.
-    """
-
-    weights: int
-    trained: int
-    activations: int
-    workspace: int
-    runtime: int = _RUNTIME_BYTES
-
-    @property
-    def total(self) -> int:
-        """The sum."""
-        return self.weights + self.trained + self.activations + self.workspace + self.runtime
-
-
-def weight_bytes(shape: Shape, quantization: str = "nf4") -> int:
-    """Returns the bytes of a model's weights in memory.
-
-    Args:
-        shape: The model's sizes.
-        quantization: `nf4`, `nf4_plain` (without double quantization), or `16bit`, as the files have it.
-
-    Returns:
-        Bytes; the tables are never quantized.
-
-    Raises:
-        ConfigError: For another quantization.
-    """
-    kinds = {"nf4": _NF4_BYTES, "nf4_plain": _NF4_PLAIN_BYTES, "16bit": float(shape.stored)}
-    if quantization not in kinds:
-        raise ConfigError(f"quantization = {quantization}: expected one of {', '.join(kinds)}")
-    norms = 4 * (2 * shape.layers + 1) * shape.hidden
-    maps = shape.layers * len(LINEARS) * _NF4_MAP_BYTES if quantization == "nf4" else 0
-    return math.ceil(shape.layers * shape.n_linear * kinds[quantization]) + maps + shape.stored * shape.n_tables + norms
-
-
 def memory(
-    shape: Shape,
+    config: Mapping[str, Any],
     *,
     tokens: int,
-    n_trained: int,
     rank: int = 16,
+    four_bits: bool = True,
     optim: str = "adamw_8bit",
-    recompute: bool = True,
-    weights: int | None = None,
-    quantization: str = "nf4",
-) -> Memory:
-    """Estimates the peak memory of training.
+    checkpointing: str = "unsloth",
+) -> dict[str, Any]:
+    """Estimates the memory of training, from a config alone.
 
     Args:
-        shape: The model's sizes.
+        config: A `config.json`.
         tokens: Tokens of the largest micro-batch: its rows times their length.
-        n_trained: Trained numbers, `shape.n_adapter(rank)` for an adapter.
-        rank: The adapter's rank.
+        rank: The adapter's rank, on all linear layers.
+        four_bits: Whether the linear layers are held in 4 bits.
         optim: The optimizer, as transformers spells it.
-        recompute: Whether the backward runs each layer again, keeping only its input.
-        weights: Bytes of the loaded weights, where they are known.
-        quantization: As for `weight_bytes`, where they are not.
+        checkpointing: `true` runs every layer again, `false` keeps all, `unsloth` keeps what there is memory for.
 
     Returns:
-        The bytes, by what they are for.
+        `peak`, `available` and `fits`, and in `estimate` the bytes by what they are for and the layers kept, kept in
+        part and run again.
 
-    Example:
-        >>> llama_1b = Shape(2048, 8192, 16, 32, 8, 64, 128256, True)
-        >>> need = memory(llama_1b, tokens=1024, n_trained=llama_1b.n_adapter(16))
-        >>> 1.0 < need.total / 2**30 < 2.5
-        True
+    Raises:
+        ModelError: If the config describes no model that can be run.
+        ConfigError: If the optimizer is not there.
     """
-    q, kv, ffn, hidden = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.ffn, shape.hidden
-    # Floats a token: what a layer keeps (the fields of `Saved` in src/model/llama.rs), its input, and what its backward
-    # and the packing of operands add (the gradients of the three wide buffers and one packed copy).
-    saved = 3 * hidden + 2 * q + 2 * kv + 3 * ffn + 7 * rank + shape.heads + 2
-    backward = 3 * ffn + ffn + 3 * hidden
-    kept = shape.layers * hidden if recompute else shape.layers * (hidden + saved)
-    layer = (saved if recompute else 0) + backward
-    block = min(max(_LOGITS // max(tokens, 1), _HEAD_BLOCK), shape.vocab)
-    head = tokens * (block + 2 * hidden)
-    state = _STATE_BYTES["adamw_8bit" if "8bit" in optim else "adamw"]
-    return Memory(
-        weights=weight_bytes(shape, quantization) if weights is None else weights,
-        trained=math.ceil(n_trained * (4 + 4 + state)),
-        activations=4 * tokens * kept,
-        workspace=4 * (tokens * layer + head),
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        quantization = {"load_in_4bit": True} if four_bits else {"load_in_16bit": True}
+        made: dict[str, Any] = json.loads(
+            _native.estimate_memory(
+                folder,
+                json.dumps(quantization),
+                json.dumps({"r": rank}),
+                tokens,
+                optim=optim,
+                checkpointing=checkpointing,
+            )
+        )
+    return made
 
 
-def flops(shape: Shape, *, tokens: int, length: int, recompute: bool = True) -> float:
+def flops(shape: Shape, *, tokens: int, length: int, again: float) -> float:
     """Counts the floating point operations of a forward and backward with frozen weights.
 
     Args:
         shape: The model's sizes.
         tokens: Tokens in all.
         length: Tokens of a row: attention costs more the longer rows are.
-        recompute: Whether the backward runs each layer again.
+        again: Layers that the backward runs again.
 
     Returns:
-        Additions and multiplications. Forward 2 a weight and token, as much for the gradient of the input, and as much
-        again for running a layer anew; the head is read once for the logits and once for their gradient.
+        Additions and multiplications: 2 for each weight and token in the forward, as many for the gradient of the
+        input, and as many again in a layer that is run anew; the head is read once for the logits and once for their
+        gradient.
     """
-    passes = 3 if recompute else 2
-    linear = 2.0 * shape.n_linear * shape.layers * passes
-    # Scores and values, half of them by the causal mask; the backward has five such products to the forward's two.
-    attention = 2.0 * length * shape.heads * shape.head_dim * shape.layers * (passes - 1 + 2.5) / 2 * 2
+    linear = 2.0 * shape.n_linear * (2 * shape.layers + again)
+    # Scores and values, half of them masked; the backward has five such products to the forward's two.
+    attention = 2.0 * length * shape.heads * shape.head_dim * (3.5 * shape.layers + again)
     return tokens * (linear + attention + 4.0 * shape.vocab * shape.hidden)
 
 
-def measure(shape: Shape, *, tokens: int = _TRIAL_TOKENS, rank: int = 16, quantization: str = "nf4") -> float:
+def measure(shape: Shape, *, tokens: int = _TRIAL_TOKENS, rank: int = 16, four_bits: bool = True) -> float:
     """Trains one layer of a model's shape, with made-up weights, and times it.
 
     A layer of more than 64 million weights is made smaller. It takes a few seconds, and some 130 MB of temporary files.
@@ -263,7 +197,7 @@ def measure(shape: Shape, *, tokens: int = _TRIAL_TOKENS, rank: int = 16, quanti
         shape: The model's sizes.
         tokens: Tokens of the trial, 512 at most.
         rank: The adapter's rank.
-        quantization: `nf4` or anything else for 16 bits.
+        four_bits: Whether the linear layers are held in 4 bits.
 
     Returns:
         Floating point operations a second, as `flops` counts them.
@@ -283,8 +217,7 @@ def measure(shape: Shape, *, tokens: int = _TRIAL_TOKENS, rank: int = 16, quanti
 
     with tempfile.TemporaryDirectory() as folder:
         _write_trial(Path(folder), trial)
-        native, four = Path(folder), quantization.startswith("nf4")
-        loaded = _load_quietly(FastLanguageModel, native, length, four)
+        loaded = _load_quietly(FastLanguageModel, Path(folder), length, four_bits)
         model = FastLanguageModel.get_peft_model(loaded, r=rank)
         rows = [{"input_ids": [(3 * i) % trial.vocab for i in range(length)]}]
         args = SFTConfig(
@@ -298,7 +231,7 @@ def measure(shape: Shape, *, tokens: int = _TRIAL_TOKENS, rank: int = 16, quanti
         SFTTrainer(model, args, train_dataset=rows, callbacks=[Clock()]).train()
     # The first step also fills caches and buffers.
     seconds = min(end - begin for begin, end in zip(marks[2::2], marks[3::2], strict=True))
-    return flops(trial, tokens=length, length=length) / max(seconds, 1e-9)
+    return flops(trial, tokens=length, length=length, again=0) / max(seconds, 1e-9)
 
 
 def read_config(name: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:
@@ -336,7 +269,7 @@ def read_config(name: str | os.PathLike[str], revision: str | None = None) -> di
 
 def _trial_shape(shape: Shape) -> Shape:
     """One layer of a shape, not too large, with a small vocabulary."""
-    trial = replace(shape, layers=1, vocab=512, tied=True, stored=2)
+    trial = replace(shape, layers=1, vocab=512, tied=True)
     while trial.n_linear > _TRIAL_WEIGHTS:
         heads = max(trial.heads // 2, 1)
         trial = replace(
@@ -402,7 +335,9 @@ def _load_quietly(loader: Any, folder: Path, length: int, four: bool) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model, _ = loader.from_pretrained(folder, length, load_in_4bit=four, load_in_16bit=not four)
+        model, _ = loader.from_pretrained(
+            folder, length, load_in_4bit=four, load_in_16bit=not four, use_gradient_checkpointing=False
+        )
     return model
 
 

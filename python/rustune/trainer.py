@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -16,7 +16,7 @@ from rustune._native import ConfigError, DataError
 from rustune.callbacks import CallbackHandler, Observer, TrainerControl, TrainerState
 from rustune.config import SFTConfig, TrainingArguments, settings_from, unknown_argument
 from rustune.data import iter_columns
-from rustune.models import Model, native_tokenizer
+from rustune.models import Model, checkpointing_name, native_tokenizer
 
 # Collators that only pad and copy ids to labels: rows are put together in the engine, which does neither need.
 _PLAIN_COLLATORS: Final = (
@@ -107,7 +107,7 @@ class SFTTrainer:
         max_seq_length: Longest row in tokens; `args.max_length`, then the model's, if not given.
         data_collator: A collator of transformers; it changes nothing.
         dataset_num_proc: Makes no difference: all threads tokenise.
-        packing: Not there yet; rows are never padded anyway.
+        packing: Put rows together to packed rows of up to `max_seq_length` tokens, as `args.packing`.
         formatting_func: Turns a row, or a batch of columns, into text.
         compute_metrics: Not there yet.
         callbacks: `TrainerCallback` objects or classes, ours or transformers'.
@@ -152,8 +152,6 @@ class SFTTrainer:
             raise ConfigError(
                 f"model = {type(model).__name__}: expected what FastLanguageModel.from_pretrained returns"
             )
-        if packing:
-            raise ConfigError("packing = True: not there yet; rows are batched without padding anyway")
         if compute_metrics is not None:
             raise ConfigError("compute_metrics: not there yet; leave it out")
         if any(part is not None for part in optimizers or ()):
@@ -161,6 +159,8 @@ class SFTTrainer:
         _check_collator(data_collator)
         self.model = model
         self.args = settings_from(args)
+        if packing is not None and packing != self.args.packing:
+            self.args = replace(self.args, packing=bool(packing))
         chosen = tokenizer if processing_class is None else processing_class
         self.processing_class: Any = model.tokenizer if chosen is None else chosen
         self._native_tokenizer = native_tokenizer(self.processing_class)
@@ -215,7 +215,8 @@ class SFTTrainer:
         resume = self._checkpoint(
             self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         )
-        plan = self.args.plan(len(self.train_dataset))
+        rows = self.train_dataset.rows
+        plan = self.args.plan(rows.n_packed(self.max_seq_length) if self.args.packing else len(rows))
         self._begin(plan, resume)
         shown = progress.choose(self.args.disable_tqdm)
         shown.banner(*banner.texts(self, plan))
@@ -223,10 +224,10 @@ class SFTTrainer:
         try:
             outcome = json.loads(
                 self.model.native.train(
-                    self.train_dataset.rows,
+                    rows,
                     eval_rows,
                     self._engine_options(),
-                    self._recompute(),
+                    self._checkpointing(),
                     resume,
                     Observer(self._handler, self._watcher(shown)),
                     self._native_tokenizer,
@@ -432,11 +433,12 @@ class SFTTrainer:
             setattr(state, entry.name, getattr(fresh, entry.name))
 
     def _engine_options(self) -> str:
-        return self.args.engine_options()
+        options = json.loads(self.args.engine_options())
+        return json.dumps({**options, "max_length": self.max_seq_length})
 
-    def _recompute(self) -> bool:
+    def _checkpointing(self) -> str:
         asked = self.args.gradient_checkpointing
-        return self.model.recompute if asked is None else bool(asked)
+        return self.model.checkpointing if asked is None else checkpointing_name(asked)
 
     def _watcher(self, shown: progress.Progress) -> Callable[[str, Any], None]:
         """Passes events on to the display."""

@@ -292,24 +292,24 @@ def test_a_talk_remembers_forgets_and_is_stopped(folder: Path, capsys: pytest.Ca
 
 def test_estimate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["estimate", str(folder), "--length", "32", "--no-measure"]) == 0
-    assert "fits" in capsys.readouterr().out
+    assert "are free\n" in capsys.readouterr().out
     assert cli.main(["estimate", str(folder), "--length", "32", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["tokens_per_second"] > 0 and said["memory_bytes"]["total"] > said["memory_bytes"]["weights"] > 0
+    assert said["tokens_per_second"] > 0 and said["memory"]["peak"] > said["memory"]["estimate"]["model"] > 0
     assert cli.main(["estimate", str(folder), "--length", "9000000", "-b", "90000", "--no-measure"]) == 1
-    assert "TOO LITTLE" in capsys.readouterr().out
+    assert "NOT ENOUGH" in capsys.readouterr().out
 
 
 def test_the_estimate_counts_what_the_model_counts(folder: Path) -> None:
     shape = estimate.Shape.from_config(json.loads((folder / "config.json").read_text()))
     model, _ = FastLanguageModel.from_pretrained(folder, 64)
     assert shape.n_parameters == model.num_parameters()
-    # 1 %: the norms, which the model does not count.
-    assert estimate.weight_bytes(shape) == pytest.approx(model.get_memory_footprint(), rel=0.01)
     model = FastLanguageModel.get_peft_model(model, r=4)
     assert shape.n_adapter(4) == model.num_parameters(only_trainable=True)
     llama = estimate.Shape(2048, 8192, 16, 32, 8, 64, 128256, True)
     assert llama.n_adapter(16) == 11_272_192 and llama.n_parameters == 1_235_814_400
+    # 1,024 tokens with every layer run again: 7.1 billion a token, a thousandth of them for scores in short rows.
+    assert estimate.flops(llama, tokens=1, length=1, again=16) == pytest.approx(6.89e9, rel=0.01)
 
 
 @pytest.mark.parametrize(("rows", "length", "recompute"), [(2, 128, True), (4, 512, True), (4, 512, False)])
@@ -327,8 +327,9 @@ args = SFTConfig(output_dir={str(tmp_path / "out")!r}, max_steps=2, per_device_t
                  gradient_accumulation_steps=1, save_strategy="no", disable_tqdm=True,
                  gradient_checkpointing={recompute})
 trainer = SFTTrainer(model, args, train_dataset=data)
+estimated = banner.memory(trainer)["peak"]
 trainer.train()
-print(json.dumps([banner.needed(trainer).total, info()["peak_rss_bytes"]]))
+print(json.dumps([estimated, info()["peak_rss_bytes"]]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     estimated, peak = json.loads(done.stdout)

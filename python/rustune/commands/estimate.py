@@ -30,7 +30,12 @@ def add(commands: Any) -> None:
     parser.add_argument("--steps", "-s", type=_positive, default=60, help="optimizer steps of the run (60)")
     parser.add_argument("--optim", default="adamw_8bit", help="the optimizer (adamw_8bit)")
     parser.add_argument("--16bit", dest="sixteen", action="store_true", help="with load_in_4bit=False")
-    parser.add_argument("--no-recompute", action="store_true", help="with use_gradient_checkpointing=False")
+    parser.add_argument(
+        "--checkpointing",
+        choices=("unsloth", "true", "false"),
+        default="unsloth",
+        help="keep of each layer what there is memory for, nothing (slower), or everything (unsloth)",
+    )
     parser.add_argument("--no-measure", action="store_true", help="memory only; takes no time")
     parser.add_argument("--json", action="store_true", help="as JSON, in bytes and seconds")
 
@@ -45,41 +50,30 @@ def run(options: argparse.Namespace) -> int:
         The exit status: 0 if the run fits into memory, 1 if it does not.
     """
     import rustune
-    from rustune import estimate
-    from rustune.banner import gib
+    from rustune import banner, estimate
     from rustune.progress import duration
 
     config = estimate.read_config(options.model, options.revision)
     shape = estimate.Shape.from_config(config)
     four = not options.sixteen or bool(config.get("quantization_config"))
-    quantization = "nf4" if four else "16bit"
     tokens = options.batch * options.length
     n_trained = shape.n_adapter(options.rank)
-    need = estimate.memory(
-        shape,
-        tokens=tokens,
-        n_trained=n_trained,
-        rank=options.rank,
-        optim=options.optim,
-        recompute=not options.no_recompute,
-        quantization=quantization,
-    )
-    facts = rustune.info()
-    there = facts["available_memory_bytes"]
-    fits = need.total <= there
+    wanted = {"tokens": tokens, "rank": options.rank, "four_bits": four, "optim": options.optim}
+    forecast = estimate.memory(config, checkpointing=options.checkpointing, **wanted)
+    fits = forecast["fits"] is not False
     said: dict[str, Any] = {
         "model": options.model,
         "parameters": shape.n_parameters,
         "trained": n_trained,
-        "memory_bytes": {"total": need.total, **vars(need)},
-        "available_memory_bytes": there,
-        "fits": fits,
+        "memory": forecast,
+        "least_memory": estimate.memory(config, checkpointing="true", **wanted),
     }
     if not options.no_measure:
         mean = min(options.mean_length or options.length, options.length)
         of_step = options.batch * options.accumulation * mean
-        rate = estimate.measure(shape, tokens=tokens, rank=options.rank, quantization=quantization)
-        work = estimate.flops(shape, tokens=of_step, length=mean, recompute=not options.no_recompute)
+        rate = estimate.measure(shape, tokens=tokens, rank=options.rank, four_bits=four)
+        _, in_part, again = forecast["estimate"]["layers"]
+        work = estimate.flops(shape, tokens=of_step, length=mean, again=again + in_part / 2)
         said |= {
             "flops_per_second": rate,
             "seconds_per_step": work / rate,
@@ -89,25 +83,16 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(said, indent=2))
         return 0 if fits else 1
+    facts = rustune.info()
     bits = "4" if four else "16"
     print(f"{options.model}: {shape.n_parameters:,} parameters in {bits} bits, {shape.layers} layers, "
           f"vocabulary {shape.vocab:,}")  # fmt: skip
     share = 100 * n_trained / (shape.n_parameters + n_trained)
     print(f"adapter of rank {options.rank} on all linear layers: {n_trained:,} trained parameters ({share:.2f} %)")
     print(f"\nmemory for a batch of {options.batch} x {options.length:,} tokens")
-    parts = {
-        "weights": need.weights,
-        "adapter, gradients and optimizer": need.trained,
-        "kept for the backward": need.activations,
-        "one layer and the head at work": need.workspace,
-        "everything else": need.runtime,
-    }
-    for name, n_bytes in parts.items():
-        print(f"  {name:<34}{gib(n_bytes):>10}")
-    verdict = "fits" if fits else "TOO LITTLE"
-    print(f"  {'in all':<34}{gib(need.total):>10}   {gib(there)} free here: {verdict}")
-    if not fits:
-        print("  smaller: --batch 1, a smaller --length, a smaller --rank")
+    for name, text in banner.memory_lines(forecast):
+        print(f"  {name:<8}{text}")
+    print(f"  {'least':<8}{banner.gib(said['least_memory']['peak'] or 0)} with --checkpointing true, which is slower")
     if not options.no_measure:
         print(f"\ntime on this machine ({facts['isa']}, {facts['threads']} threads), from one layer tried out")
         speed, step = said["tokens_per_second"], said["seconds_per_step"]
