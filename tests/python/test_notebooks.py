@@ -82,6 +82,6 @@ def test_two_interruptions_change_nothing(tmp_path: Path) -> None:
     assert said[5] == "True\n"
     # The table as it stood when the run was stopped (the signal comes around the end of step 7), and when it was done.
     assert re.search(r"stopped at [678]/16", pages[1]) and "Training Loss" in pages[1] and "Validation Loss" in pages[1]
-    assert "16/16" in pages[4] and "stopped" not in pages[4] and "tok/s" in pages[4] and "needed" in pages[4]
+    assert "16/16" in pages[4] and "stopped" not in pages[4] and "tok/s" in pages[4] and "at most" in pages[4]
     (picture,) = notebook.cells[6].outputs
     assert picture.data["image/png"].startswith("iVBORw0KGgo")
