@@ -153,8 +153,15 @@ def _facts(trainer: Any, plan: dict[str, int]) -> list[tuple[str, str]]:
     else:
         length += f", none cut (limit {trainer.max_seq_length:,})"
     packed = f", packed to {rows.n_packed(trainer.max_seq_length):,} rows" if args.packing else ""
+    streamed = ""
+    if getattr(trainer, "_keeps_order", False):
+        streamed = (
+            f"streamed: {dataset.report.get('rows', 0):,} rows were read when the trainer was made, as many as all"
+            " steps need; they are trained in their own order"
+        )
     return [
         ("examples", f"{len(dataset):,}{packed}: {rows.n_tokens:,} tokens, {rows.n_trained:,} of them trained on"),
+        *([("", streamed)] if streamed else []),
         ("lengths", length),
         (
             "steps",
