@@ -43,7 +43,8 @@ def texts(trainer: Any, plan: dict[str, int]) -> tuple[str, str]:
     lines = [f"  {name:<{width}}  {said}" for name, said in facts]
     sample = sample_pieces(trainer)
     machine = json.loads(_native.info())
-    title = f"rustune {machine['version']}: {machine['isa']}, {machine['threads']} threads"
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
+    title = f"rustune {machine['version']}: {machine['isa']}, {threads}"
     text = "\n".join([title, *lines])
     rows = "".join(
         f"<tr><td style='text-align:left;color:#667;padding:1px 12px 1px 0'>{html.escape(name)}</td>"

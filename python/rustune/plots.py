@@ -34,7 +34,7 @@ def loss_curves(
         labels: Names of the runs.
         path: A file to write the picture to as well, whose ending says the format.
         title: A line above the picture.
-        smooth: Whether to draw a running mean over the losses as logged, which are then faint.
+        smooth: Whether to draw a running mean over twenty or more losses, which are then faint.
 
     Returns:
         A figure of matplotlib, which a notebook shows.
@@ -55,7 +55,7 @@ def loss_curves(
         colour = _COLOURS[at % len(_COLOURS)]
         steps, losses, validation = _losses(run, name)
         prefix = f"{name}: " if len(given) > 1 else ""
-        if smooth and len(losses) >= 5:
+        if smooth and len(losses) >= 20:
             axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=1)
             axes.plot(steps, _running_mean(losses), color=colour, linewidth=2, label=f"{prefix}training")
         elif len(losses):
@@ -232,9 +232,9 @@ def _losses(run: Any, name: str) -> tuple[list[int], NDArray[np.float64], list[t
 
 
 def _running_mean(losses: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Averages each value with as many neighbours on either side, a twentieth of the curve but at least two."""
+    """Averages each value with as many neighbours on either side, a twentieth of the curve, fewer at its ends."""
     place = np.arange(len(losses))
-    reach = np.minimum(np.minimum(place, place[::-1]), max(len(losses) // 20, 2))
+    reach = np.minimum(np.minimum(place, place[::-1]), len(losses) // 20)
     sums = np.concatenate([[0.0], np.cumsum(losses)])
     return np.asarray((sums[place + reach + 1] - sums[place - reach]) / (2 * reach + 1))
 
