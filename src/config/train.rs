@@ -73,6 +73,30 @@ impl OptimizerKind {
     }
 }
 
+/// The order rows are trained in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RowOrder {
+    /// Shuffled anew in every pass over the data.
+    Random,
+    /// As they come, in every pass.
+    Sequential,
+}
+
+impl RowOrder {
+    /// The order of a name as transformers 5 spells it (`train_sampling_strategy`).
+    ///
+    /// # Errors
+    /// [`Error::Config`] for an order that is not there.
+    pub fn from_name(name: &str) -> Result<Self> {
+        match name {
+            "random" => Ok(Self::Random),
+            "sequential" => Ok(Self::Sequential),
+            _ => Err(Error::config("train_sampling_strategy", name, "not there; expected random or sequential")),
+        }
+    }
+}
+
 /// The settings of Adam with decoupled weight decay.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct AdamHyper {
@@ -155,6 +179,8 @@ pub struct TrainOptions {
     pub data_seed: Option<u64>,
     /// Where checkpoints go; default `outputs`.
     pub output_dir: Option<PathBuf>,
+    /// See [`RowOrder::from_name`]; default random.
+    pub train_sampling_strategy: Option<String>,
     /// Longest row in tokens, cut beyond; default: what the model was loaded with.
     pub max_length: Option<i64>,
     /// Not there yet.
@@ -280,6 +306,8 @@ pub struct Train {
     pub seed: u64,
     /// Seed of the order of rows.
     pub data_seed: u64,
+    /// The order of rows.
+    pub order: RowOrder,
     /// Where checkpoints go.
     pub output_dir: PathBuf,
     /// Longest row in tokens; `None` for the model's.
@@ -354,6 +382,7 @@ impl TrainOptions {
             )?,
             seed,
             data_seed: self.data_seed.unwrap_or(seed),
+            order: RowOrder::from_name(self.train_sampling_strategy.as_deref().unwrap_or("random"))?,
             output_dir: self.output_dir.clone().unwrap_or_else(|| PathBuf::from("outputs")),
             max_length: match self.max_length {
                 None => None,

@@ -289,6 +289,11 @@ impl Tokenizer {
         ids
     }
 
+    /// Ids of all added tokens, special or not: those that are never part of a word.
+    pub fn added_ids(&self) -> Vec<u32> {
+        self.inner.get_added_tokens_decoder().keys().copied().collect()
+    }
+
     /// Gives `token` a role; it is added to the vocabulary if it is not there.
     ///
     /// Returns how many tokens were added, 0 or 1.

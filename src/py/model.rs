@@ -93,7 +93,14 @@ fn busy() -> Error {
 impl Model {
     /// Loads a Hugging Face folder.
     #[staticmethod]
-    fn load(py: Python<'_>, folder: PathBuf, dtype: Option<&str>, quantization: &str) -> PyResult<Self> {
+    #[pyo3(signature = (folder, dtype, quantization, max_seq_length=None))]
+    fn load(
+        py: Python<'_>,
+        folder: PathBuf,
+        dtype: Option<&str>,
+        quantization: &str,
+        max_seq_length: Option<usize>,
+    ) -> PyResult<Self> {
         let quantization: QuantizationOptions = parse("quantization", quantization)?;
         let precision = match dtype {
             // bfloat16 only pays where the CPU has tiles for it; no table uses them yet.
@@ -109,7 +116,7 @@ impl Model {
             Quantization::Nf4 { block_size, double_quant } => Some(Quantize { block_size, double_quant }),
         };
         let options = LoadOptions { precision, quantize, full_finetuning };
-        let core = enter(py, || with_pool(|| Core::load(&folder, &options)))?;
+        let core = enter(py, || with_pool(|| Core::load_for(&folder, &options, max_seq_length)))?;
         Ok(Self { state: RwLock::new(State { core, adapter: None }) })
     }
 
@@ -228,6 +235,12 @@ impl Model {
     #[getter]
     fn max_position_embeddings(&self) -> PyResult<usize> {
         Ok(self.read()?.core.config.max_position_embeddings)
+    }
+
+    /// The length the model was made for, which `max_seq_length` may have exceeded.
+    #[getter]
+    fn original_positions(&self) -> PyResult<usize> {
+        Ok(self.read()?.core.config.original_positions)
     }
 
     /// Number of tokens.

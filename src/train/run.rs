@@ -8,7 +8,7 @@ use super::clip::{clip_factor, global_norm, scale};
 use super::optimizer::{Optimizer, ParamSlot, build};
 use super::schedule::Schedule;
 use super::step::{MicroBatch, Recompute, StepOptions, forward_backward};
-use crate::config::train::{Plan, Train, When};
+use crate::config::train::{Plan, RowOrder, Train, When};
 use crate::data::collate::{Batch, collate};
 use crate::data::order::epoch_order;
 use crate::data::rows::Example;
@@ -309,14 +309,24 @@ impl<'a, 'o> Run<'a, 'o> {
     }
 
     /// What the order of rows depends on.
-    fn fingerprint(&self) -> [(&'static str, Value); 4] {
+    fn fingerprint(&self) -> [(&'static str, Value); 5] {
         let t = &self.job.settings.train;
         [
             ("rows", json!(self.job.train.len())),
             ("per_device_train_batch_size", json!(t.per_device_train_batch_size)),
             ("gradient_accumulation_steps", json!(t.gradient_accumulation_steps)),
             ("data_seed", json!(t.data_seed)),
+            ("order", json!(t.order)),
         ]
+    }
+
+    /// The rows of a pass over the data, in the order they are trained in.
+    fn order_of(&self, epoch: u64) -> Vec<u32> {
+        let (train, n_rows) = (&self.job.settings.train, self.job.train.len());
+        match train.order {
+            RowOrder::Random => epoch_order(n_rows, train.data_seed, epoch),
+            RowOrder::Sequential => (0..n_rows as u32).collect(),
+        }
     }
 
     fn steps_per_epoch(&self) -> usize {
@@ -340,7 +350,7 @@ impl<'a, 'o> Run<'a, 'o> {
         while self.status.step < self.job.settings.plan.total_steps && !self.control.stop {
             let (epoch, in_epoch) = (self.status.step / per_epoch, self.status.step % per_epoch);
             if order.0 != epoch {
-                order = (epoch, epoch_order(self.job.train.len(), self.job.settings.train.data_seed, epoch as u64));
+                order = (epoch, self.order_of(epoch as u64));
                 self.tell(Event::EpochBegin)?;
             }
             self.control = Control::default();
