@@ -206,8 +206,11 @@ def standard_messages(talk: Any, aliases: Mapping[str, str] | None = None) -> li
     aliases = aliases or {}
     turns = []
     # Arrow's columnar form of a list of dicts: a dict of lists.
-    if isinstance(talk, Mapping):
-        talk = [dict(zip(talk, row, strict=True)) for row in zip(*talk.values(), strict=True)]
+    if isinstance(talk, Mapping) and talk:
+        columns = {name: listed(values) if hasattr(values, "__len__") else [] for name, values in talk.items()}
+        if any(isinstance(values, str) for values in talk.values()) or len({len(c) for c in columns.values()}) > 1:
+            raise DataError(f"conversation: expected a list of messages, got a dict of {', '.join(map(str, talk))}")
+        talk = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     for turn in talk if isinstance(talk, Sequence) and not isinstance(talk, str) else []:
         if isinstance(turn, Mapping):
             field = "role" if turn.get("role") is not None else "from"

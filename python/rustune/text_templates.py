@@ -80,8 +80,8 @@ def jinja_of_text(
     if not isinstance(chat_template, str):
         raise ConfigError(f"chat_template = {chat_template!r}: expected a text with {{INPUT}} and {{OUTPUT}}")
     opening, question, answer, end = _exchanges(chat_template)
-    if "{SYSTEM}" in question + answer + end:
-        raise ConfigError("chat_template: {SYSTEM} belongs before the first {INPUT}")
+    if chat_template.count("{SYSTEM}") != opening.count("{SYSTEM}") or opening.count("{SYSTEM}") > 1:
+        raise ConfigError("chat_template: {SYSTEM} belongs before the first {INPUT}, once")
     stops = [stop for stop in (tokenizer.eos_token, *extra_eos_tokens) if stop]
     marked = end.strip()
     if not any(stop in end for stop in stops):
@@ -158,8 +158,6 @@ def _system(opening: str, default: str | None) -> tuple[str, bool]:
             warnings.warn("default_system_message: not used, since chat_template has no {SYSTEM}", stacklevel=4)
         return "", False
     before = opening.split("{SYSTEM}", 1)[0]
-    if opening.count("{SYSTEM}") > 1:
-        raise ConfigError("chat_template: expected {SYSTEM} once")
     absent = f"{{{{- {_quoted(default or '')} -}}}}"
     if default is None:
         absent = (

@@ -289,13 +289,18 @@ impl<'a> RowReader<'a> {
         let tokenizer = self.tokenizer();
         let input = self.render_input(messages, row);
         let rendered = tokenizer.render(&input)?;
-        let encoded = tokenizer.encode_with_spans(&rendered.text, false)?;
-        let labels = match (&self.masker, self.options.assistant_only_loss) {
-            (Some(masker), _) => masker.labels(&encoded.ids),
-            (None, true) => labels_inside(&encoded.ids, &encoded.spans, &rendered.answers),
-            (None, false) => encoded.ids.iter().map(|&id| id as i32).collect(),
+        if self.options.assistant_only_loss && self.masker.is_none() {
+            let encoded = tokenizer.encode_with_spans(&rendered.text, false)?;
+            let labels = labels_inside(&encoded.ids, &encoded.spans, &rendered.answers);
+            return Ok(Some(Example { input_ids: encoded.ids, labels }));
+        }
+        // Spans cost as much as the ids do.
+        let input_ids = tokenizer.encode(&rendered.text, false)?;
+        let labels = match &self.masker {
+            Some(masker) => masker.labels(&input_ids),
+            None => input_ids.iter().map(|&id| id as i32).collect(),
         };
-        Ok(Some(Example { input_ids: encoded.ids, labels }))
+        Ok(Some(Example { input_ids, labels }))
     }
 
     fn render_input<'r>(&'r self, messages: &'r [Value], row: &'r Row<'_>) -> RenderInput<'r> {
@@ -328,16 +333,17 @@ impl<'a> RowReader<'a> {
         }
         let tokenizer = self.tokenizer();
         let whole = tokenizer.render(&self.render_input(messages, row))?;
+        if !masked && !self.options.assistant_only_loss {
+            let input_ids = tokenizer.encode(&whole.text, false)?;
+            let labels = input_ids.iter().map(|&id| id as i32).collect();
+            return Ok(Some(Example { input_ids, labels }));
+        }
         let encoded = tokenizer.encode_with_spans(&whole.text, false)?;
-        let labels = if masked || self.options.assistant_only_loss {
-            let input = self.render_input(&messages[..n_prompt], row);
-            let prompt = tokenizer.render(&RenderInput { add_generation_prompt: true, ..input })?;
-            // Some prompts end in more than a finished conversation has there (`<think>`): the common start counts.
-            let same = prompt.text.bytes().zip(whole.text.bytes()).take_while(|(a, b)| a == b).count();
-            labels_inside(&encoded.ids, &encoded.spans, &[(same, whole.text.len())])
-        } else {
-            encoded.ids.iter().map(|&id| id as i32).collect()
-        };
+        let input = self.render_input(&messages[..n_prompt], row);
+        let prompt = tokenizer.render(&RenderInput { add_generation_prompt: true, ..input })?;
+        // Some prompts end in more than a finished conversation has there (`<think>`): the common start counts.
+        let same = prompt.text.bytes().zip(whole.text.bytes()).take_while(|(a, b)| a == b).count();
+        let labels = labels_inside(&encoded.ids, &encoded.spans, &[(same, whole.text.len())]);
         Ok(Some(Example { input_ids: encoded.ids, labels }))
     }
 
