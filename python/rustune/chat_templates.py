@@ -110,12 +110,20 @@ def get_chat_template(
         The tokenizer.
 
     Raises:
-        ConfigError: If there is no template of this name.
+        ConfigError: If there is no template of this name, or an argument makes no sense.
         TokenizerError: If the template is not valid Jinja.
 
     Example:
         >>> tokenizer = get_chat_template(tokenizer, "llama-3.1")  # doctest: +SKIP
     """
+    if not hasattr(tokenizer, "convert_tokens_to_ids"):
+        raise ConfigError(f"tokenizer = {type(tokenizer).__name__}: expected a tokenizer of rustune or transformers")
+    if system_message is not None and not isinstance(system_message, str):
+        raise ConfigError(f"system_message = {system_message!r}: expected a text")
+    if mapping is not None and not (
+        isinstance(mapping, Mapping) and all(isinstance(word, str) for pair in mapping.items() for word in pair)
+    ):
+        raise ConfigError(f"mapping = {mapping!r}: expected texts by texts, as {{'role': 'from', 'content': 'value'}}")
     template = _find(chat_template)
     source = template.source
     if template.eos_token is not None and map_eos_token:
@@ -162,7 +170,8 @@ def _find(chat_template: str | Sequence[Any]) -> ChatTemplate:
                 f"chat_template = {chat_template!r}: expected one of {', '.join(CHAT_TEMPLATES)}, "
                 f"or a pair (template, eos token){hint}"
             ) from None
-    source = chat_template[0] if len(chat_template) == 2 else None
+    pair = isinstance(chat_template, Sequence) and len(chat_template) == 2
+    source = chat_template[0] if pair else None
     if not isinstance(source, str):
         raise ConfigError(f"chat_template = {chat_template!r}: expected a name or a pair (template, eos token)")
     eos_token = chat_template[1]

@@ -495,7 +495,11 @@ def train_on_responses_only(
     trainer: SFTTrainer,
     instruction_part: str | None = None,
     response_part: str | None = None,
-    **ignored: Any,
+    force_match: bool = True,
+    tokenizer: Any = None,
+    return_function: bool = False,
+    num_proc: int | None = None,
+    **unknown: Any,
 ) -> SFTTrainer:
     """Leaves only the answers to be trained, in the training and the evaluation rows.
 
@@ -503,26 +507,36 @@ def train_on_responses_only(
         trainer: The trainer; its datasets are replaced.
         instruction_part: The text before each question; found from the chat template if not given.
         response_part: The text before each answer; found from the chat template if not given.
-        **ignored: `num_proc` and the like.
+        force_match: Makes no difference: markers are found by their text, not by their ids.
+        tokenizer: The one the rows were made with; the trainer's if not given.
+        return_function: Not there yet.
+        num_proc: Makes no difference: all threads search.
+        **unknown: An error that names the nearest argument.
 
     Returns:
         The same trainer.
 
     Raises:
-        ConfigError: If only one of the two was given, or there is no tokenizer.
+        ConfigError: If only one of the two was given, or there is no tokenizer, or for an argument that does not exist.
         DataError: If no token would be trained, naming the marker and the nearest text found.
 
     Example:
         >>> trainer = train_on_responses_only(trainer)  # doctest: +SKIP
     """
-    tokenizer = native_tokenizer(trainer.processing_class)
-    if tokenizer is None:
+    for name in unknown:
+        raise unknown_argument("train_on_responses_only", name, train_on_responses_only.__annotations__)
+    if return_function:
+        raise ConfigError("return_function = True: not there yet; give a trainer")
+    if not isinstance(trainer, SFTTrainer):
+        raise ConfigError(f"trainer = {type(trainer).__name__}: expected an SFTTrainer")
+    native = native_tokenizer(trainer.processing_class if tokenizer is None else tokenizer)
+    if native is None:
         raise ConfigError("train_on_responses_only: needs a tokenizer; give one to SFTTrainer")
     for name in ("train_dataset", "eval_dataset"):
         dataset: TokenisedDataset | None = getattr(trainer, name)
         if dataset is None:
             continue
-        rows, _, _, dropped = dataset.rows.train_on_responses_only(tokenizer, instruction_part, response_part)
+        rows, _, _, dropped = dataset.rows.train_on_responses_only(native, instruction_part, response_part)
         if dropped:
             warnings.warn(f"{name}: {dropped} of {len(dataset)} rows have no answer and are left out", stacklevel=2)
         setattr(trainer, name, TokenisedDataset(rows))

@@ -137,8 +137,16 @@ def test_pairs_mappings_and_wrong_names(tokenizer: Tokenizer) -> None:
     assert tokenizer.apply_chat_template(TALK[:1], tokenize=False) == "<|system|>\nS</s>\n"
     with pytest.raises(ConfigError, match=r"llama-4.*llama-3.*did you mean"):
         get_chat_template(tokenizer, "llama-4")
-    with pytest.raises(ConfigError, match="pair"):
-        get_chat_template(tokenizer, ("a", "b", "c"))
+    for wrong in (("a", "b", "c"), 3, None, ()):
+        with pytest.raises(ConfigError, match="pair"):
+            get_chat_template(tokenizer, wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="tokenizer = NoneType"):
+        get_chat_template(None)
+    with pytest.raises(ConfigError, match="system_message = 3"):
+        get_chat_template(tokenizer, system_message=3)  # type: ignore[arg-type]
+    for mapping in ("role", {"role": 3}, ["role"]):
+        with pytest.raises(ConfigError, match="mapping = "):
+            get_chat_template(tokenizer, mapping=mapping)  # type: ignore[arg-type]
 
 
 def test_sharegpt_becomes_role_and_content() -> None:

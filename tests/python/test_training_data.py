@@ -26,6 +26,7 @@ from rustune import (
     SFTTrainer,
     Tokenizer,
     _native,
+    train_on_responses_only,
 )
 from rustune.data import formatted, is_streamed, iter_columns
 
@@ -223,6 +224,41 @@ def test_a_tokenizer_of_transformers_is_taken(model: Model, tmp_path: Path) -> N
     assert theirs is not None and ours is not None and theirs[0] == ours[0]
     with pytest.raises(ConfigError, match="tokenizer = int"):
         SFTTrainer(model, settings(tmp_path), tokenizer=3, train_dataset=rows)
+
+
+def test_wrong_calls_are_named(model: Model, tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}] * 4
+    trainer = SFTTrainer(model, settings(tmp_path), train_dataset=rows)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"instruction_prt": "x"}, "instruction_prt.*did you mean instruction_part"),
+        ({"return_function": True}, "return_function"),
+        ({"instruction_part": "<|user|>"}, "both"),
+        ({"instruction_part": "<|user|>", "response_part": ""}, "response_part"),
+        ({"instruction_part": "<|user|>", "response_part": "<|asistant|>"}, r"asistant.*nearest.*<\|assistant\|>"),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises((ConfigError, DataError), match=message):
+            train_on_responses_only(trainer, **arguments)
+    with pytest.raises(ConfigError, match="trainer = Model"):
+        train_on_responses_only(model)  # type: ignore[arg-type]
+    for dataset, message in (
+        (3, "expected a list of dicts.*got int"),
+        ([], "no rows"),
+        (["text"], "row 0"),
+        ([{"txt": "x"}], "did you mean"),
+        ([{"messages": "x"}], "expected a list of messages, got a text"),
+        ([{"messages": [{"role": "wizard", "content": "x"}]}], "wizard"),
+        ([{"prompt": "x", "completion": ["y"]}], "two texts or two lists"),
+        ([{"input_ids": [1, 2], "labels": [1]}], "expected 2 numbers"),
+        ({"train": type("Split", (), {"column_names": []})()}, "has the splits train"),
+        (tmp_path / "rows.csv", "No such dataset file"),
+    ):
+        with pytest.raises((DataError, FileNotFoundError), match=message):
+            SFTTrainer(model, settings(tmp_path), train_dataset=dataset)
+    with pytest.raises(ConfigError, match="assistant_only_loss"):
+        SFTTrainer(model, settings(tmp_path, assistant_only_loss=True), train_dataset=[{"text": "x y"}])
+    with pytest.raises(ConfigError, match="completion_only_loss"):
+        SFTTrainer(model, settings(tmp_path, completion_only_loss=True), train_dataset=rows)
 
 
 def test_bos_is_never_there_twice(tmp_path: Path) -> None:
