@@ -129,13 +129,15 @@ def measure(which: str, options: argparse.Namespace) -> dict[str, float]:
     prepare(make_dataset(make_rows(64, options.alpaca)), options.tokenizer, 0)
     before = memory()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    used = sum(os.times()[:4])
     started = time.perf_counter()
     rows, trained = prepare(dataset, options.tokenizer, PEERS[which])
     seconds = time.perf_counter() - started
+    used = sum(os.times()[:4]) - used
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     above = int(peak.split()[1]) * 1024 - before
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 if PEERS[which] else 0
-    return {"seconds": seconds, "rows": rows, "trained": trained, "above": above, "children": children}
+    return {"seconds": seconds, "cpu": used, "rows": rows, "trained": trained, "above": above, "children": children}
 
 
 def main() -> None:
@@ -155,7 +157,7 @@ def main() -> None:
         return
     there = find_spec("datasets") is not None and find_spec("transformers") is not None
     print(f"{options.rows:,} rows of {options.alpaca or 'made-up words'}, {os.cpu_count()} processors")
-    print(f"{'':30}{'seconds':>9}{'rows/s':>10}{'trained tokens':>16}{'MB above rows':>15}{'':>8}")
+    print(f"{'':30}{'seconds':>9}{'of CPU':>9}{'rows/s':>10}{'trained tokens':>16}{'MB above rows':>15}{'':>8}")
     ours = 0.0
     for which in PEERS if there else ["rustune"]:
         command = [sys.executable, __file__, "--rows", str(options.rows), "--tokenizer", options.tokenizer]
@@ -165,7 +167,9 @@ def main() -> None:
         ours = ours or got["seconds"]
         rate, above = got["rows"] / got["seconds"], got["above"] / 1e6
         ratio = f"{got['seconds'] / ours:7.1f}x"
-        print(f"{which:30}{got['seconds']:9.2f}{rate:10,.0f}{got['trained']:16,}{above:15.0f}{ratio:>8}")
+        print(
+            f"{which:30}{got['seconds']:9.2f}{got['cpu']:9.2f}{rate:10,.0f}{got['trained']:16,}{above:15.0f}{ratio:>8}"
+        )
     if not there:
         print("datasets and transformers are not installed: nothing to compare with")
 

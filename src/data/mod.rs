@@ -11,3 +11,4 @@ pub mod rows;
 mod testing;
 pub mod threads;
 pub mod tokenizer;
+mod words;

@@ -69,14 +69,15 @@ def test_a_stream_is_read_as_far_as_needed_and_keeps_its_order(
             i += 1
 
     stream = datasets.IterableDataset.from_generator(endless)
-    trainer = SFTTrainer(model, settings(tmp_path), train_dataset=stream)
+    trainer = SFTTrainer(model, settings(tmp_path, disable_tqdm=False), train_dataset=stream)
     # 3 steps of 2 x 2 rows; datasets itself looks one ahead.
     assert texts_of(trainer) == [f"row {i}" for i in range(12)]
     assert len(read) <= 13
     trainer.train()
     assert len(read) <= 13
     assert json.loads(trainer._engine_options())["train_sampling_strategy"] == "sequential"
-    assert "streamed: 12 rows were read" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "streamed: 12 rows were read" in shown.out + shown.err
     with pytest.raises(ConfigError, match=r"max_steps.*no length"):
         SFTTrainer(model, settings(tmp_path, max_steps=-1), train_dataset=stream)
 
@@ -272,10 +273,12 @@ def test_rows_that_are_cut_are_told_with_their_share(
     model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"text": "x" * (20 if i % 4 else 3)} for i in range(8)]
-    trainer = SFTTrainer(model, settings(tmp_path, max_steps=1), train_dataset=rows, max_seq_length=10)
+    args = settings(tmp_path, max_steps=1, disable_tqdm=False)
+    trainer = SFTTrainer(model, args, train_dataset=rows, max_seq_length=10)
     assert trainer.train_dataset is not None and trainer.train_dataset.report["cut"] == 6
     trainer.train()
-    assert "after 10 tokens: 75.0 % of them" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "75.0 %" in shown.out + shown.err
 
 
 def test_longer_rows_than_the_model_was_made_for(folder: Path, tmp_path: Path) -> None:
