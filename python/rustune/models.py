@@ -266,6 +266,25 @@ def _dtype_name(dtype: Any) -> str | None:
     return name
 
 
+def checkpointing_name(asked: bool | str) -> str:
+    """Returns the engine's name of `use_gradient_checkpointing`.
+
+    Args:
+        asked: `unsloth`, True or False.
+
+    Returns:
+        `unsloth`, `true` or `false`.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
+    if asked in (True, False):
+        return "true" if asked else "false"
+    if asked != "unsloth":
+        raise ConfigError(f'use_gradient_checkpointing = {asked!r}: expected "unsloth", True or False')
+    return "unsloth"
+
+
 def native_tokenizer(tokenizer: Any) -> _native.Tokenizer | None:
     """Returns the compiled tokenizer behind a tokenizer object.
 
@@ -315,14 +334,14 @@ class Model:
         *,
         name_or_path: str = "",
         max_seq_length: int = 2048,
-        recompute: bool = True,
+        checkpointing: str = "unsloth",
         adapter: dict[str, Any] | None = None,
     ) -> None:
         self.native = native
         self.tokenizer = tokenizer
         self.name_or_path = name_or_path
         self.max_seq_length = max_seq_length
-        self.recompute = recompute
+        self.checkpointing = checkpointing
         self.adapter = adapter
         self.config = ModelConfig(json.loads(native.config), name_or_path)
         self.training = False
@@ -572,13 +591,13 @@ class Model:
         """Makes ready for training.
 
         Args:
-            use_gradient_checkpointing: Whether layers are recomputed in the backward; None leaves it.
+            use_gradient_checkpointing: `unsloth`, True or False, as in `from_pretrained`; None leaves it.
 
         Returns:
             The model.
         """
         if use_gradient_checkpointing is not None:
-            self.recompute = bool(use_gradient_checkpointing)
+            self.checkpointing = checkpointing_name(use_gradient_checkpointing)
         return self.train()
 
     def train(self, mode: bool = True) -> Model:
@@ -705,7 +724,8 @@ class FastLanguageModel:
             rope_scaling: Not there yet: that of the files applies.
             fix_tokenizer: Makes no difference: a pad token is always found.
             trust_remote_code: Makes no difference: no code of a repository is ever run.
-            use_gradient_checkpointing: Whether layers are recomputed in the backward; False takes more memory.
+            use_gradient_checkpointing: How many layers are computed again in the backward: `unsloth`, as few as the
+                memory there is allows; True, every layer; False, none. The results are the same.
             resize_model_vocab: Not there yet.
             revision: Branch, tag or commit on the hub.
             random_state: Makes no difference: loading draws no numbers.
@@ -782,8 +802,14 @@ class FastLanguageModel:
                 "rope scaling), so expect it to need some training",
                 stacklevel=2,
             )
-        recompute = bool(use_gradient_checkpointing)
-        model = Model(native, tokenizer, name_or_path=name, max_seq_length=length, recompute=recompute, adapter=adapter)
+        model = Model(
+            native,
+            tokenizer,
+            name_or_path=name,
+            max_seq_length=length,
+            checkpointing=checkpointing_name(use_gradient_checkpointing),
+            adapter=adapter,
+        )
         return model, tokenizer
 
     @staticmethod
@@ -824,7 +850,7 @@ class FastLanguageModel:
             layers_to_transform: A layer's number, or several; all if not given.
             layers_pattern: Not there yet.
             finetune_last_n_layers: Instead of `layers_to_transform`.
-            use_gradient_checkpointing: Whether layers are recomputed in the backward; None leaves it as loaded.
+            use_gradient_checkpointing: `unsloth`, True or False, as in `from_pretrained`; None leaves it as loaded.
             random_state: Seed of the adapter's first weights.
             max_seq_length: Longest row in training; None leaves it as loaded.
             use_rslora: Scale by `lora_alpha / sqrt(r)`.
@@ -858,7 +884,7 @@ class FastLanguageModel:
         if loftq_config:
             raise ConfigError(f"loftq_config = {dict(loftq_config)}: not there yet; leave it empty")
         if use_gradient_checkpointing is not None:
-            model.recompute = bool(use_gradient_checkpointing)
+            model.checkpointing = checkpointing_name(use_gradient_checkpointing)
         if max_seq_length is not None:
             model.max_seq_length = int(max_seq_length)
         if model.native.is_fully_trained:
@@ -907,7 +933,7 @@ class FastLanguageModel:
 
         Args:
             model: The model.
-            use_gradient_checkpointing: Whether layers are recomputed in the backward; None leaves it.
+            use_gradient_checkpointing: `unsloth`, True or False, as in `from_pretrained`; None leaves it.
 
         Returns:
             The same model.

@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -16,7 +16,7 @@ from rustune._native import ConfigError, DataError
 from rustune.callbacks import CallbackHandler, Observer, TrainerControl, TrainerState
 from rustune.config import SFTConfig, TrainingArguments, settings_from, unknown_argument
 from rustune.data import formatted, is_streamed, iter_columns
-from rustune.models import Model, native_tokenizer
+from rustune.models import Model, checkpointing_name, native_tokenizer
 
 # Collators that only pad and copy ids to labels: rows are put together in the engine, which does neither need.
 _PLAIN_COLLATORS: Final = (
@@ -108,7 +108,7 @@ class SFTTrainer:
         max_seq_length: Longest row in tokens; `args.max_length`, then the model's, if not given.
         data_collator: A collator of transformers; it changes nothing.
         dataset_num_proc: Makes no difference: all threads tokenise.
-        packing: Not there yet; rows are never padded anyway.
+        packing: Put rows together to packed rows of up to `max_seq_length` tokens, as `args.packing`.
         formatting_func: Turns a row, or a batch of columns, into a text or a list of them.
         compute_metrics: Not there yet.
         callbacks: `TrainerCallback` objects or classes, ours or transformers'.
@@ -153,8 +153,6 @@ class SFTTrainer:
             raise ConfigError(
                 f"model = {type(model).__name__}: expected what FastLanguageModel.from_pretrained returns"
             )
-        if packing:
-            raise ConfigError("packing = True: not there yet; rows are batched without padding anyway")
         if compute_metrics is not None:
             raise ConfigError("compute_metrics: not there yet; leave it out")
         if any(part is not None for part in optimizers or ()):
@@ -162,6 +160,8 @@ class SFTTrainer:
         _check_collator(data_collator)
         self.model = model
         self.args = settings_from(args)
+        if packing is not None and packing != self.args.packing:
+            self.args = replace(self.args, packing=bool(packing))
         chosen = tokenizer if processing_class is None else processing_class
         self.processing_class: Any = model.tokenizer if chosen is None else chosen
         self._native_tokenizer = native_tokenizer(self.processing_class)
@@ -216,7 +216,8 @@ class SFTTrainer:
         resume = self._checkpoint(
             self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         )
-        plan = self.args.plan(len(self.train_dataset))
+        rows = self.train_dataset.rows
+        plan = self.args.plan(rows.n_packed(self.max_seq_length) if self.args.packing else len(rows))
         self._begin(plan, resume)
         shown = progress.choose(self.args.disable_tqdm)
         shown.banner(self._banner(plan))
@@ -224,10 +225,10 @@ class SFTTrainer:
         try:
             outcome = json.loads(
                 self.model.native.train(
-                    self.train_dataset.rows,
+                    rows,
                     eval_rows,
                     self._engine_options(),
-                    self._recompute(),
+                    self._checkpointing(),
                     resume,
                     Observer(self._handler, self._watcher(shown)),
                     self._native_tokenizer,
@@ -391,6 +392,9 @@ class SFTTrainer:
             raise ConfigError(
                 f"max_steps = {steps}: a streamed dataset has no length, so say how long to train: max_steps=60"
             )
+        if self.args.packing or self.args.group_by_length:
+            what = "packing" if self.args.packing else "group_by_length"
+            raise ConfigError(f"{what} = True: a streamed dataset keeps its order, row by row; leave it out")
         return steps * self.args.train_batch_size * int(self.args.gradient_accumulation_steps)
 
     def _checkpoint(self, wanted: str | os.PathLike[str] | bool | None) -> str | None:
@@ -428,11 +432,11 @@ class SFTTrainer:
         options = json.loads(self.args.engine_options())
         if self._keeps_order:
             options["train_sampling_strategy"] = "sequential"
-        return json.dumps(options)
+        return json.dumps({**options, "max_length": self.max_seq_length})
 
-    def _recompute(self) -> bool:
+    def _checkpointing(self) -> str:
         asked = self.args.gradient_checkpointing
-        return self.model.recompute if asked is None else bool(asked)
+        return self.model.checkpointing if asked is None else checkpointing_name(asked)
 
     def _watcher(self, shown: progress.Progress) -> Callable[[str, Any], None]:
         """Passes events on to the display."""
@@ -485,7 +489,31 @@ class SFTTrainer:
             f"rows are cut after {self.max_seq_length:,} tokens: {100 * cut / rows:.1f} % of them"
             + (f", {dataset.report.get('tokens_lost', 0):,} tokens lost" if cut else "")
         )
+        if args.packing:
+            lines.append(f"packed to {dataset.rows.n_packed(self.max_seq_length):,} rows")
+        lines.append(self._memory_line())
         return "\n".join(lines)
+
+    def _memory_line(self) -> str:
+        """What the run will take of the memory there is."""
+        if self.train_dataset is None:
+            return ""
+        memory = json.loads(
+            self.model.native.training_memory(self.train_dataset.rows, self._engine_options(), self._checkpointing())
+        )
+        parts, available, gib = memory["estimate"], memory["available"], 2.0**30
+        kept, in_part, again = parts["layers"]
+        line = (
+            f"memory: about {(memory['peak'] or parts['model']) / gib:.1f} GiB at most"
+            f" (model {parts['model'] / gib:.2f},"
+            f" optimizer and gradients {(parts['optimizer'] + parts['gradients']) / gib:.2f},"
+            f" activations {(parts['kept'] + parts['workspace']) / gib:.2f}"
+            f" for {parts['n_tokens']:,} tokens: {kept} layers kept, {in_part} in part, {again} recomputed)"
+        )
+        if available is None:
+            return line
+        enough = "" if memory["fits"] else ": NOT ENOUGH; take smaller batches or shorter rows"
+        return f"{line}; {available / gib:.1f} GiB are free{enough}"
 
 
 _LEFT_OUT: Final = (("empty", "without text"), ("untrained", "without a trained token"))

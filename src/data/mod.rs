@@ -6,6 +6,7 @@ mod markup;
 pub mod masking;
 pub mod nearest;
 pub mod order;
+pub mod packing;
 pub mod rows;
 #[cfg(test)]
 mod testing;

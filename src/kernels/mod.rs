@@ -4,18 +4,25 @@
 //! `x86/` proves that the CPU can run it and hands out the whole table. Holding a table is the proof.
 //! Kernels never allocate, never use threads and never read the environment, except [`active`], which picks a table.
 
+pub mod attention;
+pub mod elementwise;
 pub mod gemm;
+pub mod gemv;
 mod generic;
+#[cfg(all(test, unix))]
+mod guard;
 pub mod lines;
 #[cfg(test)]
 mod parity;
 pub mod philox;
+pub mod quantize;
 pub mod reference;
 pub mod tiles;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
 use crate::error::{Error, Result};
+use elementwise::{AdamStep, Mask, Masked};
 use gemm::{GemmTile, PairKernels, Rows};
 use std::sync::OnceLock;
 
@@ -23,6 +30,9 @@ use std::sync::OnceLock;
 type FiveRows = fn(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]);
 /// A function on four equally long rows and a number.
 type FourRows = fn(x: &[f32], w: &[f32], rstd: f32, dy: &[f32], dx: &mut [f32]);
+
+/// A step, parameters, gradients and two moments, equally long.
+type AdamRow = fn(step: &AdamStep, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]);
 
 /// One instruction set's functions. Lengths that do not fit each other are a bug of the caller and panic.
 pub struct Kernels {
@@ -32,8 +42,11 @@ pub struct Kernels {
     pub tile: GemmTile,
     /// The product of bf16 pairs, where there is one; elsewhere f32 products of rounded operands stand in.
     pub pairs: Option<PairKernels>,
-    /// `out[p, first + r] = rows[r][p]` on words;  out: `[depth, width]`, the other columns are left alone.
+    /// `out[p, first + r] = rows[r][p]` on words;  out: `[depth, width]`, columns before `first` are left alone, those behind
+    /// the last row's are left alone or zero.
     pub transpose: fn(rows: Rows<'_>, out: &mut [f32], width: usize, first: usize),
+    /// `out[p, i] = rows[p][i]` on words;  out: `[count, width]`, the other columns are left alone.
+    pub copy_rows: fn(rows: Rows<'_>, out: &mut [f32], width: usize),
     /// Whole blocks of NF4: `out[i] = code[index i] · scales[i / block]`, rounded to bf16 if `round`;
     /// packed: `[ceil(n / 2)]`, first element in the high nibble.
     pub nf4_blocks: fn(packed: &[u8], scales: &[f32], block: usize, code: &[f32; 16], round: bool, out: &mut [f32]),
@@ -55,11 +68,43 @@ pub struct Kernels {
     pub max_row: fn(x: &[f32]) -> f32,
     /// `x[i] = exp(scale · x[i] - shift)`; returns the sum of the new row.
     pub exp_row: fn(x: &mut [f32], scale: f32, shift: f32) -> f32,
-    /// Rotates the halves of a head: `(x1, x2) -> (x1 c - x2 s, x2 c + x1 s)`;  x: `[2 · half]`, cos, sin: `[half]`.
-    /// With `-sin` it is its own backward.  Su et al. 2021, eq. 34, in the half-split layout of HF Llama.
-    pub rope_row: fn(x: &mut [f32], cos: &[f32], sin: &[f32]),
     /// Rounds every element to the nearest bfloat16, ties to even; NaN stays NaN.
     pub round_bf16: fn(x: &mut [f32]),
+    /// Attention on tiles of queries and blocks of keys.
+    pub attention: attention::Attention,
+    // Elementwise rows.
+    /// Rotates the halves of every head of a row by `sign` times its angle: `(x1, x2) -> (x1 c - x2 s, x2 c + x1 s)`;
+    /// x: `[heads · 2 · half]`, cos, sin: `[half]`.  Su et al. 2021, eq. 34, in the half-split layout of HF Llama.
+    pub rope_row: fn(x: &mut [f32], cos: &[f32], sin: &[f32], sign: f32),
+    /// `(x, rstd, dy, dw)`: the gain's part of the backward of `y = x · w · rstd`: `dw[i] += dy[i] · x[i] · rstd`.
+    pub rms_norm_gain: fn(x: &[f32], rstd: f32, dy: &[f32], dw: &mut [f32]),
+    /// Masks a row, to the bits of `philox4x32_10`; `y` is read unless it is a copy's target.  Srivastava et al. 2014.
+    pub dropout_row: fn(mask: &Mask, how: Masked<'_>, y: &mut [f32]),
+    /// One AdamW step of parameters `p` with gradients `g` and moments `m`, `v`; the bits of [`AdamStep::update`].
+    pub adamw_row: AdamRow,
+    // Matrix times a few vectors (gemv.rs); x: `[n_x, cols]`, out: `[rows, n_x]`, n_x at most `gemv::MAX_X`.
+    /// x in the order in which this table's `nf4_gemv` meets the weights of a block;  x, out: `[n · 64]`.
+    pub nf4_order: fn(x: &[f32], out: &mut [f32]),
+    /// `out[j, i] = Σ_p w[j, p] · x[i, p]`, `w = round(code[index] · scale)`, x brought into order by `nf4_order`.
+    pub nf4_gemv: gemv::Nf4Gemv,
+    /// `out[j, i] = Σ_p w[j, p] · x[i, p]`;  w: bits of bf16, `[rows, cols]`.
+    pub bf16_gemv: fn(w: &[u16], cols: usize, x: &[f32], out: &mut [f32]),
+    /// `out[j, i] = Σ_p w[j, p] · x[i, p]`;  w: `[rows, cols]`.
+    pub f32_gemv: fn(w: &[f32], cols: usize, x: &[f32], out: &mut [f32]),
+    /// `out[j, i] = Σ_p scales[j, p / 64] · w[j, p] · x[i, p]`;  w: `[rows, cols]`, scales: `[rows, cols / 64]`.
+    pub i8_gemv: fn(w: &[i8], scales: &[f32], cols: usize, x: &[f32], out: &mut [f32]),
+    // Quantizing (quantize.rs).
+    /// One block to NF4: `code[i]` = number of thresholds strictly below `x[i] · (1 / absmax)`, two codes a byte, the first
+    /// in the high nibble; returns absmax, the largest magnitude. If that is NaN or infinite, `out` is unspecified.
+    /// x: `[n · 32]`, thresholds ascending, out: `[n · 16]`.
+    pub nf4_quantize: fn(x: &[f32], thresholds: &[f32; 15], out: &mut [u8]) -> f32,
+}
+
+impl Kernels {
+    /// Whether products of bf16 are faster than those of f32, so that they are what "best" means.
+    pub fn prefers_bf16(&self) -> bool {
+        self.pairs.is_some_and(|pairs| pairs.fast)
+    }
 }
 
 /// Every table this machine can run, best first; the last is always `scalar`.

@@ -3,7 +3,11 @@
 //! Sums run in f64, left to right, except the GEMM tile, whose f32 sum over p is left to right as well.
 
 use super::Kernels;
+use super::attention::{Attention, Block, DIMS, Few, Gradients, KEYS, PAD, QUERIES, QUERY_STRIDE, Softmax, Upstream};
+use super::elementwise::{adamw_row_scalar, dropout_row_scalar};
 use super::gemm::{GemmTile, PairKernels, PanelA, reference as twin};
+use super::gemv::{BLOCK, Nf4Rows, check_x};
+use super::quantize::{INFINITY_BITS, MIN_ABSMAX};
 
 const TILE: GemmTile = GemmTile { mr: twin::MR, nr: twin::NR, panel_a: PanelA::Columns, run: twin::tile_f32 };
 
@@ -21,6 +25,7 @@ pub(super) fn table() -> Kernels {
             nf4: twin::nf4_halves,
         }),
         transpose: twin::transpose,
+        copy_rows: twin::copy_rows,
         nf4_blocks: twin::nf4_blocks,
         widen: twin::widen,
         dot,
@@ -31,8 +36,20 @@ pub(super) fn table() -> Kernels {
         swiglu_row_backward,
         max_row,
         exp_row,
-        rope_row,
         round_bf16,
+        attention: Attention { panel: PANEL, forward: attend, backward: attend_backward, few: attend_few },
+        rope_row,
+        rms_norm_gain,
+        dropout_row: dropout_row_scalar,
+        adamw_row: adamw_row_scalar,
+        nf4_order: |x, out| out.copy_from_slice(x),
+        nf4_gemv,
+        bf16_gemv: |w, cols, x, out| gemv(w.len() / cols, cols, x, out, |at| f32::from_bits(u32::from(w[at]) << 16)),
+        f32_gemv: |w, cols, x, out| gemv(w.len() / cols, cols, x, out, |at| w[at]),
+        i8_gemv: |w, scales, cols, x, out| {
+            gemv(w.len() / cols, cols, x, out, |at| f32::from(w[at]) * scales[at / BLOCK]);
+        },
+        nf4_quantize,
     }
 }
 
@@ -101,11 +118,21 @@ fn exp_row(x: &mut [f32], scale: f32, shift: f32) -> f32 {
     sum as f32
 }
 
-fn rope_row(x: &mut [f32], cos: &[f32], sin: &[f32]) {
-    assert!(x.len() == 2 * cos.len() && cos.len() == sin.len(), "rope_row: lengths differ");
-    let (first, second) = x.split_at_mut(cos.len());
-    for (((x1, x2), c), s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
-        (*x1, *x2) = (*x1 * c - *x2 * s, *x2 * c + *x1 * s);
+fn rope_row(x: &mut [f32], cos: &[f32], sin: &[f32], sign: f32) {
+    let half = cos.len();
+    assert!(sin.len() == half && x.len() % (2 * half) == 0, "rope_row: lengths differ");
+    for head in x.chunks_exact_mut(2 * half) {
+        let (first, second) = head.split_at_mut(half);
+        for (((x1, x2), c), s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+            (*x1, *x2) = (*x1 * c - *x2 * (sign * s), *x2 * c + *x1 * (sign * s));
+        }
+    }
+}
+
+fn rms_norm_gain(x: &[f32], rstd: f32, dy: &[f32], dw: &mut [f32]) {
+    assert!(x.len() == dy.len() && x.len() == dw.len(), "rms_norm_gain: lengths differ");
+    for ((dw, dy), x) in dw.iter_mut().zip(dy).zip(x) {
+        *dw += dy * x * rstd;
     }
 }
 
@@ -113,4 +140,124 @@ fn round_bf16(x: &mut [f32]) {
     for x in x {
         *x = half::bf16::from_f32(*x).to_f32();
     }
+}
+
+/// Keys of a packed panel.
+const PANEL: usize = 16;
+
+/// Element `d` of packed query `i`.
+fn packed_query(q: &[f32], i: usize, d: usize) -> f32 {
+    q[(d / DIMS * QUERIES + i) * QUERY_STRIDE + d % DIMS]
+}
+
+/// `Σ_d q[i, d] · k[j, d]` of packed queries and panels.
+fn score(t: &Block<'_>, q: &[f32], panels: &[f32], i: usize, j: usize) -> f32 {
+    let panel = &panels[j / PANEL * PANEL * t.dim..][..PANEL * t.dim];
+    (0..t.dim).map(|d| f64::from(packed_query(q, i, d)) * f64::from(panel[d * PANEL + j % PANEL])).sum::<f64>() as f32
+}
+
+fn operand(x: f32, bf16: bool) -> f32 {
+    if bf16 { half::bf16::from_f32(x).to_f32() } else { x }
+}
+
+/// Adds scores to a running softmax: they become powers, relative to the new maximum.
+fn softmax_row(scores: &mut [f32], c: f32, bf16: bool, max: &mut f32, sum: &mut f32, acc: &mut [f32]) {
+    let new_max = scores.iter().fold(*max, |m, s| m.max(s * c));
+    let shrink = (*max - new_max).exp2();
+    acc.iter_mut().for_each(|o| *o *= shrink);
+    let mut total = f64::from(*sum * shrink);
+    for score in scores {
+        let p = (*score * c - new_max).exp2();
+        total += f64::from(p);
+        *score = operand(p, bf16);
+    }
+    (*max, *sum) = (new_max, total as f32);
+}
+
+fn attend(t: &Block<'_>, v_rows: &[f32], st: &mut Softmax<'_>) {
+    t.check();
+    let width = t.width();
+    for i in 0..t.n {
+        let seen = t.seen(i);
+        if seen == 0 {
+            continue;
+        }
+        let row = &mut st.scores[i * KEYS..][..seen];
+        for (j, s) in row.iter_mut().enumerate() {
+            *s = score(t, t.q, t.k_panels, i, j);
+        }
+        let acc = &mut st.acc[i * width..][..width];
+        softmax_row(row, t.scale * std::f32::consts::LOG2_E, t.bf16, &mut st.max[i], &mut st.sum[i], acc);
+        for (p, v) in row.iter().zip(v_rows.chunks_exact(width)) {
+            axpy(*p, v, acc);
+        }
+    }
+}
+
+fn attend_backward(t: &Block<'_>, u: &Upstream<'_>, g: &mut Gradients<'_>) {
+    t.check();
+    let width = t.width();
+    for i in 0..t.n {
+        for j in 0..t.seen(i) {
+            let p = (t.scale * score(t, t.q, t.k_panels, i, j) - u.lse[i]).exp();
+            let ds = operand(p * (score(t, u.dout, u.v_panels, i, j) - u.delta[i]), t.bf16);
+            let p = operand(p, t.bf16);
+            for d in 0..t.dim {
+                g.dv[j * width + d] += p * packed_query(u.dout, i, d);
+                g.dk[j * width + d] += ds * packed_query(t.q, i, d);
+                g.dq[i * width + d] += ds * u.k_rows[j * width + d];
+            }
+        }
+    }
+}
+
+fn attend_few(t: &Few<'_>, st: &mut Softmax<'_>) {
+    let width = t.dim.next_multiple_of(PAD);
+    for (r, &seen) in t.seen.iter().enumerate() {
+        let q = &t.q[r * t.dim..][..t.dim];
+        let acc = &mut st.acc[r * width..][..width];
+        for j in 0..seen.min(t.keys) {
+            let rounded =
+                |x: &[f32]| x[j * t.stride..][..t.dim].iter().map(|x| operand(*x, t.bf16)).collect::<Vec<_>>();
+            let mut row = [dot(q, &rounded(t.k))];
+            let c = t.scale * std::f32::consts::LOG2_E;
+            softmax_row(&mut row, c, t.bf16, &mut st.max[r], &mut st.sum[r], acc);
+            axpy(row[0], &rounded(t.v), &mut acc[..t.dim]);
+        }
+    }
+}
+
+fn nf4_gemv(w: Nf4Rows<'_>, code: &[f32; 16], x: &[f32], out: &mut [f32]) {
+    let (rows, _) = w.check(x, out);
+    gemv(rows, w.cols, x, out, |at| {
+        let byte = w.packed[at / 2];
+        let index = if at % 2 == 0 { byte >> 4 } else { byte & 15 };
+        w.round.apply(code[usize::from(index)] * w.scales[at / BLOCK])
+    });
+}
+
+/// `out[j, i] = Σ_p weight(j · cols + p) · x[i, p]`.
+fn gemv(rows: usize, cols: usize, x: &[f32], out: &mut [f32], weight: impl Fn(usize) -> f32) {
+    let n_x = check_x("gemv", rows, cols, x, out);
+    for j in 0..rows {
+        for i in 0..n_x {
+            let products = (0..cols).map(|p| f64::from(weight(j * cols + p)) * f64::from(x[i * cols + p]));
+            out[j * n_x + i] = products.sum::<f64>() as f32;
+        }
+    }
+}
+
+fn nf4_quantize(x: &[f32], thresholds: &[f32; 15], out: &mut [u8]) -> f32 {
+    assert_eq!(out.len(), x.len().div_ceil(2), "nf4_quantize: lengths differ");
+    // The magnitude bits of floats sort like the floats, with infinity and NaN on top.
+    let largest = x.iter().map(|x| x.abs().to_bits()).fold(0, u32::max);
+    let absmax = f32::from_bits(largest);
+    if largest < INFINITY_BITS {
+        let inverse = 1.0 / absmax.max(MIN_ABSMAX);
+        let code = |x: f32| thresholds.iter().filter(|&&threshold| x * inverse > threshold).count() as u8;
+        for (pair, byte) in x.chunks(2).zip(out) {
+            *byte = code(pair[0]) << 4 | code(pair.get(1).copied().unwrap_or(0.0));
+        }
+    }
+    absmax
 }

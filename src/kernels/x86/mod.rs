@@ -4,8 +4,9 @@
 /// function that carries the `target_feature`.
 macro_rules! instantiate {
     ($isa:literal, $token:ident, $features:literal, $mr:literal x $nv:literal) => {
+        use crate::kernels::elementwise::{self, AdamStep, Mask, Masked};
         use crate::kernels::gemm::{self, GemmTile, PanelA, Rows, TileC};
-        use crate::kernels::{Kernels, generic};
+        use crate::kernels::{Kernels, gemv, generic, quantize};
 
         pub(super) fn table() -> Option<Kernels> {
             $token::detect()?;
@@ -19,6 +20,7 @@ macro_rules! instantiate {
                 },
                 pairs: None,
                 transpose: |rows, out, width, first| instantiate!(@enter $token, transpose(rows, out, width, first)),
+                copy_rows: |rows, out, width| instantiate!(@enter $token, copy_rows(rows, out, width)),
                 nf4_blocks: |packed, scales, block, code, round, out| {
                     instantiate!(@enter $token, nf4_blocks(packed, scales, block, code, round, out))
                 },
@@ -35,8 +37,20 @@ macro_rules! instantiate {
                 },
                 max_row: |x| instantiate!(@enter $token, max_row(x)),
                 exp_row: |x, scale, shift| instantiate!(@enter $token, exp_row(x, scale, shift)),
-                rope_row: |x, cos, sin| instantiate!(@enter $token, rope_row(x, cos, sin)),
                 round_bf16: |x| instantiate!(@enter $token, round_bf16(x)),
+                attention: attention(),
+                rope_row: |x, cos, sin, sign| instantiate!(@enter $token, rope_row(x, cos, sin, sign)),
+                rms_norm_gain: |x, rstd, dy, dw| instantiate!(@enter $token, rms_norm_gain(x, rstd, dy, dw)),
+                dropout_row: |mask, how, y| instantiate!(@enter $token, dropout_row(mask, how, y)),
+                adamw_row: |step, p, g, m, v| instantiate!(@enter $token, adamw_row(step, p, g, m, v)),
+                // Matrix times a few vectors (gemv.rs).
+                nf4_order: |x, out| instantiate!(@enter $token, nf4_order(x, out)),
+                nf4_gemv: |w, code, x, out| instantiate!(@enter $token, nf4_gemv(w, code, x, out)),
+                bf16_gemv: |w, cols, x, out| instantiate!(@enter $token, bf16_gemv(w, cols, x, out)),
+                f32_gemv: |w, cols, x, out| instantiate!(@enter $token, f32_gemv(w, cols, x, out)),
+                i8_gemv: |w, scales, cols, x, out| instantiate!(@enter $token, i8_gemv(w, scales, cols, x, out)),
+                // Quantizing (quantize.rs).
+                nf4_quantize: |x, thresholds, out| instantiate!(@enter $token, nf4_quantize(x, thresholds, out)),
             })
         }
 
@@ -45,8 +59,15 @@ macro_rules! instantiate {
             gemm::tile::<$token, $mr, $nv>(s, |a, b, sum| generic::Simd::fma(s, a, b, sum), a, b, c);
         }
 
+        instantiate!(@functions elementwise, $token, $features,
+            rope_row(x: &mut [f32], cos: &[f32], sin: &[f32], sign: f32) -> ();
+            rms_norm_gain(x: &[f32], rstd: f32, dy: &[f32], dw: &mut [f32]) -> ();
+            dropout_row(mask: &Mask, how: Masked<'_>, y: &mut [f32]) -> ();
+            adamw_row(step: &AdamStep, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) -> ();
+        );
         instantiate!(@functions gemm, $token, $features,
             transpose(rows: Rows<'_>, out: &mut [f32], width: usize, first: usize) -> ();
+            copy_rows(rows: Rows<'_>, out: &mut [f32], width: usize) -> ();
             nf4_blocks(packed: &[u8], scales: &[f32], block: usize, code: &[f32; 16], round: bool, out: &mut [f32]) -> ();
             widen(x: &[u16], out: &mut [f32]) -> ();
         );
@@ -59,9 +80,46 @@ macro_rules! instantiate {
             swiglu_row_backward(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]) -> ();
             max_row(x: &[f32]) -> f32;
             exp_row(x: &mut [f32], scale: f32, shift: f32) -> f32;
-            rope_row(x: &mut [f32], cos: &[f32], sin: &[f32]) -> ();
             round_bf16(x: &mut [f32]) -> ();
         );
+        instantiate!(@functions gemv, $token, $features,
+            nf4_order(x: &[f32], out: &mut [f32]) -> ();
+            nf4_gemv(w: gemv::Nf4Rows<'_>, code: &[f32; 16], x: &[f32], out: &mut [f32]) -> ();
+            bf16_gemv(w: &[u16], cols: usize, x: &[f32], out: &mut [f32]) -> ();
+            f32_gemv(w: &[f32], cols: usize, x: &[f32], out: &mut [f32]) -> ();
+            i8_gemv(w: &[i8], scales: &[f32], cols: usize, x: &[f32], out: &mut [f32]) -> ();
+        );
+        instantiate!(@functions quantize, $token, $features,
+            nf4_quantize(x: &[f32], thresholds: &[f32; 15], out: &mut [u8]) -> f32;
+        );
+    };
+    // The attention kernels, on a tile of $mr rows.
+    (attention $token:ident, $features:literal, $mr:literal) => {
+        use crate::kernels::attention::{self, Attention, Block, Few, Gradients, Softmax, Upstream};
+
+        fn attention() -> Attention {
+            Attention {
+                panel: 2 * <$token as generic::Simd>::LANES,
+                forward: |t, v_rows, softmax| instantiate!(@enter $token, attend(t, v_rows, softmax)),
+                backward: |t, upstream, gradients| instantiate!(@enter $token, attend_backward(t, upstream, gradients)),
+                few: |t, softmax| instantiate!(@enter $token, attend_few(t, softmax)),
+            }
+        }
+
+        #[target_feature(enable = $features)]
+        fn attend(s: $token, t: &Block<'_>, v_rows: &[f32], softmax: &mut Softmax<'_>) {
+            attention::forward::<$token, $mr>(s, t, v_rows, softmax);
+        }
+
+        #[target_feature(enable = $features)]
+        fn attend_backward(s: $token, t: &Block<'_>, upstream: &Upstream<'_>, gradients: &mut Gradients<'_>) {
+            attention::backward::<$token, $mr>(s, t, upstream, gradients);
+        }
+
+        #[target_feature(enable = $features)]
+        fn attend_few(s: $token, t: &Few<'_>, softmax: &mut Softmax<'_>) {
+            attention::few(s, t, softmax);
+        }
     };
     (@enter $token:ident, $name:ident($($arg:ident),*)) => {
         // SAFETY: only `table` hands this function out, after `detect` has seen the instruction set.
@@ -88,5 +146,10 @@ use super::Kernels;
 pub(super) fn tables() -> impl Iterator<Item = Kernels> {
     let (fast, slow): (Vec<_>, Vec<_>) =
         avx512bf16::table().into_iter().partition(|table| table.pairs.is_some_and(|pairs| pairs.fast));
-    amx::table().into_iter().chain(fast).chain(avx512::table()).chain(slow).chain(avx2::table())
+    let tables = amx::table().into_iter().chain(fast).chain(avx512::table()).chain(slow);
+    let tables = tables.map(|table| match avx512::nf4_gemv_bf16() {
+        Some(nf4_gemv) if table.pairs.is_some() => Kernels { nf4_gemv, ..table },
+        _ => table,
+    });
+    tables.chain(avx2::table())
 }
