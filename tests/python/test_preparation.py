@@ -99,7 +99,7 @@ def test_conversations_are_extended_at_random() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"merged_prompt": "{aks}"}, r"'aks'.*\['ask', 'more', 'say'\].*did you mean 'ask'"),
+        ({"merged_prompt": "{asked}"}, r"'asked'.*\['ask', 'more', 'say'\].*did you mean 'ask'"),
         ({"merged_prompt": "{ask}", "output_column_name": "sya"}, "did you mean 'say'"),
         ({"merged_prompt": "nothing"}, "names no {column}"),
         ({"merged_prompt": "{ask} [[always]]"}, "names no {column}"),
@@ -196,8 +196,8 @@ def test_datasets_stay_datasets(tokenizer: Tokenizer, tmp_path: Path) -> None:
         to_sharegpt(table.to_iterable_dataset(), conversation_extension=2, **options)
     splits = standardize_sharegpt(to_sharegpt(datasets.DatasetDict(train=table, test=table), **options))
     assert splits["test"][0]["conversations"][0] == {"role": "user", "content": "q0"}
-    with pytest.raises(DataError, match="'aks'"):
-        to_sharegpt(table, "{aks}", output_column_name="say")
+    with pytest.raises(DataError, match="'asked'"):
+        to_sharegpt(table, "{asked}", output_column_name="say")
 
 
 # What people put into cells and columns, right and wrong.

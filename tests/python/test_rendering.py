@@ -178,9 +178,8 @@ def test_templates_of_real_models(tokenizer: Tokenizer, shared_data: Path) -> No
     files = sorted((shared_data / "chat-templates").glob("*.jinja"))
     assert len(files) == 17
     rendered = {file.name: list(compare(tokenizer, file.name, file.read_text(encoding="utf-8"))) for file in files}
-    print(
-        f"{sum(map(len, rendered.values()))} of {17 * len(VARIANTS)} renders compared; both refuse the others, or Jinja2 fails over None"
-    )
+    compared = sum(map(len, rendered.values()))
+    print(f"{compared} of {17 * len(VARIANTS)} renders compared; both refuse the others, or Jinja2 fails over None")
     # A template that refuses everything would compare nothing.
     assert all(len(cases) >= 4 for cases in rendered.values()), {name: len(cases) for name, cases in rendered.items()}
 
