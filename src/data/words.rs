@@ -172,9 +172,9 @@ mod tests {
     #[test]
     fn pieces_end_where_words_begin() {
         let pieces = |text: &str| cuts(text).collect::<Vec<_>>();
-        assert_eq!(pieces("the cat, sat  on 3 mats. a"), [3, 8, 12, 18, 24, 26]);
+        assert_eq!(pieces("the cat, sat  on 3 mats. a"), [3, 8, 18, 24, 26]);
         assert_eq!(pieces(" a"), [2]);
-        assert_eq!(pieces("\u{a0} a\n b"), [6]);
+        assert_eq!(pieces("\u{a0} a\n b"), [7]);
         assert_eq!(pieces(""), [0usize; 0]);
     }
 
