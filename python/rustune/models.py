@@ -799,7 +799,8 @@ class FastLanguageModel:
         if adapter_folder is not None:
             name = _base_of(adapter_folder)
             folder = resolve(name, None)
-        native = _native.Model.load(folder, _dtype_name(dtype), json.dumps(quantization))
+        room = None if max_seq_length is None else int(max_seq_length)
+        native = _native.Model.load(folder, _dtype_name(dtype), json.dumps(quantization), room)
         adapter = None
         if adapter_folder is not None:
             adapter = json.loads(native.load_adapter(adapter_folder))
@@ -812,9 +813,11 @@ class FastLanguageModel:
             warnings.warn(f"{folder}: has no tokenizer files; only rows of token ids can be used", stacklevel=2)
         elif max_seq_length is not None:
             tokenizer.model_max_length = length
-        if length > native.max_position_embeddings and max_seq_length is not None:
+        if native.max_position_embeddings > native.original_positions:
             warnings.warn(
-                f"max_seq_length = {length}: the model was made for {native.max_position_embeddings} tokens at most",
+                f"max_seq_length = {length}: the model was made for {native.original_positions} tokens at most; its "
+                f"positions are divided by {native.max_position_embeddings / native.original_positions:.4g} (linear "
+                "rope scaling), so expect it to need some training",
                 stacklevel=2,
             )
         model = Model(

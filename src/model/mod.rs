@@ -42,7 +42,19 @@ impl Model {
     /// [`Error::Io`] if a file is missing, [`Error::Model`] for a `config.json` we cannot run, [`Error::Weights`] for a
     /// missing, misshapen or non-finite tensor, [`Error::Config`] for `RUSTUNE_ISA`.
     pub fn load(folder: &Path, options: &LoadOptions) -> Result<Self> {
-        let config = ModelConfig::read(folder)?;
+        Self::load_for(folder, options, None)
+    }
+
+    /// Loads a model for rows of up to `max_seq_length` tokens, more than it was made for if need be: its positions are
+    /// then squeezed, see [`ModelConfig::stretch_to`].
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_for(folder: &Path, options: &LoadOptions, max_seq_length: Option<usize>) -> Result<Self> {
+        let mut config = ModelConfig::read(folder)?;
+        if let Some(length) = max_seq_length {
+            config.stretch_to(length);
+        }
         let ctx = Ctx::new(options.precision)?;
         let mut params = ParamStore::default();
         let llama = weights::load(folder, &config, options, &mut params)?;

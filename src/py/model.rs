@@ -138,9 +138,16 @@ fn busy() -> Error {
 impl Model {
     /// Loads a Hugging Face folder.
     #[staticmethod]
-    fn load(py: Python<'_>, folder: PathBuf, dtype: Option<&str>, quantization: &str) -> PyResult<Self> {
+    #[pyo3(signature = (folder, dtype, quantization, max_seq_length=None))]
+    fn load(
+        py: Python<'_>,
+        folder: PathBuf,
+        dtype: Option<&str>,
+        quantization: &str,
+        max_seq_length: Option<usize>,
+    ) -> PyResult<Self> {
         let options = load_options(dtype, quantization)?;
-        let core = enter(py, || with_pool(|| Core::load(&folder, &options)))?;
+        let core = enter(py, || with_pool(|| Core::load_for(&folder, &options, max_seq_length)))?;
         Ok(Self { state: RwLock::new(State { core, adapter: None }), training: AtomicBool::new(false) })
     }
 
@@ -264,6 +271,12 @@ impl Model {
     #[getter]
     fn max_position_embeddings(&self) -> PyResult<usize> {
         Ok(self.read()?.core.config.max_position_embeddings)
+    }
+
+    /// The length the model was made for, which `max_seq_length` may have exceeded.
+    #[getter]
+    fn original_positions(&self) -> PyResult<usize> {
+        Ok(self.read()?.core.config.original_positions)
     }
 
     /// Number of tokens.
