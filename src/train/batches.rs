@@ -144,7 +144,7 @@ mod tests {
         assert_eq!(short.largest(&plan), if at < 4 { 101 } else { 2 });
         let (in_order, _) = batches(&json!({"train_sampling_strategy": "sequential"}), &lengths);
         assert_eq!(in_order.epoch(3), (0..12).collect::<Vec<u32>>());
-        let (grouped, plan) = batches(json!({"max_steps": 1, "group_by_length": true}), &lengths);
+        let (grouped, plan) = batches(&json!({"max_steps": 1, "group_by_length": true}), &lengths);
         assert_eq!(grouped.largest(&plan), 101, "grouped by length, the longest row comes first");
     }
 }
