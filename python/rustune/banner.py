@@ -6,12 +6,13 @@ import html
 import json
 from typing import Any, Final
 
-from rustune import _native
+from rustune import _native, marking
 
 # Longest stretch of a sample that is shown whole, in characters.
 _LONG_UNTRAINED: Final = 300
 _LONG_TRAINED: Final = 600
-_SAMPLES_TRIED: Final = 20
+# Pieces, where a conversation goes on and on.
+_LONGEST_SAMPLE: Final = 20
 
 _GREEN: Final = "background:#c8f0cf;color:#0b3d16;border-radius:3px"
 
@@ -80,19 +81,12 @@ def sample_pieces(trainer: Any) -> list[tuple[str, bool]]:
     if tokenizer is None or not len(dataset):
         return []
     row = dataset[0]
-    ids, labels = row["input_ids"], row["labels"]
-    # Nothing comes before the first token, so it is never predicted.
-    trained = [at > 0 and label != -100 for at, label in enumerate(labels)]
-    pieces: list[tuple[str, bool]] = []
-    start = 0
-    for at in range(1, len(ids) + 1):
-        if at == len(ids) or trained[at] != trained[start]:
-            text = tokenizer.decode(ids[start:at])
-            limit = _LONG_TRAINED if trained[start] else _LONG_UNTRAINED
-            pieces.append((_shortened(text, limit), trained[start]))
-            start = at
-    if len(pieces) > _SAMPLES_TRIED:
-        pieces = [*pieces[:_SAMPLES_TRIED], (" … ", False)]
+    pieces = [
+        (_shortened(part.text, _LONG_TRAINED if part.trained else _LONG_UNTRAINED), part.trained)
+        for part in marking.parts_of(tokenizer, row["input_ids"], row["labels"])
+    ]
+    if len(pieces) > _LONGEST_SAMPLE:
+        pieces = [*pieces[:_LONGEST_SAMPLE], (" … ", False)]
     return pieces
 
 
@@ -124,7 +118,8 @@ def memory_lines(forecast: dict[str, Any]) -> list[tuple[str, str]]:
     """
     parts = forecast["estimate"]
     kept, in_part, again = parts["layers"]
-    said = f"about {gib(forecast['peak'] or parts['model'])} at most"
+    total = sum(parts[name] for name in ("model", "optimizer", "gradients", "kept", "workspace"))
+    said = f"about {gib(forecast['peak'] or total)} at most"
     if forecast["available"] is not None:
         said += f", {gib(forecast['available'])} are free"
     if forecast["fits"] is False:

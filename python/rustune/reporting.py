@@ -201,10 +201,9 @@ class Trackio(Reporter):
     _package: Any = None
 
     def open(self, package: ModuleType, args: Any, config: dict[str, Any]) -> None:
-        """Begins a run of the project named by TRACKIO_PROJECT, or `rustune`."""
+        """Begins a run of the project `rustune`."""
         self._package = package
-        project = os.environ.get("TRACKIO_PROJECT") or "rustune"
-        self._package.init(project=project, name=args.run_name, config=config)
+        self._package.init(project="rustune", name=args.run_name, config=config)
 
     def write(self, numbers: dict[str, float], step: int) -> None:
         """Logs the numbers with their step."""
