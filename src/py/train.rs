@@ -6,14 +6,16 @@ use crate::config::TrainOptions;
 use crate::data::rows::Example;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
+use crate::model::Model as Core;
 use crate::train::plan::{Checkpointing, Run};
+use crate::train::run::Lend;
 use crate::train::{Control, Event, Job, Observer, Recompute, Settings, Status, run};
 use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLockWriteGuard};
 
 /// A Python object with a method `event(name, status, payload) -> dict | None`.
 pub(super) struct PyObserver {
@@ -30,10 +32,7 @@ impl PyObserver {
     fn call(&self, py: Python<'_>, event: Event<'_>, status: &Status, control: &mut Control) -> PyResult<()> {
         let Some(object) = &self.object else { return Ok(()) };
         let (name, payload) = describe(py, event, *control)?;
-        let status = json!({
-            "step": status.step, "epoch": status.epoch, "max_steps": status.max_steps, "tokens": status.tokens,
-        });
-        let answer = object.bind(py).call_method1("event", (name, status.to_string(), payload))?;
+        let answer = object.bind(py).call_method1("event", (name, described(status), payload))?;
         if answer.is_none() {
             return Ok(());
         }
@@ -52,6 +51,20 @@ impl PyObserver {
         }
         Ok(())
     }
+}
+
+/// A status as Python reads it.
+fn described(status: &Status) -> String {
+    json!({
+        "step": status.step,
+        "epoch": status.epoch,
+        "max_steps": status.max_steps,
+        "tokens": status.tokens,
+        "best_metric": status.best_metric,
+        "best_global_step": status.best_step,
+        "best_model_checkpoint": status.best_checkpoint,
+    })
+    .to_string()
 }
 
 /// An event's name and payload.
@@ -85,12 +98,41 @@ impl Observer for PyObserver {
         Python::attach(|py| self.call(py, event, status, control)).map_err(callback)
     }
 
+    fn evaluate(&mut self, status: &Status) -> Result<Option<Map<String, Value>>> {
+        let Some(object) = &self.object else { return Ok(None) };
+        Python::attach(|py| {
+            let answer = object.bind(py).call_method1("evaluate", (described(status),))?;
+            let Value::Object(entry) = json::from_python(&answer)? else { return Ok(None) };
+            Ok(Some(entry))
+        })
+        .map_err(callback)
+    }
+
     fn poll(&mut self) -> Result<()> {
         #[expect(
             clippy::redundant_closure_for_method_calls,
             reason = "the method itself is not general over lifetimes"
         )]
         Python::attach(|py| py.check_signals()).map_err(callback)
+    }
+}
+
+/// Holds the state of a model for a run, but for the time of an event.
+struct Lender<'m> {
+    model: &'m Model,
+    held: Option<RwLockWriteGuard<'m, State>>,
+}
+
+impl Lend for Lender<'_> {
+    fn hold(&mut self) -> &mut Core {
+        let model = self.model;
+        // A generation that another thread began during the event ends first.
+        let held = self.held.get_or_insert_with(|| model.state.write().unwrap_or_else(PoisonError::into_inner));
+        &mut held.core
+    }
+
+    fn give_back(&mut self) {
+        self.held = None;
     }
 }
 
@@ -108,18 +150,19 @@ pub(super) struct Call {
 /// Trains a model on rows; returns the outcome as JSON.
 pub(super) fn train(model: &Model, rows: &[Example], call: Call) -> Result<String> {
     let mut settings = Settings::new(call.options.resolve()?, rows, Recompute::EveryLayer)?;
-    let mut state = model.write()?;
+    let held = model.write()?;
     let n_tokens = settings.largest_micro_batch();
-    let forecast = Run::of(&state.core, settings.train.optimizer, n_tokens).forecast_here(call.checkpointing);
+    let forecast = Run::of(&held.core, settings.train.optimizer, n_tokens).forecast_here(call.checkpointing);
     settings.recompute = forecast.recompute;
-    let State { core, adapter } = &mut *state;
-    let write_model = |core: &crate::model::Model, folder: &Path| {
+    let adapter = held.adapter.clone();
+    let mut lender = Lender { model, held: Some(held) };
+    let write_model = |core: &Core, folder: &Path| {
         write_weights(core, adapter.as_ref(), folder, call.base_model.as_deref())?;
         call.tokenizer.as_ref().map_or(Ok(()), |tokenizer| tokenizer.save(folder))
     };
     let eval = call.eval.unwrap_or_default();
     let job = Job {
-        model: core,
+        model: &mut lender,
         train: rows,
         eval: &eval,
         settings: &settings,

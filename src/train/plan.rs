@@ -381,6 +381,21 @@ fn state_bytes(optimizer: OptimizerKind, len: usize) -> usize {
     match optimizer {
         OptimizerKind::AdamW8bit if len >= MIN_8BIT_SIZE => 2 * len + 8 * len.div_ceil(BLOCK),
         OptimizerKind::AdamW | OptimizerKind::AdamW8bit => 8 * len,
+        OptimizerKind::Lion8bit if len >= MIN_8BIT_SIZE => len + 4 * len.div_ceil(BLOCK),
+        OptimizerKind::Lion | OptimizerKind::Lion8bit | OptimizerKind::Adagrad { .. } => 4 * len,
+        OptimizerKind::Sgd { momentum, .. } => {
+            if momentum > 0.0 {
+                4 * len
+            } else {
+                0
+            }
+        }
+        OptimizerKind::RmsProp { momentum, centered, .. } => {
+            4 * len * (1 + usize::from(momentum > 0.0) + usize::from(centered))
+        }
+        // Of a matrix it keeps a number for each row and column, which are few; of a vector as many as it has.
+        OptimizerKind::Adafactor if len < MIN_8BIT_SIZE => 4 * len,
+        OptimizerKind::Adafactor => 8 * len.isqrt(),
     }
 }
 
@@ -405,7 +420,7 @@ mod tests {
     fn measured(model: &Model, lengths: &[usize], recompute: Recompute) -> usize {
         let (tokens, targets) = random_tokens(lengths, model.config.vocab_size);
         let dropout = Some(DropoutKey { seed: 0, step: 0 });
-        let options = StepOptions { dropout, weight: 1.0, recompute, poll: &|| Ok(()) };
+        let options = StepOptions { dropout, noise_alpha: 0.0, weight: 1.0, recompute, poll: &|| Ok(()) };
         model.ctx.pool.clear();
         let batch = MicroBatch { tokens: &tokens, targets: &targets };
         forward_backward(model, &batch, &options, &mut Grads::zeros(&model.params)).unwrap();
@@ -493,8 +508,8 @@ mod tests {
         use crate::train::optimizer::build;
         let hyper = AdamHyper { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 };
         let lens = [100, 5_000, 40_000];
-        let named: Vec<_> = lens.iter().map(|&len| (len.to_string(), len)).collect();
-        for kind in [OptimizerKind::AdamW, OptimizerKind::AdamW8bit] {
+        let named: Vec<_> = lens.iter().map(|&len| (len.to_string(), vec![len])).collect();
+        for kind in [OptimizerKind::AdamW, OptimizerKind::AdamW8bit, OptimizerKind::Lion, OptimizerKind::Lion8bit] {
             let run = Run::of(&random_model(TestShape { layers: 1, ffn: 64, ..TestShape::wide() }), kind, 10);
             let got = Run { weights: 12, trained: lens.to_vec(), ..run }.estimate(Recompute::EveryLayer);
             assert_eq!((got.optimizer, got.gradients), (build(kind, hyper, &named).state_bytes(), 4 * 45_100));
