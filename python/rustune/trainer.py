@@ -319,8 +319,15 @@ class SFTTrainer:
             "compare what evaluate() returns"
         )
 
-    def push_to_hub(self, *_: Any, **__: Any) -> None:
+    def push_to_hub(self, commit_message: str | None = "End of training", **options: Any) -> str:
         """Is not there yet.
+
+        Args:
+            commit_message: The commit's title.
+            **options: Makes no difference.
+
+        Returns:
+            Never.
 
         Raises:
             ConfigError: Always.

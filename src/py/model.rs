@@ -347,13 +347,7 @@ impl Model {
 
     /// Of the rows from `start` to `stop`: the logits of each, f32 `[len, vocab]`, the sum of the token losses, and the
     /// number of tokens that have a label.
-    fn predict<'py>(
-        &self,
-        py: Python<'py>,
-        rows: &Rows,
-        start: usize,
-        stop: usize,
-    ) -> PyResult<(Vec<Bound<'py, PyArray2<f32>>>, f64, usize)> {
+    fn predict<'py>(&self, py: Python<'py>, rows: &Rows, start: usize, stop: usize) -> PyResult<Predicted<'py>> {
         let examples = rows.examples.clone();
         let Some(examples) = examples.get(start..stop) else {
             let got = vec![start, stop];
@@ -422,6 +416,9 @@ pub(super) fn load_options(dtype: Option<&str>, quantization: &str) -> Result<Lo
     };
     Ok(LoadOptions { precision, quantize, full_finetuning })
 }
+
+/// The logits of each row, the sum of their token losses, and the number of tokens that have a label.
+type Predicted<'py> = (Vec<Bound<'py, PyArray2<f32>>>, f64, usize);
 
 /// A Python exception on its way through Rust.
 pub(super) fn callback(error: PyErr) -> Error {

@@ -95,7 +95,7 @@ impl<R: Rule> Optimizer for OneByOne<R> {
         let (mut stored, names) = (Stored::new(state), self.rule.parts());
         let mut load = |tensor: &Tensor| {
             let parts = names.iter().map(|part| stored.take_f32(&tensor.name, part, tensor.len));
-            Ok(parts.collect::<Result<Vec<_>>>()?)
+            parts.collect::<Result<Vec<_>>>()
         };
         let loaded = self.tensors.iter().map(&mut load).collect::<Result<Vec<_>>>()?;
         stored.finish()?;
