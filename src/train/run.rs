@@ -355,16 +355,17 @@ impl<'a, 'o> Run<'a, 'o> {
         self.status.step = step as usize;
         self.status.epoch = self.epoch_at(step as usize);
         self.status.log_history = state["log_history"].as_array().cloned().unwrap_or_default();
-        self.status.best_metric = state["best_metric"].as_f64();
         self.status.best_step = state["best_global_step"].as_u64().map(|step| step as usize);
         self.status.best_checkpoint = state["best_model_checkpoint"].as_str().map(PathBuf::from).map(|path| {
             // The output folder may have another name by now.
             let moved = self.job.settings.train.output_dir.join(path.file_name().unwrap_or_default());
             if path.exists() { path } else { moved }
         });
-        self.total_loss = own["total_loss"].as_f64().unwrap_or(0.0);
+        let exact = |value: &Value| value.as_f64().or_else(|| value.as_str()?.parse().ok());
+        self.status.best_metric = exact(&own["best_metric"]);
+        self.total_loss = exact(&own["total_loss"]).unwrap_or(0.0);
         self.pending =
-            (own["pending_loss"].as_f64().unwrap_or(0.0), own["pending_steps"].as_u64().unwrap_or(0) as usize);
+            (exact(&own["pending_loss"]).unwrap_or(0.0), own["pending_steps"].as_u64().unwrap_or(0) as usize);
         Ok(())
     }
 
@@ -676,8 +677,10 @@ impl<'a, 'o> Run<'a, 'o> {
         state["best_model_checkpoint"] = json!(self.status.best_checkpoint);
         let own = &mut state["rustune"];
         own["data"] = self.fingerprint().into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
-        own["total_loss"] = json!(self.total_loss);
-        own["pending_loss"] = json!(self.pending.0);
+        // As texts: a number in JSON is read back to the last bit but one.
+        own["total_loss"] = json!(self.total_loss.to_string());
+        own["pending_loss"] = json!(self.pending.0.to_string());
+        own["best_metric"] = json!(self.status.best_metric.map(|metric| metric.to_string()));
         own["pending_steps"] = json!(self.pending.1);
         let (model, write_model) = (&*self.job.model.hold(), self.job.write_model);
         let path = checkpoint::save(
