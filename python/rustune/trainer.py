@@ -561,8 +561,9 @@ class SFTTrainer:
         )
         parts, available, gib = memory["estimate"], memory["available"], 2.0**30
         kept, in_part, again = parts["layers"]
+        total = sum(parts[name] for name in ("model", "optimizer", "gradients", "kept", "workspace"))
         line = (
-            f"memory: about {(memory['peak'] or parts['model']) / gib:.1f} GiB at most"
+            f"memory: about {(memory['peak'] or total) / gib:.1f} GiB at most"
             f" (model {parts['model'] / gib:.2f},"
             f" optimizer and gradients {(parts['optimizer'] + parts['gradients']) / gib:.2f},"
             f" activations {(parts['kept'] + parts['workspace']) / gib:.2f}"

@@ -1,21 +1,19 @@
 //! Training and evaluation behind `Model`'s methods, and the Python observer they report to.
 
 use super::json;
-use super::model::{Model, State, callback, write_weights};
+use super::model::{Model, callback, write_weights};
 use crate::config::TrainOptions;
 use crate::data::rows::Example;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
-use crate::model::Model as Core;
 use crate::train::plan::{Checkpointing, Run};
-use crate::train::run::Lend;
 use crate::train::{Control, Event, Job, Observer, Recompute, Settings, Status, run};
 use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLockWriteGuard};
+use std::sync::Arc;
 
 /// A Python object with a method `event(name, status, payload) -> dict | None`.
 pub(super) struct PyObserver {
@@ -117,25 +115,6 @@ impl Observer for PyObserver {
     }
 }
 
-/// Holds the state of a model for a run, but for the time of an event.
-struct Lender<'m> {
-    model: &'m Model,
-    held: Option<RwLockWriteGuard<'m, State>>,
-}
-
-impl Lend for Lender<'_> {
-    fn hold(&mut self) -> &mut Core {
-        let model = self.model;
-        // A generation that another thread began during the event ends first.
-        let held = self.held.get_or_insert_with(|| model.state.write().unwrap_or_else(PoisonError::into_inner));
-        &mut held.core
-    }
-
-    fn give_back(&mut self) {
-        self.held = None;
-    }
-}
-
 /// What `Model.train` was called with.
 pub(super) struct Call {
     pub(super) eval: Option<Arc<Vec<Example>>>,
@@ -150,19 +129,20 @@ pub(super) struct Call {
 /// Trains a model on rows; returns the outcome as JSON.
 pub(super) fn train(model: &Model, rows: &[Example], call: Call) -> Result<String> {
     let mut settings = Settings::new(call.options.resolve()?, rows, Recompute::EveryLayer)?;
-    let held = model.write()?;
+    let _training = model.start_training()?;
     let n_tokens = settings.largest_micro_batch();
-    let forecast = Run::of(&held.core, settings.train.optimizer, n_tokens).forecast_here(call.checkpointing);
+    let state = model.read()?;
+    let forecast = Run::of(&state.core, settings.train.optimizer, n_tokens).forecast_here(call.checkpointing);
     settings.recompute = forecast.recompute;
-    let adapter = held.adapter.clone();
-    let mut lender = Lender { model, held: Some(held) };
-    let write_model = |core: &Core, folder: &Path| {
+    let adapter = state.adapter.clone();
+    drop(state);
+    let write_model = |core: &crate::model::Model, folder: &Path| {
         write_weights(core, adapter.as_ref(), folder, call.base_model.as_deref())?;
         call.tokenizer.as_ref().map_or(Ok(()), |tokenizer| tokenizer.save(folder))
     };
     let eval = call.eval.unwrap_or_default();
     let job = Job {
-        model: &mut lender,
+        model,
         train: rows,
         eval: &eval,
         settings: &settings,

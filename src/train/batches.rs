@@ -87,7 +87,7 @@ mod tests {
     use crate::config::TrainOptions;
     use serde_json::{Value, json};
 
-    fn batches(options: Value, lengths: &[usize]) -> (Batches, Plan) {
+    fn batches(options: &Value, lengths: &[usize]) -> (Batches, Plan) {
         let mut all =
             json!({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 2});
         all.as_object_mut().unwrap().extend(options.as_object().unwrap().clone());
@@ -107,7 +107,7 @@ mod tests {
             json!({"group_by_length": true}),
             json!({"packing": true, "max_length": 40, "group_by_length": true}),
         ] {
-            let (batches, plan) = batches(options.clone(), &lengths);
+            let (batches, plan) = batches(&options, &lengths);
             for epoch in 0..plan.epochs {
                 let order = batches.epoch(epoch);
                 assert_eq!(order, batches.epoch(epoch), "a function of its arguments alone");
@@ -123,7 +123,7 @@ mod tests {
     #[test]
     fn a_packed_row_counts_as_one_row() {
         let lengths = [10; 32];
-        let (packed, plan) = batches(json!({"packing": true, "max_length": 40}), &lengths);
+        let (packed, plan) = batches(&json!({"packing": true, "max_length": 40}), &lengths);
         assert_eq!((packed.n_units(), plan.steps_per_epoch, plan.total_steps), (8, 2, 4));
         let step = packed.step(&packed.epoch(0), 1);
         assert_eq!(step.iter().map(Vec::len).collect::<Vec<_>>(), [8, 8]);
@@ -134,12 +134,12 @@ mod tests {
     fn the_largest_micro_batch_is_that_of_the_steps_that_are_run() {
         let mut lengths = [1; 12];
         lengths[7] = 100;
-        let (all, plan) = batches(json!({}), &lengths);
+        let (all, plan) = batches(&json!({}), &lengths);
         assert_eq!(all.largest(&plan), 101);
         let at = all.epoch(0).iter().position(|&row| row == 7).unwrap();
-        let (short, plan) = batches(json!({"max_steps": 1}), &lengths);
+        let (short, plan) = batches(&json!({"max_steps": 1}), &lengths);
         assert_eq!(short.largest(&plan), if at < 4 { 101 } else { 2 });
-        let (grouped, plan) = batches(json!({"max_steps": 1, "group_by_length": true}), &lengths);
+        let (grouped, plan) = batches(&json!({"max_steps": 1, "group_by_length": true}), &lengths);
         assert_eq!(grouped.largest(&plan), 101, "grouped by length, the longest row comes first");
     }
 }

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use super::checkpoint::{self, MODEL_FILE};
+use super::run::Lender;
 use super::{Control, Event, Job, Observer, Outcome, Recompute, Settings, Status, run};
 use crate::config::TrainOptions;
 use crate::data::rows::Example;
@@ -14,11 +15,26 @@ use crate::ops::attention::Heads;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::RwLock;
 
-fn model() -> Model {
+/// A model as the bindings hold it.
+struct Lent(RwLock<Model>);
+
+impl Lender for Lent {
+    fn read(&self, work: &mut dyn FnMut(&Model) -> Result<()>) -> Result<()> {
+        work(&self.0.read().unwrap())
+    }
+
+    fn write(&self, work: &mut dyn FnMut(&mut Model) -> Result<()>) -> Result<()> {
+        work(&mut self.0.write().unwrap())
+    }
+}
+
+fn model() -> Lent {
     let heads = Heads { heads: 2, kv_heads: 1, head_dim: 8 };
     let (rank, dropout, precision) = (3, 0.1, Precision::F32);
-    random_model(TestShape { hidden: 16, ffn: 32, layers: 1, heads, vocab: 30, rank, dropout, precision })
+    let shape = TestShape { hidden: 16, ffn: 32, layers: 1, heads, vocab: 30, rank, dropout, precision };
+    Lent(RwLock::new(random_model(shape)))
 }
 
 fn rows(count: u32) -> Vec<Example> {
@@ -79,7 +95,7 @@ impl Observer for Script {
 }
 
 fn train_with(
-    model: &mut Model,
+    model: &Lent,
     out: &Path,
     options: &Value,
     resume: Option<&Path>,
@@ -97,8 +113,8 @@ fn train_with(
     run::run(job, script)
 }
 
-fn weights(model: &Model) -> Vec<Vec<f32>> {
-    model.params.all().iter().map(|param| param.data.clone()).collect()
+fn weights(model: &Lent) -> Vec<Vec<f32>> {
+    model.0.read().unwrap().params.all().iter().map(|param| param.data.clone()).collect()
 }
 
 #[test]
@@ -134,12 +150,11 @@ fn every_optimizer_and_schedule_resumes_to_the_bit() {
             "optim": optim, "optim_args": args, "lr_scheduler_type": schedule, "lr_scheduler_kwargs": kwargs,
             "save_strategy": "steps", "save_steps": 3, "neftune_noise_alpha": 5.0, "weight_decay": 0.01,
         });
-        let (mut whole, mut resumed) = (model(), model());
+        let (whole, resumed) = (model(), model());
         let begun = weights(&whole);
-        let out = train_with(&mut whole, folder.path(), &options, None, &mut Script::default()).unwrap();
+        let out = train_with(&whole, folder.path(), &options, None, &mut Script::default()).unwrap();
         let checkpoint = folder.path().join("checkpoint-3");
-        let again =
-            train_with(&mut resumed, folder.path(), &options, Some(&checkpoint), &mut Script::default()).unwrap();
+        let again = train_with(&resumed, folder.path(), &options, Some(&checkpoint), &mut Script::default()).unwrap();
         assert_eq!((out.status.step, again.status.step, again.steps), (6, 6, 3), "{optim} {schedule}");
         assert_eq!(out.training_loss.to_bits(), again.training_loss.to_bits(), "{optim} {schedule}");
         assert!(weights(&whole) == weights(&resumed), "{optim} {args} {schedule}");
@@ -155,16 +170,16 @@ fn the_best_checkpoint_is_kept_and_its_weights_are_taken_up() {
         "load_best_model_at_end": true,
     });
     let mut script = Script { scores: vec![0.5, 0.3, 0.4, 0.6, 0.31, 0.32], ..Script::default() };
-    let mut trained = model();
-    let outcome = train_with(&mut trained, folder.path(), &options, None, &mut script).unwrap();
+    let trained = model();
+    let outcome = train_with(&trained, folder.path(), &options, None, &mut script).unwrap();
     let best = folder.path().join("checkpoint-2");
     assert_eq!((outcome.status.best_metric, outcome.status.best_step), (Some(0.3), Some(2)));
     assert_eq!(outcome.status.best_checkpoint.as_ref(), Some(&best));
     // The best and the newest outlive the limit.
     assert!(best.exists() && folder.path().join("checkpoint-6").exists());
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
-    let mut at_best = model();
-    checkpoint::load_params(&best, &mut at_best.params).unwrap();
+    let at_best = model();
+    checkpoint::load_params(&best, &mut at_best.0.write().unwrap().params).unwrap();
     assert!(weights(&trained) == weights(&at_best));
     // Callbacks hear of an evaluation before it is compared, as early stopping needs it.
     assert_eq!(script.heard[2..5], ["step 1", "evaluate (best None)", "checkpoint-1"]);
@@ -177,8 +192,8 @@ fn the_best_checkpoint_is_kept_and_its_weights_are_taken_up() {
     let mut more = options.clone();
     more["max_steps"] = json!(8);
     let last = folder.path().join("checkpoint-6");
-    let mut resumed = model();
-    let outcome = train_with(&mut resumed, folder.path(), &more, Some(&last), &mut script).unwrap();
+    let resumed = model();
+    let outcome = train_with(&resumed, folder.path(), &more, Some(&last), &mut script).unwrap();
     assert_eq!(outcome.status.best_checkpoint, Some(best));
     assert!(weights(&resumed) == weights(&at_best));
 }
@@ -191,7 +206,7 @@ fn with_a_limit_of_one_only_the_best_remains() {
         "load_best_model_at_end": true, "metric_for_best_model": "accuracy",
     });
     let mut script = Script { scores: vec![0.2, 0.5, 0.9], ..Script::default() };
-    let outcome = train_with(&mut model(), folder.path(), &options, None, &mut script).unwrap();
+    let outcome = train_with(&model(), folder.path(), &options, None, &mut script).unwrap();
     assert_eq!(outcome.status.best_metric, Some(0.8));
     let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left, ["checkpoint-2"]);
@@ -205,7 +220,7 @@ fn strategies_say_when() {
         "eval_strategy": "epoch", "save_strategy": "best", "eval_on_start": true, "logging_strategy": "epoch",
     });
     let mut script = Script { scores: vec![0.1, 0.5, 0.6], ..Script::default() };
-    train_with(&mut model(), folder.path(), &options, None, &mut script).unwrap();
+    train_with(&model(), folder.path(), &options, None, &mut script).unwrap();
     let expected = [
         "train_begin",
         "evaluate (best None)",
@@ -230,13 +245,13 @@ fn strategies_say_when() {
 
     let delayed = json!({"eval_strategy": "steps", "eval_steps": 0.34, "eval_delay": 4});
     let mut script = Script { scores: vec![0.1], stop_at: Some(7), ..Script::default() };
-    train_with(&mut model(), folder.path(), &delayed, None, &mut script).unwrap();
+    train_with(&model(), folder.path(), &delayed, None, &mut script).unwrap();
     // A share of 0.34 of 6 steps is 3 of them, rounded up; the first falls before the delay.
     assert_eq!(script.heard.iter().filter(|name| name.starts_with("evaluate")).count(), 1);
 
     let mut script = Script { stop_at: Some(2), ..Script::default() };
     let epochs = json!({"save_strategy": "epoch"});
-    train_with(&mut model(), folder.path(), &epochs, None, &mut script).unwrap();
+    train_with(&model(), folder.path(), &epochs, None, &mut script).unwrap();
     assert_eq!(script.heard[3..], ["step 2", "epoch_end", "checkpoint-2", "train_end"], "a broken-off epoch ends too");
 }
 
@@ -245,7 +260,7 @@ fn what_cannot_be_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let error = |options: Value, scores: &[f64]| {
         let mut script = Script { scores: scores.to_vec(), ..Script::default() };
-        train_with(&mut model(), folder.path(), &options, None, &mut script).unwrap_err().to_string()
+        train_with(&model(), folder.path(), &options, None, &mut script).unwrap_err().to_string()
     };
     let embeddings = error(json!({"embedding_learning_rate": 1e-5}), &[]);
     assert!(embeddings.contains("embedding_learning_rate = 0.00001: neither embed_tokens nor lm_head"), "{embeddings}");
@@ -266,28 +281,29 @@ fn a_run_that_never_saved_its_best_says_so() {
         "load_best_model_at_end": true,
     });
     let mut script = Script { scores: vec![0.1, 0.2, 0.3], ..Script::default() };
-    train_with(&mut model(), folder.path(), &options, None, &mut script).unwrap();
+    train_with(&model(), folder.path(), &options, None, &mut script).unwrap();
     let warning = &script.heard[script.heard.len() - 2];
     assert!(warning.starts_with("warning: load_best_model_at_end: no checkpoint"), "{warning}");
+}
+
+fn score(model: &Lent) -> f64 {
+    run::evaluate(&model.0.read().unwrap(), &rows(4), 2, &mut Script::default()).unwrap().0
 }
 
 #[test]
 fn noise_on_the_embeddings_changes_training_alone() {
     let folder = tempfile::tempdir().unwrap();
     let losses = |alpha: f64| {
-        let mut model = model();
+        let model = model();
         let options = json!({"neftune_noise_alpha": alpha, "max_steps": 2});
-        let outcome = train_with(&mut model, folder.path(), &options, None, &mut Script::default()).unwrap();
-        (
-            outcome.training_loss.to_bits(),
-            run::evaluate(&model, &rows(4), 2, &mut Script::default()).unwrap().0.to_bits(),
-        )
+        let outcome = train_with(&model, folder.path(), &options, None, &mut Script::default()).unwrap();
+        (outcome.training_loss.to_bits(), score(&model).to_bits())
     };
     assert_eq!(losses(5.0), losses(5.0));
     assert_ne!(losses(5.0).0, losses(0.0).0);
-    let untrained = run::evaluate(&model(), &rows(4), 2, &mut Script::default()).unwrap().0;
+    let untrained = score(&model());
     let options = json!({"neftune_noise_alpha": 50.0, "learning_rate": 0.0, "max_steps": 1, "weight_decay": 0.0});
-    let mut model = model();
-    train_with(&mut model, folder.path(), &options, None, &mut Script::default()).unwrap();
-    assert_eq!(run::evaluate(&model, &rows(4), 2, &mut Script::default()).unwrap().0.to_bits(), untrained.to_bits());
+    let model = model();
+    train_with(&model, folder.path(), &options, None, &mut Script::default()).unwrap();
+    assert_eq!(score(&model).to_bits(), untrained.to_bits());
 }

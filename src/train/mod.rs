@@ -19,5 +19,5 @@ pub mod schedule;
 mod sgd;
 pub mod step;
 
-pub use run::{Control, Event, Job, Observer, Outcome, Settings, Status};
+pub use run::{Control, Event, Job, Lender, Observer, Outcome, Settings, Status};
 pub use step::{MicroBatch, Recompute, StepOptions, forward_backward};

@@ -130,23 +130,6 @@ pub struct Status {
     pub best_checkpoint: Option<PathBuf>,
 }
 
-/// Where a run finds its model: held while something is computed, free while the observer hears of an event.
-pub trait Lend {
-    /// The model, held until it is given back; waits for whoever has it.
-    fn hold(&mut self) -> &mut Model;
-
-    /// Lets others have it.
-    fn give_back(&mut self);
-}
-
-impl Lend for Model {
-    fn hold(&mut self) -> &mut Model {
-        self
-    }
-
-    fn give_back(&mut self) {}
-}
-
 /// Whoever watches and steers a run.
 pub trait Observer {
     /// Hears of an event and may change `control`.
@@ -171,10 +154,25 @@ pub trait Observer {
     fn poll(&mut self) -> Result<()>;
 }
 
+/// Where a run finds its model: it is lent for each piece of work, so that observers can use it in between.
+pub trait Lender: Sync {
+    /// Runs `work` on the model, which others may read meanwhile.
+    ///
+    /// # Errors
+    /// What `work` returns.
+    fn read(&self, work: &mut dyn FnMut(&Model) -> Result<()>) -> Result<()>;
+
+    /// Runs `work` on the model while nobody else uses it.
+    ///
+    /// # Errors
+    /// What `work` returns.
+    fn write(&self, work: &mut dyn FnMut(&mut Model) -> Result<()>) -> Result<()>;
+}
+
 /// What a run needs.
 pub struct Job<'a> {
-    /// The model; its trained tensors change.
-    pub model: &'a mut dyn Lend,
+    /// The model; its trained tensors change, and nothing else may change them meanwhile.
+    pub model: &'a dyn Lender,
     /// Training rows.
     pub train: &'a [Example],
     /// Evaluation rows; may be empty.
@@ -209,7 +207,14 @@ pub struct Outcome {
 /// [`Error::Checkpoint`] and [`Error::Weights`] for a checkpoint that does not fit, what the observer returns.
 /// The model is as after the last finished step.
 pub fn run(job: Job<'_>, observer: &mut dyn Observer) -> Result<Outcome> {
-    Run::new(job, observer)?.train()
+    let lender = job.model;
+    let outcome = Run::new(job, observer)?.train();
+    // What the activations took is free for whatever comes after training.
+    lender.read(&mut |model| {
+        model.ctx.pool.clear();
+        Ok(())
+    })?;
+    outcome
 }
 
 /// Mean token loss over `rows` and the number of trained tokens.
@@ -296,21 +301,23 @@ impl<'a, 'o> Run<'a, 'o> {
         if job.train.is_empty() {
             return Err(Error::data("train_dataset", "has no rows"));
         }
-        let params = &job.model.hold().params;
-        if params.all().is_empty() {
+        let (mut sizes, mut grads) = (Vec::new(), Grads::default());
+        job.model.read(&mut |model| {
+            sizes = model.params.all().iter().map(|p| (p.name.clone(), p.shape.clone())).collect();
+            grads = Grads::zeros(&model.params);
+            Ok(())
+        })?;
+        if sizes.is_empty() {
             let expected = "nothing to train: call get_peft_model, or load with full_finetuning=True";
             return Err(Error::config("model", "no trainable tensor", expected));
         }
-        if let (Some(lr), None) =
-            (job.settings.train.embedding_learning_rate, params.all().iter().find(|p| is_embedding(&p.name)))
-        {
+        let embeddings = sizes.iter().any(|(name, _)| is_embedding(name));
+        if let (Some(lr), false) = (job.settings.train.embedding_learning_rate, embeddings) {
             let expected =
                 "neither embed_tokens nor lm_head is trained: load with full_finetuning=True, or leave it out";
             return Err(Error::config("embedding_learning_rate", lr, expected));
         }
-        let sizes: Vec<_> = params.all().iter().map(|p| (p.name.clone(), p.shape.clone())).collect();
         let optimizer = build(job.settings.train.optimizer, job.settings.train.adam, &sizes);
-        let grads = Grads::zeros(params);
         let status = Status { max_steps: job.settings.plan.total_steps, ..Status::default() };
         let now = Instant::now();
         let mut run = Self {
@@ -350,7 +357,7 @@ impl<'a, 'o> Run<'a, 'o> {
                 self.tell(Event::Warning(&text))?;
             }
         }
-        checkpoint::load_params(folder, &mut self.job.model.hold().params)?;
+        self.job.model.write(&mut |model| checkpoint::load_params(folder, &mut model.params))?;
         checkpoint::load_optimizer(folder, &mut *self.optimizer)?;
         self.status.step = step as usize;
         self.status.epoch = self.epoch_at(step as usize);
@@ -392,14 +399,7 @@ impl<'a, 'o> Run<'a, 'o> {
     }
 
     fn tell(&mut self, event: Event<'_>) -> Result<()> {
-        self.job.model.give_back();
-        self.observer.event(event, &self.status, &mut self.control)?;
-        let trained = self.job.model.hold().params.all();
-        if trained.len() != self.grads.all().len() {
-            let expected = "a callback added or removed trained tensors; do that before training";
-            return Err(Error::config("model", format!("{} trained tensors", trained.len()), expected));
-        }
-        Ok(())
+        self.observer.event(event, &self.status, &mut self.control)
     }
 
     fn train(mut self) -> Result<Outcome> {
@@ -526,7 +526,7 @@ impl<'a, 'o> Run<'a, 'o> {
                 format!("load_best_model_at_end: {}: {reason}; the weights are those of the last step", path.display());
             return self.tell(Event::Warning(&text));
         }
-        checkpoint::load_params(&path, &mut self.job.model.hold().params)?;
+        self.job.model.write(&mut |model| checkpoint::load_params(&path, &mut model.params))?;
         // The last checkpoint was kept to resume from, which is over.
         if train.save_total_limit == Some(1) { checkpoint::keep_only(&train.output_dir, &path) } else { Ok(()) }
     }
@@ -550,11 +550,17 @@ impl<'a, 'o> Run<'a, 'o> {
         for (i, batch) in batches.into_iter().enumerate() {
             self.status.tokens += batch.n_tokens();
             let (tokens, targets) = split(batch);
-            let (model, grads) = (&*self.job.model.hold(), &mut self.grads);
+            let (lender, grads) = (self.job.model, &mut self.grads);
             sum += computing(self.observer, |poll| {
                 let (weight, noise_alpha) = (1.0 / trained as f32, s.train.noise_alpha as f32);
                 let options = StepOptions { dropout, noise_alpha, weight, recompute: s.recompute, poll };
-                forward_backward(model, &MicroBatch { tokens: &tokens, targets: &targets }, &options, grads)
+                let mut loss = 0.0;
+                lender.read(&mut |model| {
+                    let batch = MicroBatch { tokens: &tokens, targets: &targets };
+                    loss = forward_backward(model, &batch, &options, grads)?;
+                    Ok(())
+                })?;
+                Ok(loss)
             })?;
             if i + 1 < n_batches {
                 self.tell(Event::SubstepEnd)?;
@@ -574,19 +580,21 @@ impl<'a, 'o> Run<'a, 'o> {
         let norm = with_pool(|| Ok(global_norm(&grads.all().iter().map(Vec::as_slice).collect::<Vec<_>>())))?;
         self.grad_norm = norm;
         self.diverged("grad_norm", norm)?;
-        let (optimizer, grads, model) = (&mut self.optimizer, &self.grads, self.job.model.hold());
-        with_pool(|| {
-            let mut slots: Vec<_> = model
-                .params
-                .all_mut()
-                .iter_mut()
-                .zip(grads.all())
-                .map(|(p, grad)| {
-                    let lr = if is_embedding(&p.name) { embedding_lr } else { lr };
-                    ParamSlot { name: &p.name, data: &mut p.data, grad, decay: p.decay, lr }
-                })
-                .collect();
-            optimizer.step(&mut slots, clip_factor(norm, s.train.max_grad_norm))
+        let (optimizer, grads) = (&mut self.optimizer, &self.grads);
+        self.job.model.write(&mut |model| {
+            with_pool(|| {
+                let mut slots: Vec<_> = model
+                    .params
+                    .all_mut()
+                    .iter_mut()
+                    .zip(grads.all())
+                    .map(|(p, grad)| {
+                        let lr = if is_embedding(&p.name) { embedding_lr } else { lr };
+                        ParamSlot { name: &p.name, data: &mut p.data, grad, decay: p.decay, lr }
+                    })
+                    .collect();
+                optimizer.step(&mut slots, clip_factor(norm, s.train.max_grad_norm))
+            })
         })
     }
 
@@ -620,7 +628,6 @@ impl<'a, 'o> Run<'a, 'o> {
 
     fn evaluate(&mut self) -> Result<Map<String, Value>> {
         let started = Instant::now();
-        self.job.model.give_back();
         let mut entry = match self.observer.evaluate(&self.status)? {
             Some(entry) => entry,
             None => self.score()?,
@@ -643,7 +650,11 @@ impl<'a, 'o> Run<'a, 'o> {
         }
         let started = Instant::now();
         let batch_size = self.job.settings.train.per_device_eval_batch_size;
-        let (loss, _) = evaluate(self.job.model.hold(), self.job.eval, batch_size, self.observer)?;
+        let mut loss = 0.0;
+        self.job.model.read(&mut |model| {
+            (loss, _) = evaluate(model, self.job.eval, batch_size, self.observer)?;
+            Ok(())
+        })?;
         let seconds = started.elapsed().as_secs_f64().max(1e-9);
         let numbers = [
             ("eval_loss", loss),
@@ -682,7 +693,7 @@ impl<'a, 'o> Run<'a, 'o> {
         own["pending_loss"] = json!(self.pending.0.to_string());
         own["best_metric"] = json!(self.status.best_metric.map(|metric| metric.to_string()));
         own["pending_steps"] = json!(self.pending.1);
-        let (model, write_model) = (&*self.job.model.hold(), self.job.write_model);
+        let (lender, write_model) = (self.job.model, self.job.write_model);
         let path = checkpoint::save(
             &s.train.output_dir,
             self.status.step,
@@ -690,7 +701,7 @@ impl<'a, 'o> Run<'a, 'o> {
             &state,
             s.train.save_total_limit,
             self.status.best_checkpoint.as_deref().filter(|_| s.train.best.keep),
-            |folder| write_model(model, folder),
+            |folder| lender.read(&mut |model| write_model(model, folder)),
         )?;
         self.tell(Event::Save(&path))
     }

@@ -308,7 +308,7 @@ def test_a_callback_must_not_change_what_is_trained(make: Make, folder: Path) ->
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             kwargs["model"].native.add_adapter(json.dumps({"r": 2}))
 
-    with pytest.raises(ConfigError, match=r"trained tensors|adapter"):
+    with pytest.raises(ConfigError, match="in use"):
         make(full=True, callbacks=[Add()], optim="adamw_torch", learning_rate=1e-4).train()
 
 
