@@ -345,6 +345,7 @@ class Model:
         self.adapter = adapter
         self.config = ModelConfig(json.loads(native.config), name_or_path)
         self.training = False
+        self._lm_head_bits: int | None = None
         # Kept here because the engine answers nothing while it trains, and callbacks ask.
         self.dtype: str = native.dtype
         self.vocab_size: int = native.vocab_size
@@ -579,13 +580,29 @@ class Model:
             return str(self.adapter["base_model_name_or_path"])
         return os.path.abspath(self.name_or_path) if os.path.isdir(self.name_or_path) else self.name_or_path
 
-    def for_inference(self) -> Model:
-        """Makes ready for generating; nothing needs doing.
+    def for_inference(self, *, lm_head_bits: int | None = None) -> Model:
+        """Makes ready for generating; nothing needs doing, but the head may be taken in 8 bits.
+
+        Args:
+            lm_head_bits: 8 generates with a copy of the LM head in 8 bits, 64 weights to a scale: half the bytes of a
+                bfloat16 head, which is half of what a token of a small model reads. None takes the head as it is.
+                Losses, logits and training never use the copy.
 
         Returns:
             The model.
+
+        Raises:
+            ConfigError: For other bits, or if the head is trained or its rows are no multiple of 64.
         """
+        self._set_lm_head_bits(lm_head_bits)
         return self.train(False)
+
+    def _set_lm_head_bits(self, bits: int | None) -> None:
+        if bits is not None and (isinstance(bits, bool) or bits != 8):
+            raise ConfigError(f"lm_head_bits = {bits!r}: expected 8 or None")
+        if bits != self._lm_head_bits:
+            self.native.set_lm_head_bits(bits)
+            self._lm_head_bits = bits
 
     def for_training(self, use_gradient_checkpointing: bool | str | None = None) -> Model:
         """Makes ready for training.
@@ -598,6 +615,7 @@ class Model:
         """
         if use_gradient_checkpointing is not None:
             self.checkpointing = checkpointing_name(use_gradient_checkpointing)
+        self._set_lm_head_bits(None)
         return self.train()
 
     def train(self, mode: bool = True) -> Model:
@@ -781,7 +799,8 @@ class FastLanguageModel:
         if adapter_folder is not None:
             name = _base_of(adapter_folder)
             folder = resolve(name, None)
-        native = _native.Model.load(folder, _dtype_name(dtype), json.dumps(quantization))
+        room = None if max_seq_length is None else int(max_seq_length)
+        native = _native.Model.load(folder, _dtype_name(dtype), json.dumps(quantization), room)
         adapter = None
         if adapter_folder is not None:
             adapter = json.loads(native.load_adapter(adapter_folder))
@@ -794,9 +813,11 @@ class FastLanguageModel:
             warnings.warn(f"{folder}: has no tokenizer files; only rows of token ids can be used", stacklevel=2)
         elif max_seq_length is not None:
             tokenizer.model_max_length = length
-        if length > native.max_position_embeddings and max_seq_length is not None:
+        if native.max_position_embeddings > native.original_positions:
             warnings.warn(
-                f"max_seq_length = {length}: the model was made for {native.max_position_embeddings} tokens at most",
+                f"max_seq_length = {length}: the model was made for {native.original_positions} tokens at most; its "
+                f"positions are divided by {native.max_position_embeddings / native.original_positions:.4g} (linear "
+                "rope scaling), so expect it to need some training",
                 stacklevel=2,
             )
         model = Model(
@@ -913,16 +934,20 @@ class FastLanguageModel:
         return model
 
     @staticmethod
-    def for_inference(model: Model) -> Model:
-        """Makes a model ready for generating; nothing needs doing.
+    def for_inference(model: Model, *, lm_head_bits: int | None = None) -> Model:
+        """Makes a model ready for generating.
 
         Args:
             model: The model.
+            lm_head_bits: 8 generates with the LM head in 8 bits; None with the head as it is.
 
         Returns:
             The same model.
+
+        Raises:
+            ConfigError: For other bits, or if the head is trained or its rows are no multiple of 64.
         """
-        return model.for_inference()
+        return model.for_inference(lm_head_bits=lm_head_bits)
 
     @staticmethod
     def for_training(model: Model, use_gradient_checkpointing: bool | str | None = None) -> Model:

@@ -138,9 +138,16 @@ fn busy() -> Error {
 impl Model {
     /// Loads a Hugging Face folder.
     #[staticmethod]
-    fn load(py: Python<'_>, folder: PathBuf, dtype: Option<&str>, quantization: &str) -> PyResult<Self> {
+    #[pyo3(signature = (folder, dtype, quantization, max_seq_length=None))]
+    fn load(
+        py: Python<'_>,
+        folder: PathBuf,
+        dtype: Option<&str>,
+        quantization: &str,
+        max_seq_length: Option<usize>,
+    ) -> PyResult<Self> {
         let options = load_options(dtype, quantization)?;
-        let core = enter(py, || with_pool(|| Core::load(&folder, &options)))?;
+        let core = enter(py, || with_pool(|| Core::load_for(&folder, &options, max_seq_length)))?;
         Ok(Self { state: RwLock::new(State { core, adapter: None }), training: AtomicBool::new(false) })
     }
 
@@ -218,6 +225,11 @@ impl Model {
         Ok(self.read()?.adapter.is_some())
     }
 
+    /// Bits of the head in generation: 8, or None for the head as it is.
+    fn set_lm_head_bits(&self, py: Python<'_>, bits: Option<u32>) -> PyResult<()> {
+        enter(py, || with_pool(|| self.write()?.core.set_lm_head_bits(bits)))
+    }
+
     /// Whether every tensor is trained.
     #[getter]
     fn is_fully_trained(&self) -> PyResult<bool> {
@@ -259,6 +271,12 @@ impl Model {
     #[getter]
     fn max_position_embeddings(&self) -> PyResult<usize> {
         Ok(self.read()?.core.config.max_position_embeddings)
+    }
+
+    /// The length the model was made for, which `max_seq_length` may have exceeded.
+    #[getter]
+    fn original_positions(&self) -> PyResult<usize> {
+        Ok(self.read()?.core.config.original_positions)
     }
 
     /// Number of tokens.

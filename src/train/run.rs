@@ -382,11 +382,11 @@ impl<'a, 'o> Run<'a, 'o> {
         [
             ("packing", json!(t.packing)),
             ("max_length", json!(t.max_length.filter(|_| t.packing))),
-            ("group_by_length", json!(t.group_by_length)),
             ("rows", json!(self.job.train.len())),
             ("per_device_train_batch_size", json!(t.per_device_train_batch_size)),
             ("gradient_accumulation_steps", json!(t.gradient_accumulation_steps)),
             ("data_seed", json!(t.data_seed)),
+            ("order", json!(t.order)),
         ]
     }
 
