@@ -79,6 +79,13 @@ pub struct Kernels {
     pub adamw_row: AdamRow,
 }
 
+impl Kernels {
+    /// Whether products of bf16 are faster than those of f32, so that they are what "best" means.
+    pub fn prefers_bf16(&self) -> bool {
+        self.pairs.is_some_and(|pairs| pairs.fast)
+    }
+}
+
 /// Every table this machine can run, best first; the last is always `scalar`.
 pub fn available() -> &'static [Kernels] {
     static TABLES: OnceLock<Vec<Kernels>> = OnceLock::new();
