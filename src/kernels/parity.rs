@@ -222,9 +222,8 @@ fn dropout_masks_are_the_scalar_generators_to_the_bit() {
         let x = floats(n, 33);
         for (first, threshold) in [(0, 0), (0, 1 << 30), (8, 3 << 30), (0x7FFF_FFF0, u32::MAX)] {
             let mask = Mask { key: [3407, 17], counter: [u32::MAX, 5, 9], first, threshold, scale: 1.25 };
-            let word = |i: usize| {
-                philox4x32_10([(first as usize / 4 + i / 4) as u32, u32::MAX, 5, 9], [3407, 17])[i % 4]
-            };
+            let word =
+                |i: usize| philox4x32_10([(first as usize / 4 + i / 4) as u32, u32::MAX, 5, 9], [3407, 17])[i % 4];
             let want: Vec<f32> = (0..n).map(|i| if word(i) >= threshold { x[i] * 1.25 } else { 0.0 }).collect();
             let (mut copied, mut in_place, mut added) = (vec![9.0; n], x.clone(), vec![1.0; n]);
             (table.dropout_row)(&mask, Masked::Copy(&x), &mut copied);

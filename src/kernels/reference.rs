@@ -3,8 +3,8 @@
 //! Sums run in f64, left to right, except the GEMM tile, whose f32 sum over p is left to right as well.
 
 use super::Kernels;
+use super::attention::{Attention, Block, DIMS, Few, Gradients, KEYS, PAD, QUERIES, QUERY_STRIDE, Softmax, Upstream};
 use super::elementwise::{adamw_row_scalar, dropout_row_scalar};
-use super::attention::{Attention, Block, Few, Gradients, KEYS, Softmax, Upstream, PAD, DIMS, QUERIES, QUERY_STRIDE};
 use super::gemm::{GemmTile, PairKernels, PanelA, reference as twin};
 
 const TILE: GemmTile = GemmTile { mr: twin::MR, nr: twin::NR, panel_a: PanelA::Columns, run: twin::tile_f32 };
@@ -34,7 +34,14 @@ pub(super) fn table() -> Kernels {
         max_row,
         exp_row,
         round_bf16,
-        attention: Attention { panel: PANEL, forward: attend, backward: attend_backward, few: attend_few },
+        attention: Attention {
+            panel: PANEL,
+            forward: attend,
+            backward: attend_backward,
+            softmax,
+            slopes,
+            few: attend_few,
+        },
         rope_row,
         rms_norm_gain,
         dropout_row: dropout_row_scalar,
@@ -163,22 +170,47 @@ fn softmax_row(scores: &mut [f32], c: f32, bf16: bool, max: &mut f32, sum: &mut 
     (*max, *sum) = (new_max, total as f32);
 }
 
+fn softmax(t: &Block<'_>, st: &mut Softmax<'_>) {
+    let width = t.width();
+    for i in 0..t.n {
+        let (row, seen) = (&mut st.scores[i * KEYS..][..t.keys], t.seen(i));
+        row[seen..].fill(0.0);
+        if seen > 0 {
+            let c = t.scale * std::f32::consts::LOG2_E;
+            let acc = &mut st.acc[i * width..][..width];
+            softmax_row(&mut row[..seen], c, t.bf16, &mut st.max[i], &mut st.sum[i], acc);
+        }
+    }
+}
+
+/// `out[i, j] = q_i · k_j` of packed queries and panels, where query i sees key j.
+fn scores(t: &Block<'_>, q: &[f32], panels: &[f32], out: &mut [f32]) {
+    for i in 0..t.n {
+        for j in 0..t.seen(i) {
+            out[i * KEYS + j] = score(t, q, panels, i, j);
+        }
+    }
+}
+
 fn attend(t: &Block<'_>, v_rows: &[f32], st: &mut Softmax<'_>) {
     t.check();
     let width = t.width();
+    scores(t, t.q, t.k_panels, st.scores);
+    softmax(t, st);
     for i in 0..t.n {
-        let seen = t.seen(i);
-        if seen == 0 {
-            continue;
+        for (p, v) in st.scores[i * KEYS..][..t.keys].iter().zip(v_rows.chunks_exact(width)) {
+            axpy(*p, v, &mut st.acc[i * width..][..width]);
         }
-        let row = &mut st.scores[i * KEYS..][..seen];
-        for (j, s) in row.iter_mut().enumerate() {
-            *s = score(t, t.q, t.k_panels, i, j);
-        }
-        let acc = &mut st.acc[i * width..][..width];
-        softmax_row(row, t.scale * std::f32::consts::LOG2_E, t.bf16, &mut st.max[i], &mut st.sum[i], acc);
-        for (p, v) in row.iter().zip(v_rows.chunks_exact(width)) {
-            axpy(*p, v, acc);
+    }
+}
+
+fn slopes(t: &Block<'_>, lse: &[f32], delta: &[f32], p: &mut [f32], ds: &mut [f32]) {
+    for i in 0..t.n {
+        let rows = p[i * KEYS..][..t.keys].iter_mut().zip(&mut ds[i * KEYS..][..t.keys]);
+        for (j, (p, ds)) in rows.enumerate() {
+            let power = if j < t.seen(i) { (t.scale * *p - lse[i]).exp() } else { 0.0 };
+            let slope = if j < t.seen(i) { power * (*ds - delta[i]) } else { 0.0 };
+            (*p, *ds) = (operand(power, t.bf16), operand(slope, t.bf16));
         }
     }
 }
@@ -186,11 +218,12 @@ fn attend(t: &Block<'_>, v_rows: &[f32], st: &mut Softmax<'_>) {
 fn attend_backward(t: &Block<'_>, u: &Upstream<'_>, g: &mut Gradients<'_>) {
     t.check();
     let width = t.width();
+    scores(t, t.q, t.k_panels, g.p);
+    scores(t, u.dout, u.v_panels, g.ds);
+    slopes(t, u.lse, u.delta, g.p, g.ds);
     for i in 0..t.n {
         for j in 0..t.seen(i) {
-            let p = (t.scale * score(t, t.q, t.k_panels, i, j) - u.lse[i]).exp();
-            let ds = operand(p * (score(t, u.dout, u.v_panels, i, j) - u.delta[i]), t.bf16);
-            let p = operand(p, t.bf16);
+            let (p, ds) = (g.p[i * KEYS + j], g.ds[i * KEYS + j]);
             for d in 0..t.dim {
                 g.dv[j * width + d] += p * packed_query(u.dout, i, d);
                 g.dk[j * width + d] += ds * packed_query(t.q, i, d);
@@ -206,7 +239,8 @@ fn attend_few(t: &Few<'_>, st: &mut Softmax<'_>) {
         let q = &t.q[r * t.dim..][..t.dim];
         let acc = &mut st.acc[r * width..][..width];
         for j in 0..seen.min(t.keys) {
-            let rounded = |x: &[f32]| x[j * t.stride..][..t.dim].iter().map(|x| operand(*x, t.bf16)).collect::<Vec<_>>();
+            let rounded =
+                |x: &[f32]| x[j * t.stride..][..t.dim].iter().map(|x| operand(*x, t.bf16)).collect::<Vec<_>>();
             let mut row = [dot(q, &rounded(t.k))];
             let c = t.scale * std::f32::consts::LOG2_E;
             softmax_row(&mut row, c, t.bf16, &mut st.max[r], &mut st.sum[r], acc);

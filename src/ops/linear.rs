@@ -4,9 +4,9 @@
 //! `du = scale · dy B`, `dA = duᵀ D(x)`, `dB = dyᵀ u`; a frozen W never gets a gradient, and costs none.
 
 use super::dropout::Dropout;
-use crate::kernels::elementwise::Masked;
 use super::matmul::{FEW_ROWS, Gemm, Into, Left, Mask, Operand, PackedA, Shape, Term, gemm, gemm_sum};
 use super::{Buf, Env, Grads, ParamId, Weight};
+use crate::kernels::elementwise::Masked;
 use rayon::prelude::*;
 
 /// The matrix of a layer, `[out, in]`.
