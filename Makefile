@@ -57,6 +57,11 @@ fmt: $(VENV)/ready ## format everything in place
 bench: $(VENV)/fetched ## Rust benchmarks, release profile
 	cargo bench --locked --offline --benches
 
+.PHONY: sanitize
+sanitize: $(VENV)/fetched ## Rust tests under AddressSanitizer (x86-64 Linux; builds everything anew, many minutes)
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo test --locked --offline --lib --test rust \
+		--target x86_64-unknown-linux-gnu --target-dir target/sanitize
+
 .PHONY: golden
 golden: $(GOLDEN_VENV)/ready ## make the golden files anew from torch, transformers, PEFT and bitsandbytes (heavy)
 	$(GOLDEN_VENV)/bin/python tests/golden/make_golden.py

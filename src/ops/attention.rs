@@ -312,7 +312,7 @@ fn forward_tile(
                 q: if form.is_some() { &[] } else { &packed_q[h * queries..][..queries] },
                 k_panels,
                 n,
-                keys: KEYS.min(first + n - k0),
+                keys: KEYS.min(segment.kv_len - k0),
                 dim,
                 ahead: first as isize - k0 as isize,
                 scale: shape.scale(),
