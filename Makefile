@@ -60,7 +60,7 @@ bench: $(VENV)/fetched ## Rust benchmarks, release profile
 .PHONY: sanitize
 sanitize: $(VENV)/fetched ## Rust tests under AddressSanitizer (x86-64 Linux; builds everything anew, many minutes)
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo test --locked --offline --lib --test rust \
-		--target x86_64-unknown-linux-gnu --target-dir target/sanitize
+		--target x86_64-unknown-linux-gnu --target-dir target/sanitize --config 'profile.dev.package."*".opt-level=1'
 
 .PHONY: golden
 golden: $(GOLDEN_VENV)/ready ## make the golden files anew from torch, transformers, PEFT and bitsandbytes (heavy)
