@@ -41,8 +41,9 @@ fn pairs(n: usize, seed: u32) -> Vec<f32> {
     words
 }
 
-/// The element in row `i` and word `p` of an A panel.
-fn a_at(tile: &GemmTile, a: &[f32], i: usize, p: usize) -> f32 {
+/// The element in row `i` and word `p` of A panels.
+fn a_at(tile: &GemmTile, a: &[f32], depth: usize, i: usize, p: usize) -> f32 {
+    let (a, i) = (&a[i / tile.mr * tile.mr * depth..], i % tile.mr);
     match tile.panel_a {
         PanelA::Columns => a[p * tile.mr + i],
         PanelA::Rows => a[(p / 16 * tile.mr + i) * 16 + p % 16],
@@ -51,8 +52,10 @@ fn a_at(tile: &GemmTile, a: &[f32], i: usize, p: usize) -> f32 {
 
 fn check_tile(what: &str, tile: &GemmTile, make: impl Fn(usize, u32) -> Vec<f32>, product: impl Fn(f32, f32) -> f64) {
     for depth in [16, 64, 272].into_iter().chain([1, 7, 257].into_iter().filter(|_| tile.panel_a == PanelA::Columns)) {
-        let (a, b) = (make(depth * tile.mr, 1), make(depth * tile.nr, 2));
-        for (rows, cols) in [(tile.mr, tile.nr), (tile.mr, tile.nr - 1), (1, tile.nr), (tile.mr - 1, 3), (1, 1)] {
+        let b = make(depth * tile.nr, 2);
+        let (mr, nr) = (tile.mr, tile.nr);
+        for (rows, cols) in [(mr, nr), (mr, nr - 1), (1, nr), (mr - 1, 3), (1, 1), (2 * mr + 1, nr), (3 * mr, 5)] {
+            let a = make(depth * rows.next_multiple_of(mr), 1);
             for (alpha, add) in [(1.0, false), (1.0, true), (0.5, true), (-2.0, false)] {
                 let stride = tile.nr + 5;
                 let old = floats((rows + 3) * stride, 3);
@@ -62,7 +65,8 @@ fn check_tile(what: &str, tile: &GemmTile, make: impl Fn(usize, u32) -> Vec<f32>
                 let mut want = old.clone();
                 for i in 0..rows {
                     for j in 0..cols {
-                        let sum: f64 = (0..depth).map(|p| product(a_at(tile, &a, i, p), b[p * tile.nr + j])).sum();
+                        let sum: f64 =
+                            (0..depth).map(|p| product(a_at(tile, &a, depth, i, p), b[p * tile.nr + j])).sum();
                         let out = &mut want[(i + 2) * stride + j + 1];
                         *out = (f64::from(alpha) * sum + if add { f64::from(*out) } else { 0.0 }) as f32;
                     }
@@ -105,10 +109,22 @@ fn packing_is_exact() {
             let (stride, width, first) = (depth + 3, count + 4, 2);
             let data = floats(count * stride, 20);
             let rows = Rows { data: &data[..(count - 1) * stride + depth], stride, count, depth };
-            let (mut got, mut want) = (floats(depth * width, 21), floats(depth * width, 21));
-            (table.transpose)(rows, &mut got, width, first);
-            (twin.transpose)(rows, &mut want, width, first);
-            assert_eq!(got, want, "{} transpose {count} x {depth}", table.isa);
+            let what = format!("{} {count} x {depth}", table.isa);
+            for (width, first) in [(width, first), (count, 0), (count + 20, 0)] {
+                let old = floats(depth * width, 21);
+                let (mut got, mut want) = (old.clone(), old.clone());
+                (table.transpose)(rows, &mut got, width, first);
+                (twin.transpose)(rows, &mut want, width, first);
+                let behind = |x: usize| x % width >= first + count && got[x] == 0.0;
+                assert!((0..got.len()).all(|x| got[x] == want[x] || behind(x)), "transpose {what} in {width}");
+                assert!(got[..first].iter().eq(&old[..first]), "transpose {what} in {width}: before the first column");
+            }
+            for width in [depth, depth + 3] {
+                let (mut got, mut want) = (floats(count * width, 21), floats(count * width, 21));
+                (table.copy_rows)(rows, &mut got, width);
+                (twin.copy_rows)(rows, &mut want, width);
+                assert_eq!(got, want, "copy_rows {what} in {width}");
+            }
         }
         for n in LENGTHS {
             let halves: Vec<u16> = floats(n, 22).iter().map(|x| (x.to_bits() >> 16) as u16).collect();

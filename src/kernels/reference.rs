@@ -23,6 +23,7 @@ pub(super) fn table() -> Kernels {
             nf4: twin::nf4_halves,
         }),
         transpose: twin::transpose,
+        copy_rows: twin::copy_rows,
         nf4_blocks: twin::nf4_blocks,
         widen: twin::widen,
         dot,

@@ -128,8 +128,9 @@ fn scores(form: &Form, t: &Block<'_>, a: &[f32], b: &[f32], out: &mut [f32]) {
     let (mr, nr, depth) = (form.tile.mr, form.tile.nr, form.depth(t.dim));
     let mut c = TileMut::whole(out, KEYS, t.n, t.keys);
     for (j, b) in (0..t.keys).step_by(nr).zip(b.chunks_exact(nr * depth)) {
-        for i in (t.first_query(j) / mr * mr..t.n).step_by(mr) {
-            (form.tile.run)(&a[i * depth..][..mr * depth], b, TileC { c: &mut c, i, j, alpha: 1.0, add: false });
+        let i = t.first_query(j) / mr * mr;
+        if i < t.n {
+            (form.tile.run)(&a[i * depth..], b, TileC { c: &mut c, i, j, alpha: 1.0, add: false });
         }
     }
 }

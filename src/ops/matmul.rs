@@ -279,13 +279,13 @@ fn multiply(ctx: &Ctx, form: &Form, shape: Shape, sides: &[Side<'_>], mut tile: 
             for band in (0..rows).step_by(MC.next_multiple_of(mr)) {
                 let band_end = rows.min(band + MC.next_multiple_of(mr));
                 for (j, b_panel) in b_block.chunks_exact(depth * nr).enumerate() {
-                    for i in (band..band_end).step_by(mr) {
-                        let a_panel = &a_block[(row0 + i) * depth..][..depth * mr];
-                        let Some(mask) = term.mask else {
-                            let c = &mut tile;
-                            run(a_panel, b_panel, TileC { c, i, j: j * nr, alpha: shape.alpha, add });
-                            continue;
-                        };
+                    let strip = &a_block[(row0 + band) * depth..(row0 + band_end.next_multiple_of(mr)) * depth];
+                    let Some(mask) = term.mask else {
+                        let c = &mut tile;
+                        run(strip, b_panel, TileC { c, i: band, j: j * nr, alpha: shape.alpha, add });
+                        continue;
+                    };
+                    for (i, a_panel) in (band..band_end).step_by(mr).zip(strip.chunks_exact(depth * mr)) {
                         let (height, width) = (mr.min(rows - i), nr.min(cols - j * nr));
                         let piece = sized(piece, mr * nr);
                         let c = &mut TileMut::whole(piece, nr, height, width);

@@ -1,6 +1,7 @@
 //! AVX2 + FMA: 8 lanes of f32. GEMM tile 6 x 16: 12 accumulators, 2 of B, 1 broadcast of A fill 15 of 16 registers.
 //! bf16 rounding adds 0x7FFF + the lowest kept bit; NF4 looks eight indices up in two 8-entry registers and blends.
 
+use crate::kernels::gemm::Rows as Matrix;
 use crate::kernels::generic::Simd;
 use std::arch::x86_64::*;
 
@@ -201,7 +202,8 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
-    fn transpose(self, src: &[f32], stride: usize, rows: usize, depth: usize, out: &mut [f32], width: usize) {
+    fn transpose(self, rows: Matrix<'_>, out: &mut [f32], width: usize, spill: bool) {
+        let Matrix { data: src, stride, count: rows, depth } = rows;
         assert!(rows <= 8 && depth <= 8);
         let mut r = [self.splat(0.0); 8];
         for (i, r) in r.iter_mut().enumerate() {
@@ -234,7 +236,11 @@ impl Simd for Avx2 {
         for (p, column) in columns.iter().enumerate() {
             if p < depth {
                 let out = &mut out[p * width..];
-                if rows == 8 { self.store(*column, out) } else { self.store_tail(*column, &mut out[..rows]) }
+                if rows == 8 || (spill && out.len() >= 8) {
+                    self.store(*column, out);
+                } else {
+                    self.store_tail(*column, &mut out[..rows]);
+                }
             }
         }
     }

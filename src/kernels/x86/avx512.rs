@@ -1,6 +1,7 @@
 //! AVX-512 F/BW/DQ/VL: 16 lanes of f32. GEMM tile 12 x 32: 24 accumulators, 2 of B, broadcasts of A from memory.
 //! The 16-entry NF4 table is one register, looked up with `vpermps`.
 
+use crate::kernels::gemm::Rows as Matrix;
 use crate::kernels::generic::Simd;
 use std::arch::x86_64::*;
 
@@ -198,7 +199,8 @@ impl Simd for Avx512 {
         })
     }
     #[inline(always)]
-    fn transpose(self, src: &[f32], stride: usize, rows: usize, depth: usize, out: &mut [f32], width: usize) {
+    fn transpose(self, rows: Matrix<'_>, out: &mut [f32], width: usize, spill: bool) {
+        let Matrix { data: src, stride, count: rows, depth } = rows;
         assert!(rows <= 16 && depth <= 16);
         let mut r = [self.splat(0.0); 16];
         for (i, r) in r.iter_mut().enumerate() {
@@ -240,7 +242,11 @@ impl Simd for Avx512 {
         for (p, column) in columns.iter().enumerate() {
             if p < depth {
                 let out = &mut out[p * width..];
-                if rows == 16 { self.store(*column, out) } else { self.store_tail(*column, &mut out[..rows]) }
+                if rows == 16 || (spill && out.len() >= 16) {
+                    self.store(*column, out);
+                } else {
+                    self.store_tail(*column, &mut out[..rows]);
+                }
             }
         }
     }

@@ -20,6 +20,7 @@ macro_rules! instantiate {
                 },
                 pairs: None,
                 transpose: |rows, out, width, first| instantiate!(@enter $token, transpose(rows, out, width, first)),
+                copy_rows: |rows, out, width| instantiate!(@enter $token, copy_rows(rows, out, width)),
                 nf4_blocks: |packed, scales, block, code, round, out| {
                     instantiate!(@enter $token, nf4_blocks(packed, scales, block, code, round, out))
                 },
@@ -58,6 +59,7 @@ macro_rules! instantiate {
         );
         instantiate!(@functions gemm, $token, $features,
             transpose(rows: Rows<'_>, out: &mut [f32], width: usize, first: usize) -> ();
+            copy_rows(rows: Rows<'_>, out: &mut [f32], width: usize) -> ();
             nf4_blocks(packed: &[u8], scales: &[f32], block: usize, code: &[f32; 16], round: bool, out: &mut [f32]) -> ();
             widen(x: &[u16], out: &mut [f32]) -> ();
         );
