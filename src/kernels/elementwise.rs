@@ -150,7 +150,7 @@ pub(super) fn dropout_row_scalar(m: &Mask, how: Masked<'_>, y: &mut [f32]) {
 #[inline(always)]
 pub(super) fn rope_row<S: Simd>(s: S, x: &mut [f32], cos: &[f32], sin: &[f32], sign: f32) {
     let half = cos.len();
-    assert!(sin.len() == half && x.len() % (2 * half) == 0, "rope_row: lengths differ");
+    assert!(sin.len() == half && x.len().is_multiple_of(2 * half), "rope_row: lengths differ");
     let (body, sign) = (half - half % S::LANES, s.splat(sign));
     for head in x.chunks_exact_mut(2 * half) {
         let (x1, x2) = head.split_at_mut(half);

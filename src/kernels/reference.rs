@@ -117,7 +117,7 @@ fn exp_row(x: &mut [f32], scale: f32, shift: f32) -> f32 {
 
 fn rope_row(x: &mut [f32], cos: &[f32], sin: &[f32], sign: f32) {
     let half = cos.len();
-    assert!(sin.len() == half && x.len() % (2 * half) == 0, "rope_row: lengths differ");
+    assert!(sin.len() == half && x.len().is_multiple_of(2 * half), "rope_row: lengths differ");
     for head in x.chunks_exact_mut(2 * half) {
         let (first, second) = head.split_at_mut(half);
         for (((x1, x2), c), s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
@@ -161,7 +161,9 @@ fn operand(x: f32, bf16: bool) -> f32 {
 fn softmax_row(scores: &mut [f32], c: f32, bf16: bool, max: &mut f32, sum: &mut f32, acc: &mut [f32]) {
     let new_max = scores.iter().fold(*max, |m, s| m.max(s * c));
     let shrink = (*max - new_max).exp2();
-    acc.iter_mut().for_each(|o| *o *= shrink);
+    for o in acc.iter_mut() {
+        *o *= shrink;
+    }
     let mut total = f64::from(*sum * shrink);
     for score in scores {
         let p = (*score * c - new_max).exp2();

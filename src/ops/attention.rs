@@ -409,7 +409,9 @@ fn merge(parts: &[f32], (rows, width): (usize, usize), row: usize, out: &mut [f3
             *o += weight * a;
         }
     }
-    out.iter_mut().for_each(|o| *o /= sum);
+    for o in out.iter_mut() {
+        *o /= sum;
+    }
     (max + sum.log2()) * std::f32::consts::LN_2
 }
 
@@ -608,8 +610,8 @@ fn backward_cell(
                 let rows = |data| Rows { data, stride: shape.q_width(), count: n, dim };
                 let (q, dout) = (rows(&f.q[at..]), rows(&dout[at..]));
                 let v_transposed = v_panels;
-                let b = pairs::Backward { q, dout, v_transposed, k_rows, lse, delta, p, ds, dq, dk, dv };
-                pairs::backward(ctx, form, &block, b, &mut scratch.pairs);
+                let mut b = pairs::Backward { q, dout, v_transposed, k_rows, lse, delta, p, ds, dq, dk, dv };
+                pairs::backward(ctx, form, &block, &mut b, &mut scratch.pairs);
             } else {
                 pack_queries(&f.q[at..], shape.q_width(), n, dim, q);
                 pack_queries(&dout[at..], shape.q_width(), n, dim, packed_dout);
@@ -688,7 +690,7 @@ mod tests {
                 }
             }
         }
-        println!("pairs multiplied by: {seen:?}");
+        eprintln!("pairs multiplied by: {seen:?}");
     }
 
     #[test]

@@ -108,7 +108,7 @@ pub(super) struct Backward<'a> {
 }
 
 /// Adds one block's part to the gradients of its queries, keys and values; dq and dk lack the factor `scale`.
-pub(super) fn backward(ctx: &Ctx, form: &Form, t: &Block<'_>, b: Backward<'_>, scratch: &mut Scratch) {
+pub(super) fn backward(ctx: &Ctx, form: &Form, t: &Block<'_>, b: &mut Backward<'_>, scratch: &mut Scratch) {
     pack_queries(ctx, form, b.q, 0, scratch);
     let Scratch { q, dout, q_right, dout_right, panel, words } = scratch;
     pack_left(ctx, form, b.dout, dout, words);

@@ -11,16 +11,17 @@ pub const MAP_LEN: usize = 256;
 /// Bits of a magnitude below those that select a bucket of [`DynamicMap::encode`]: exponent and five bits of mantissa.
 const BUCKET_SHIFT: u32 = 18;
 
+/// The largest number of bounds in a bucket, of both maps.
+const STEPS: usize = 3;
+
 /// A sorted table of 256 values in [-1, 1] and a fast way from a number to the nearest entry.
 #[derive(Debug, Clone)]
 pub struct DynamicMap {
     values: [f32; MAP_LEN],
-    /// `bounds[i]` is the midpoint of `values[i]` and `values[i + 1]`; infinity after the last value.
-    bounds: [f32; MAP_LEN],
+    /// `bounds[i]` is the midpoint of `values[i]` and `values[i + 1]`; infinity from the last value on.
+    bounds: [f32; MAP_LEN + STEPS],
     /// For each bucket of magnitudes, the code of the smallest number in it: of a positive, and of a negative one.
     first: [Vec<u8>; 2],
-    /// The largest number of bounds in a bucket.
-    steps: usize,
 }
 
 impl DynamicMap {
@@ -37,7 +38,7 @@ impl DynamicMap {
     }
 
     fn new(values: &[f32; MAP_LEN]) -> Self {
-        let mut bounds = [f32::INFINITY; MAP_LEN];
+        let mut bounds = [f32::INFINITY; MAP_LEN + STEPS];
         for (bound, pair) in bounds.iter_mut().zip(values.windows(2)) {
             *bound = f32::midpoint(pair[0], pair[1]);
         }
@@ -48,8 +49,8 @@ impl DynamicMap {
         let negative: Vec<u8> = buckets.clone().map(|bucket| below(-edge(bucket + 1))).collect();
         let up = buckets.clone().zip(&positive).map(|(bucket, &first)| below(edge(bucket + 1)) - first);
         let down = buckets.zip(&negative).map(|(bucket, &first)| below(-edge(bucket)) - first);
-        let steps = usize::from(up.chain(down).max().unwrap_or(0));
-        Self { values: *values, bounds, first: [positive, negative], steps }
+        assert!(up.chain(down).all(|bounds| usize::from(bounds) <= STEPS), "a bucket holds more than {STEPS} bounds");
+        Self { values: *values, bounds, first: [positive, negative] }
     }
 
     /// The 256 values, ascending.
@@ -71,14 +72,12 @@ impl DynamicMap {
         if x.is_nan() {
             return 0;
         }
-        // From the code of the bucket's smallest number up, always by the same number of steps: a loop that ends early is
-        // mispredicted half of the time.
+        // The code of the bucket's smallest number, and one more for each of the bucket's bounds below x. A search that ends
+        // early is mispredicted half of the time, and one that follows the code waits for every compare.
         let bucket = (x.abs().min(1.0).to_bits() >> BUCKET_SHIFT) as usize;
-        let mut code = self.first[usize::from(x < 0.0)][bucket];
-        for _ in 0..self.steps {
-            code += u8::from(self.bounds[usize::from(code)] < x);
-        }
-        code
+        let first = self.first[usize::from(x < 0.0)][bucket];
+        let bounds = &self.bounds[usize::from(first)..usize::from(first) + STEPS];
+        first + bounds.iter().map(|&bound| u8::from(bound < x)).sum::<u8>()
     }
 }
 
@@ -172,7 +171,7 @@ mod tests {
             }
             probes.extend([0.0, -0.0, 1e-30, -1e-30, 1.0, -1.0, 2.0, -2.0, f32::MIN_POSITIVE]);
             for x in probes {
-                let want = map.bounds.iter().filter(|&&bound| bound < x).count();
+                let want = map.bounds[..MAP_LEN - 1].iter().filter(|&&bound| bound < x).count();
                 assert_eq!(usize::from(map.encode(x)), want, "{x:e}");
             }
             for code in 0..=255u8 {
