@@ -62,6 +62,11 @@ sanitize: $(VENV)/fetched ## Rust tests under AddressSanitizer (x86-64 Linux; bu
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo test --locked --offline --lib --test rust \
 		--target x86_64-unknown-linux-gnu --target-dir target/sanitize --config 'profile.dev.package."*".opt-level=1'
 
+.PHONY: bench-train
+bench-train: $(VENV)/installed ## seconds, tokens and memory of training steps; PEER=python with torch, peft, bitsandbytes
+	$(BIN)/python benches/train.py --shape llama-3.2-1b-4l --batch 1 --seq 512 $(if $(PEER),--peer-python $(PEER))
+	$(BIN)/python benches/train.py --shape llama-3.2-1b-4l --batch 8 --seq 512 --real-lengths
+
 .PHONY: golden
 golden: $(GOLDEN_VENV)/ready ## make the golden files anew from torch, transformers, PEFT and bitsandbytes (heavy)
 	$(GOLDEN_VENV)/bin/python tests/golden/make_golden.py

@@ -28,9 +28,12 @@ from rustune._native import (
     set_num_threads,
 )
 from rustune.callbacks import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
-from rustune.chat_templates import get_chat_template, standardize_sharegpt
+from rustune.chat_templates import CHAT_TEMPLATES, get_chat_template, standardize_data_formats, standardize_sharegpt
 from rustune.config import SFTConfig, TrainingArguments
+from rustune.marking import preview
 from rustune.models import FastLanguageModel, Model
+from rustune.sharegpt import to_sharegpt
+from rustune.text_templates import apply_chat_template
 from rustune.tokenizer import Tokenizer
 from rustune.trainer import SFTTrainer, TrainOutput, train_on_responses_only
 
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 FastModel = FastLanguageModel
 
 __all__ = [
+    "CHAT_TEMPLATES",
     "AdapterError",
     "CheckpointError",
     "ConfigError",
@@ -64,14 +68,18 @@ __all__ = [
     "TrainingArguments",
     "WeightsError",
     "__version__",
+    "apply_chat_template",
     "get_chat_template",
     "info",
     "is_bf16_supported",
     "is_bfloat16_supported",
     "nf4",
     "num_threads",
+    "preview",
     "set_num_threads",
+    "standardize_data_formats",
     "standardize_sharegpt",
+    "to_sharegpt",
     "train_on_responses_only",
 ]
 

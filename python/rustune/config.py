@@ -58,6 +58,7 @@ _ENGINE: Final[dict[str, type]] = {
     "seed": int,
     "data_seed": int,
     "output_dir": str,
+    "train_sampling_strategy": str,
     "max_length": int,
     "packing": bool,
     "group_by_length": bool,
@@ -231,10 +232,11 @@ class TrainingArguments:
     bf16_full_eval: bool = False
     tf32: bool | None = None
     group_by_length: bool = False
+    train_sampling_strategy: Any = None
     length_column_name: str = "length"
     auto_find_batch_size: bool = False
     full_determinism: bool = False
-    gradient_checkpointing: bool | None = None
+    gradient_checkpointing: bool | str | None = None
     gradient_checkpointing_kwargs: Any = None
     report_to: Any = None
     run_name: str | None = None
@@ -294,6 +296,8 @@ class TrainingArguments:
             value = _plain(getattr(self, name))
             if value and value not in passes:
                 raise ConfigError(f"{name} = {value!r}: not there yet; leave it out")
+        if self.packing and self.packing_strategy != "bfd":
+            raise ConfigError(f"packing_strategy = {self.packing_strategy!r}: not there yet; expected 'bfd'")
         if self.fp16 and self.bf16:
             raise ConfigError("fp16 = True: contradicts bf16 = True; dtype of from_pretrained chooses the arithmetic")
         self._check_report_to()
@@ -433,6 +437,11 @@ def settings_from(args: Any) -> TrainingArguments:
     reporters = written.pop("report_to", None)
     if reporters and reporters not in ("none", ["none"], "all"):
         warnings.warn(f"report_to = {reporters}: not there yet; nothing is reported", stacklevel=3)
+    # Their default, and not a wish to keep every layer: what the model was loaded with decides.
+    if written.get("gradient_checkpointing") is False:
+        del written["gradient_checkpointing"]
+    if written.pop("train_sampling_strategy", None) == "group_by_length":
+        written["group_by_length"] = True
     known = {entry.name for entry in fields(TrainingArguments)}
     return TrainingArguments(**{name: value for name, value in written.items() if name in known})
 

@@ -266,6 +266,25 @@ def _dtype_name(dtype: Any) -> str | None:
     return name
 
 
+def checkpointing_name(asked: bool | str) -> str:
+    """Returns the engine's name of `use_gradient_checkpointing`.
+
+    Args:
+        asked: `unsloth`, True or False.
+
+    Returns:
+        `unsloth`, `true` or `false`.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
+    if asked in (True, False):
+        return "true" if asked else "false"
+    if asked != "unsloth":
+        raise ConfigError(f'use_gradient_checkpointing = {asked!r}: expected "unsloth", True or False')
+    return "unsloth"
+
+
 def native_tokenizer(tokenizer: Any) -> _native.Tokenizer | None:
     """Returns the compiled tokenizer behind a tokenizer object.
 
@@ -315,17 +334,18 @@ class Model:
         *,
         name_or_path: str = "",
         max_seq_length: int = 2048,
-        recompute: bool = True,
+        checkpointing: str = "unsloth",
         adapter: dict[str, Any] | None = None,
     ) -> None:
         self.native = native
         self.tokenizer = tokenizer
         self.name_or_path = name_or_path
         self.max_seq_length = max_seq_length
-        self.recompute = recompute
+        self.checkpointing = checkpointing
         self.adapter = adapter
         self.config = ModelConfig(json.loads(native.config), name_or_path)
         self.training = False
+        self._lm_head_bits: int | None = None
         # Kept here because the engine answers nothing while it trains, and callbacks ask.
         self.dtype: str = native.dtype
         self.vocab_size: int = native.vocab_size
@@ -560,25 +580,42 @@ class Model:
             return str(self.adapter["base_model_name_or_path"])
         return os.path.abspath(self.name_or_path) if os.path.isdir(self.name_or_path) else self.name_or_path
 
-    def for_inference(self) -> Model:
-        """Makes ready for generating; nothing needs doing.
+    def for_inference(self, *, lm_head_bits: int | None = None) -> Model:
+        """Makes ready for generating; nothing needs doing, but the head may be taken in 8 bits.
+
+        Args:
+            lm_head_bits: 8 generates with a copy of the LM head in 8 bits, 64 weights to a scale: half the bytes of a
+                bfloat16 head, which is half of what a token of a small model reads. None takes the head as it is.
+                Losses, logits and training never use the copy.
 
         Returns:
             The model.
+
+        Raises:
+            ConfigError: For other bits, or if the head is trained or its rows are no multiple of 64.
         """
+        self._set_lm_head_bits(lm_head_bits)
         return self.train(False)
+
+    def _set_lm_head_bits(self, bits: int | None) -> None:
+        if bits is not None and (isinstance(bits, bool) or bits != 8):
+            raise ConfigError(f"lm_head_bits = {bits!r}: expected 8 or None")
+        if bits != self._lm_head_bits:
+            self.native.set_lm_head_bits(bits)
+            self._lm_head_bits = bits
 
     def for_training(self, use_gradient_checkpointing: bool | str | None = None) -> Model:
         """Makes ready for training.
 
         Args:
-            use_gradient_checkpointing: Whether layers are recomputed in the backward; None leaves it.
+            use_gradient_checkpointing: `unsloth`, True or False, as in `from_pretrained`; None leaves it.
 
         Returns:
             The model.
         """
         if use_gradient_checkpointing is not None:
-            self.recompute = bool(use_gradient_checkpointing)
+            self.checkpointing = checkpointing_name(use_gradient_checkpointing)
+        self._set_lm_head_bits(None)
         return self.train()
 
     def train(self, mode: bool = True) -> Model:
@@ -705,7 +742,8 @@ class FastLanguageModel:
             rope_scaling: Not there yet: that of the files applies.
             fix_tokenizer: Makes no difference: a pad token is always found.
             trust_remote_code: Makes no difference: no code of a repository is ever run.
-            use_gradient_checkpointing: Whether layers are recomputed in the backward; False takes more memory.
+            use_gradient_checkpointing: How many layers are computed again in the backward: `unsloth`, as few as the
+                memory there is allows; True, every layer; False, none. The results are the same.
             resize_model_vocab: Not there yet.
             revision: Branch, tag or commit on the hub.
             random_state: Makes no difference: loading draws no numbers.
@@ -761,7 +799,8 @@ class FastLanguageModel:
         if adapter_folder is not None:
             name = _base_of(adapter_folder)
             folder = resolve(name, None)
-        native = _native.Model.load(folder, _dtype_name(dtype), json.dumps(quantization))
+        room = None if max_seq_length is None else int(max_seq_length)
+        native = _native.Model.load(folder, _dtype_name(dtype), json.dumps(quantization), room)
         adapter = None
         if adapter_folder is not None:
             adapter = json.loads(native.load_adapter(adapter_folder))
@@ -774,13 +813,21 @@ class FastLanguageModel:
             warnings.warn(f"{folder}: has no tokenizer files; only rows of token ids can be used", stacklevel=2)
         elif max_seq_length is not None:
             tokenizer.model_max_length = length
-        if length > native.max_position_embeddings and max_seq_length is not None:
+        if native.max_position_embeddings > native.original_positions:
             warnings.warn(
-                f"max_seq_length = {length}: the model was made for {native.max_position_embeddings} tokens at most",
+                f"max_seq_length = {length}: the model was made for {native.original_positions} tokens at most; its "
+                f"positions are divided by {native.max_position_embeddings / native.original_positions:.4g} (linear "
+                "rope scaling), so expect it to need some training",
                 stacklevel=2,
             )
-        recompute = bool(use_gradient_checkpointing)
-        model = Model(native, tokenizer, name_or_path=name, max_seq_length=length, recompute=recompute, adapter=adapter)
+        model = Model(
+            native,
+            tokenizer,
+            name_or_path=name,
+            max_seq_length=length,
+            checkpointing=checkpointing_name(use_gradient_checkpointing),
+            adapter=adapter,
+        )
         return model, tokenizer
 
     @staticmethod
@@ -821,7 +868,7 @@ class FastLanguageModel:
             layers_to_transform: A layer's number, or several; all if not given.
             layers_pattern: Not there yet.
             finetune_last_n_layers: Instead of `layers_to_transform`.
-            use_gradient_checkpointing: Whether layers are recomputed in the backward; None leaves it as loaded.
+            use_gradient_checkpointing: `unsloth`, True or False, as in `from_pretrained`; None leaves it as loaded.
             random_state: Seed of the adapter's first weights.
             max_seq_length: Longest row in training; None leaves it as loaded.
             use_rslora: Scale by `lora_alpha / sqrt(r)`.
@@ -855,7 +902,7 @@ class FastLanguageModel:
         if loftq_config:
             raise ConfigError(f"loftq_config = {dict(loftq_config)}: not there yet; leave it empty")
         if use_gradient_checkpointing is not None:
-            model.recompute = bool(use_gradient_checkpointing)
+            model.checkpointing = checkpointing_name(use_gradient_checkpointing)
         if max_seq_length is not None:
             model.max_seq_length = int(max_seq_length)
         if model.native.is_fully_trained:
@@ -887,16 +934,20 @@ class FastLanguageModel:
         return model
 
     @staticmethod
-    def for_inference(model: Model) -> Model:
-        """Makes a model ready for generating; nothing needs doing.
+    def for_inference(model: Model, *, lm_head_bits: int | None = None) -> Model:
+        """Makes a model ready for generating.
 
         Args:
             model: The model.
+            lm_head_bits: 8 generates with the LM head in 8 bits; None with the head as it is.
 
         Returns:
             The same model.
+
+        Raises:
+            ConfigError: For other bits, or if the head is trained or its rows are no multiple of 64.
         """
-        return model.for_inference()
+        return model.for_inference(lm_head_bits=lm_head_bits)
 
     @staticmethod
     def for_training(model: Model, use_gradient_checkpointing: bool | str | None = None) -> Model:
@@ -904,7 +955,7 @@ class FastLanguageModel:
 
         Args:
             model: The model.
-            use_gradient_checkpointing: Whether layers are recomputed in the backward; None leaves it.
+            use_gradient_checkpointing: `unsloth`, True or False, as in `from_pretrained`; None leaves it.
 
         Returns:
             The same model.

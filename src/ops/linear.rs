@@ -206,11 +206,11 @@ impl Linear {
 }
 
 /// The forwards of layers that share their input, which is packed once.
-pub fn forward_all(env: &Env<'_>, linears: &[&Linear], x: &[f32]) -> Vec<(Buf, Saved)> {
+pub fn forward_all<const N: usize>(env: &Env<'_>, linears: [&Linear; N], x: &[f32]) -> [(Buf, Saved); N] {
     let inputs = linears.first().map_or(1, |linear| linear.inputs);
     let packed = pack(env, x, inputs);
     let left = packed.as_ref().map_or(Left::Plain(Operand::rows(x, inputs)), Left::Packed);
-    linears.iter().map(|linear| linear.forward_packed(env, x, left)).collect()
+    linears.map(|linear| linear.forward_packed(env, x, left))
 }
 
 /// The backward of layers that share their input: the gradient of the input is one sum with one pass over `dx`.

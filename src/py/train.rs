@@ -1,11 +1,12 @@
 //! Training and evaluation behind `Model`'s methods, and the Python observer they report to.
 
 use super::json;
-use super::model::{Model, State, callback, write_weights};
+use super::model::{Model, callback, write_weights};
 use crate::config::TrainOptions;
 use crate::data::rows::Example;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
+use crate::train::plan::{Checkpointing, Run};
 use crate::train::{Control, Event, Job, Observer, Recompute, Settings, Status, run};
 use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
@@ -97,7 +98,7 @@ impl Observer for PyObserver {
 pub(super) struct Call {
     pub(super) eval: Option<Arc<Vec<Example>>>,
     pub(super) options: TrainOptions,
-    pub(super) recompute: Recompute,
+    pub(super) checkpointing: Checkpointing,
     pub(super) resume: Option<PathBuf>,
     pub(super) observer: Option<Py<PyAny>>,
     pub(super) tokenizer: Option<Arc<Tokenizer>>,
@@ -106,16 +107,21 @@ pub(super) struct Call {
 
 /// Trains a model on rows; returns the outcome as JSON.
 pub(super) fn train(model: &Model, rows: &[Example], call: Call) -> Result<String> {
-    let settings = Settings::new(call.options.resolve()?, rows.len(), call.recompute)?;
-    let mut state = model.write()?;
-    let State { core, adapter } = &mut *state;
+    let mut settings = Settings::new(call.options.resolve()?, rows, Recompute::EveryLayer)?;
+    let _training = model.start_training()?;
+    let n_tokens = settings.largest_micro_batch();
+    let state = model.read()?;
+    let forecast = Run::of(&state.core, settings.train.optimizer, n_tokens).forecast_here(call.checkpointing);
+    settings.recompute = forecast.recompute;
+    let adapter = state.adapter.clone();
+    drop(state);
     let write_model = |core: &crate::model::Model, folder: &Path| {
         write_weights(core, adapter.as_ref(), folder, call.base_model.as_deref())?;
         call.tokenizer.as_ref().map_or(Ok(()), |tokenizer| tokenizer.save(folder))
     };
     let eval = call.eval.unwrap_or_default();
     let job = Job {
-        model: core,
+        model,
         train: rows,
         eval: &eval,
         settings: &settings,
@@ -135,6 +141,19 @@ pub(super) fn train(model: &Model, rows: &[Example], call: Call) -> Result<Strin
         "log_history": status.log_history,
     })
     .to_string())
+}
+
+/// What `train` would take of this machine's memory, as JSON.
+pub(super) fn training_memory(
+    model: &Model,
+    rows: &[Example],
+    options: &TrainOptions,
+    asked: Checkpointing,
+) -> Result<String> {
+    let settings = Settings::new(options.resolve()?, rows, Recompute::EveryLayer)?;
+    let n_tokens = settings.largest_micro_batch();
+    let run = Run::of(&model.read()?.core, settings.train.optimizer, n_tokens);
+    Ok(json!(run.forecast_here(asked)).to_string())
 }
 
 /// Mean token loss over rows, and the number of tokens it is the mean of.

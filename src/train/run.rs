@@ -3,6 +3,7 @@
 //! Everything random or ordered is a function of the seed and the step, so a run can be taken up at any step. The loss of
 //! a step is the sum of its token losses over the number of its trained tokens, however they are split into micro-batches.
 
+use super::batches::Batches;
 use super::checkpoint;
 use super::clip::{clip_factor, global_norm};
 use super::optimizer::{Optimizer, ParamSlot, build};
@@ -10,7 +11,6 @@ use super::schedule::Schedule;
 use super::step::{MicroBatch, Recompute, StepOptions, forward_backward};
 use crate::config::train::{Plan, Train, When};
 use crate::data::collate::{Batch, collate};
-use crate::data::order::epoch_order;
 use crate::data::rows::Example;
 use crate::error::{Error, Result};
 use crate::io::os::with_pool;
@@ -29,18 +29,26 @@ pub struct Settings {
     pub train: Train,
     /// Steps and epochs for the rows at hand.
     pub plan: Plan,
+    /// Which rows make up each step.
+    pub batches: Batches,
     /// What the backward recomputes.
     pub recompute: Recompute,
 }
 
 impl Settings {
-    /// Settings for `n_rows` training rows.
+    /// Settings for these training rows.
     ///
     /// # Errors
     /// [`Error::Data`] if there are no rows.
-    pub fn new(train: Train, n_rows: usize, recompute: Recompute) -> Result<Self> {
-        let plan = train.plan(n_rows)?;
-        Ok(Self { train, plan, recompute })
+    pub fn new(train: Train, rows: &[Example], recompute: Recompute) -> Result<Self> {
+        let batches = Batches::new(&train, rows.iter().map(|row| row.input_ids.len()).collect());
+        let plan = train.plan(batches.n_units())?;
+        Ok(Self { train, plan, batches, recompute })
+    }
+
+    /// Tokens of the run's largest micro-batch.
+    pub fn largest_micro_batch(&self) -> usize {
+        self.batches.largest(&self.plan)
     }
 
     fn schedule(&self) -> Schedule {
@@ -125,10 +133,25 @@ pub trait Observer {
     fn poll(&mut self) -> Result<()>;
 }
 
+/// Where a run finds its model: it is lent for each piece of work, so that observers can use it in between.
+pub trait Lender: Sync {
+    /// Runs `work` on the model, which others may read meanwhile.
+    ///
+    /// # Errors
+    /// What `work` returns.
+    fn read(&self, work: &mut dyn FnMut(&Model) -> Result<()>) -> Result<()>;
+
+    /// Runs `work` on the model while nobody else uses it.
+    ///
+    /// # Errors
+    /// What `work` returns.
+    fn write(&self, work: &mut dyn FnMut(&mut Model) -> Result<()>) -> Result<()>;
+}
+
 /// What a run needs.
 pub struct Job<'a> {
-    /// The model; its trained tensors change.
-    pub model: &'a mut Model,
+    /// The model; its trained tensors change, and nothing else may change them meanwhile.
+    pub model: &'a dyn Lender,
     /// Training rows.
     pub train: &'a [Example],
     /// Evaluation rows; may be empty.
@@ -163,7 +186,14 @@ pub struct Outcome {
 /// [`Error::Checkpoint`] and [`Error::Weights`] for a checkpoint that does not fit, what the observer returns.
 /// The model is as after the last finished step.
 pub fn run(job: Job<'_>, observer: &mut dyn Observer) -> Result<Outcome> {
-    Run::new(job, observer)?.train()
+    let lender = job.model;
+    let outcome = Run::new(job, observer)?.train();
+    // What the activations took is free for whatever comes after training.
+    lender.read(&mut |model| {
+        model.ctx.pool.clear();
+        Ok(())
+    })?;
+    outcome
 }
 
 /// Mean token loss over `rows` and the number of trained tokens.
@@ -250,14 +280,17 @@ impl<'a, 'o> Run<'a, 'o> {
         if job.train.is_empty() {
             return Err(Error::data("train_dataset", "has no rows"));
         }
-        let params = &job.model.params;
-        if params.all().is_empty() {
+        let (mut sizes, mut grads) = (Vec::new(), Grads::default());
+        job.model.read(&mut |model| {
+            sizes = model.params.all().iter().map(|p| (p.name.clone(), p.data.len())).collect();
+            grads = Grads::zeros(&model.params);
+            Ok(())
+        })?;
+        if sizes.is_empty() {
             let expected = "nothing to train: call get_peft_model, or load with full_finetuning=True";
             return Err(Error::config("model", "no trainable tensor", expected));
         }
-        let sizes: Vec<_> = params.all().iter().map(|p| (p.name.clone(), p.data.len())).collect();
         let optimizer = build(job.settings.train.optimizer, job.settings.train.adam, &sizes);
-        let grads = Grads::zeros(params);
         let status = Status { max_steps: job.settings.plan.total_steps, ..Status::default() };
         let now = Instant::now();
         let mut run = Self {
@@ -297,7 +330,7 @@ impl<'a, 'o> Run<'a, 'o> {
                 self.observer.event(Event::Warning(&text), &self.status, &mut self.control)?;
             }
         }
-        checkpoint::load_params(folder, &mut self.job.model.params)?;
+        self.job.model.write(&mut |model| checkpoint::load_params(folder, &mut model.params))?;
         checkpoint::load_optimizer(folder, &mut *self.optimizer)?;
         self.status.step = step as usize;
         self.status.epoch = self.epoch_at(step as usize);
@@ -309,13 +342,16 @@ impl<'a, 'o> Run<'a, 'o> {
     }
 
     /// What the order of rows depends on.
-    fn fingerprint(&self) -> [(&'static str, Value); 4] {
+    fn fingerprint(&self) -> [(&'static str, Value); 7] {
         let t = &self.job.settings.train;
         [
+            ("packing", json!(t.packing)),
+            ("max_length", json!(t.max_length.filter(|_| t.packing))),
             ("rows", json!(self.job.train.len())),
             ("per_device_train_batch_size", json!(t.per_device_train_batch_size)),
             ("gradient_accumulation_steps", json!(t.gradient_accumulation_steps)),
             ("data_seed", json!(t.data_seed)),
+            ("order", json!(t.order)),
         ]
     }
 
@@ -340,16 +376,14 @@ impl<'a, 'o> Run<'a, 'o> {
         while self.status.step < self.job.settings.plan.total_steps && !self.control.stop {
             let (epoch, in_epoch) = (self.status.step / per_epoch, self.status.step % per_epoch);
             if order.0 != epoch {
-                order = (epoch, epoch_order(self.job.train.len(), self.job.settings.train.data_seed, epoch as u64));
+                order = (epoch, self.job.settings.batches.epoch(epoch));
                 self.tell(Event::EpochBegin)?;
             }
             self.control = Control::default();
             self.tell(Event::StepBegin)?;
-            let t = &self.job.settings.train;
-            let rows_per_step = t.per_device_train_batch_size * t.gradient_accumulation_steps;
-            let rows = &order.1[in_epoch * rows_per_step..((in_epoch + 1) * rows_per_step).min(order.1.len())];
-            rows_seen += rows.len();
-            let loss = self.step(rows)?;
+            let micro_batches = self.job.settings.batches.step(&order.1, in_epoch);
+            rows_seen += micro_batches.iter().map(Vec::len).sum::<usize>();
+            let loss = self.step(&micro_batches)?;
             self.status.step += 1;
             self.status.epoch = self.epoch_at(self.status.step);
             self.total_loss += loss;
@@ -404,16 +438,16 @@ impl<'a, 'o> Run<'a, 'o> {
         Ok(())
     }
 
-    /// One optimizer step over `rows`; returns its loss.
-    fn step(&mut self, rows: &[u32]) -> Result<f64> {
+    /// One optimizer step over the rows of its micro-batches; returns its loss.
+    fn step(&mut self, micro_batches: &[Vec<u32>]) -> Result<f64> {
         let s = self.job.settings;
-        let batches: Vec<_> = rows
-            .chunks(s.train.per_device_train_batch_size)
+        let batches: Vec<_> = micro_batches
+            .iter()
             .map(|rows| collate(&rows.iter().map(|&row| (&self.job.train[row as usize], row)).collect::<Vec<_>>()))
             .collect();
         let trained: usize = batches.iter().map(Batch::n_trained).sum();
         if trained == 0 {
-            let row = rows.first().copied().unwrap_or(0);
+            let row = micro_batches.iter().flatten().next().copied().unwrap_or(0);
             return Err(Error::data(format!("row {row} of train_dataset"), "no token of this step is trained"));
         }
         let n_batches = batches.len();
@@ -423,10 +457,16 @@ impl<'a, 'o> Run<'a, 'o> {
         for (i, batch) in batches.into_iter().enumerate() {
             self.status.tokens += batch.n_tokens();
             let (tokens, targets) = split(batch);
-            let (model, grads) = (&*self.job.model, &mut self.grads);
+            let (lender, grads) = (self.job.model, &mut self.grads);
             sum += computing(self.observer, |poll| {
                 let options = StepOptions { dropout, weight: 1.0 / trained as f32, recompute: s.recompute, poll };
-                forward_backward(model, &MicroBatch { tokens: &tokens, targets: &targets }, &options, grads)
+                let mut loss = 0.0;
+                lender.read(&mut |model| {
+                    let batch = MicroBatch { tokens: &tokens, targets: &targets };
+                    loss = forward_backward(model, &batch, &options, grads)?;
+                    Ok(())
+                })?;
+                Ok(loss)
             })?;
             if i + 1 < n_batches {
                 self.tell(Event::SubstepEnd)?;
@@ -446,16 +486,18 @@ impl<'a, 'o> Run<'a, 'o> {
         let norm = with_pool(|| Ok(global_norm(&grads.all().iter().map(Vec::as_slice).collect::<Vec<_>>())))?;
         self.grad_norm = norm;
         self.diverged("grad_norm", norm)?;
-        let (optimizer, grads, model) = (&mut self.optimizer, &self.grads, &mut *self.job.model);
-        with_pool(|| {
-            let mut slots: Vec<_> = model
-                .params
-                .all_mut()
-                .iter_mut()
-                .zip(grads.all())
-                .map(|(p, grad)| ParamSlot { name: &p.name, data: &mut p.data, grad, decay: p.decay })
-                .collect();
-            optimizer.step(&mut slots, lr, clip_factor(norm, s.train.max_grad_norm))
+        let (optimizer, grads) = (&mut self.optimizer, &self.grads);
+        self.job.model.write(&mut |model| {
+            with_pool(|| {
+                let mut slots: Vec<_> = model
+                    .params
+                    .all_mut()
+                    .iter_mut()
+                    .zip(grads.all())
+                    .map(|(p, grad)| ParamSlot { name: &p.name, data: &mut p.data, grad, decay: p.decay })
+                    .collect();
+                optimizer.step(&mut slots, lr, clip_factor(norm, s.train.max_grad_norm))
+            })
         })
     }
 
@@ -496,8 +538,11 @@ impl<'a, 'o> Run<'a, 'o> {
         }
         let started = Instant::now();
         let settings = self.job.settings;
-        let (loss, _) =
-            evaluate(self.job.model, self.job.eval, settings.train.per_device_eval_batch_size, self.observer)?;
+        let (batch_size, mut loss) = (settings.train.per_device_eval_batch_size, 0.0);
+        self.job.model.read(&mut |model| {
+            (loss, _) = evaluate(model, self.job.eval, batch_size, self.observer)?;
+            Ok(())
+        })?;
         let entry = json!({
             "eval_loss": loss,
             "eval_runtime": started.elapsed().as_secs_f64(),
@@ -530,14 +575,14 @@ impl<'a, 'o> Run<'a, 'o> {
         own["total_loss"] = json!(self.total_loss);
         own["pending_loss"] = json!(self.pending.0);
         own["pending_steps"] = json!(self.pending.1);
-        let (model, write_model) = (&*self.job.model, self.job.write_model);
+        let (lender, write_model) = (self.job.model, self.job.write_model);
         let path = checkpoint::save(
             &s.train.output_dir,
             self.status.step,
             &*self.optimizer,
             &state,
             s.train.save_total_limit,
-            |folder| write_model(model, folder),
+            |folder| lender.read(&mut |model| write_model(model, folder)),
         )?;
         self.tell(Event::Save(&path))
     }
