@@ -3,10 +3,14 @@
 use super::linear::Matrix;
 use super::{Buf, DropoutKey, Env, Grads};
 use crate::kernels::philox::{philox4x32_10, unit_f32};
+use crate::kernels::tiles::{bounds, split_grid};
 use rayon::prelude::*;
 
 /// The module number of [`add_noise`].
 const NOISE: u32 = u32::MAX;
+
+/// Columns of the table's gradient that a task takes.
+const COLUMNS: usize = 128;
 
 /// ids -> `[n_tokens, hidden]`;  table: `[vocab, hidden]`.
 ///
@@ -45,12 +49,18 @@ pub fn add_noise(env: &Env<'_>, alpha: f32, hidden: usize, x: &mut [f32]) {
 }
 
 /// Adds each token's gradient to its id's row, in the order of the tokens;  dx: `[n_tokens, hidden]`.
+///
+/// A task takes some columns of all rows, so that no two tasks meet and the order holds.
 pub fn backward(env: &Env<'_>, table: &Matrix, hidden: usize, dx: &[f32], grads: &mut Grads) {
     let Matrix::Trained(param) = *table else { return };
     let grad = grads.get_mut(param);
-    for (row, &id) in dx.chunks_exact(hidden).zip(&env.tokens.ids) {
-        (env.ctx.kernels.axpy)(1.0, row, &mut grad[id as usize * hidden..][..hidden]);
-    }
+    let rows = [0, grad.len() / hidden];
+    split_grid(grad, hidden, &rows, &bounds(hidden, COLUMNS)).into_par_iter().for_each(|mut tile| {
+        let cols = tile.col0..tile.col0 + tile.cols();
+        for (row, &id) in dx.chunks_exact(hidden).zip(&env.tokens.ids) {
+            (env.ctx.kernels.axpy)(1.0, &row[cols.clone()], tile.row(id as usize));
+        }
+    });
 }
 
 #[cfg(test)]

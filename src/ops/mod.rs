@@ -6,6 +6,7 @@
 //! never on the number of threads.
 
 pub mod attention;
+mod attention_pairs;
 pub mod dropout;
 pub mod embedding;
 pub mod gemv;
