@@ -51,6 +51,7 @@ pub(super) fn table() -> Kernels {
         adamw_row: adamw_row_scalar,
         nf4_order: |x, out| out.copy_from_slice(x),
         nf4_gemv,
+        nf4_pairs: None,
         bf16_gemv: |w, cols, x, out| gemv(w.len() / cols, cols, x, out, |at| f32::from_bits(u32::from(w[at]) << 16)),
         f32_gemv: |w, cols, x, out| gemv(w.len() / cols, cols, x, out, |at| w[at]),
         i8_gemv: |w, scales, cols, x, out| {

@@ -6,7 +6,7 @@ mod packed;
 
 use crate::kernels::gemm::Rows as Matrix;
 use crate::kernels::generic::Simd;
-pub(super) use packed::nf4_gemv_bf16;
+pub(super) use packed::nf4_bf16;
 use std::arch::x86_64::*;
 
 /// Proof that AVX-512 F, BW, DQ and VL may run.
