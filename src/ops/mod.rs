@@ -48,6 +48,7 @@ impl Ctx {
     /// # Errors
     /// See [`crate::kernels::active`].
     pub fn new(precision: Precision) -> crate::Result<Self> {
+        crate::io::os::return_large_blocks();
         Ok(Self { kernels: crate::kernels::active()?, precision, pool: Arc::new(Pool::default()) })
     }
 

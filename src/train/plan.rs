@@ -8,6 +8,7 @@ use super::step::{Recompute, first_trained};
 use crate::config::{Lora, OptimizerKind};
 use crate::error::{Error, Result};
 use crate::io::os::{available_memory_bytes, rss_bytes};
+use crate::kernels::{self, Kernels};
 use crate::lora::peft::placements;
 use crate::model::llama::{Keep, mlp_chunks};
 use crate::model::{LoadOptions, Model, ModelConfig};
@@ -67,7 +68,7 @@ impl Sizes {
             attention_ranks: most(0..4),
             mlp_ranks: most(4..7),
             dropout: llama.layers.iter().any(|layer| layer.linears().iter().any(drops)),
-            packed_bytes: if model.ctx.precision == Precision::Bf16 { 2 } else { 4 },
+            packed_bytes: packed_bytes(model.ctx.kernels, model.ctx.precision),
         }
     }
 
@@ -93,18 +94,18 @@ impl Sizes {
         let activated = if keep < Keep::Everything { h + ffn } else { 0 };
         let masked = if self.dropout { ffn } else { 0 };
         let packed = |floats: usize| floats * self.packed_bytes / 4;
-        // dx of gate and up where it is so narrow that both weights are packed whole.
-        let narrow = 2 * packed(packed_whole(h, ffn));
-        // Through down: dactive, its packed operand and that of dB; through gate and up: dgate, dup, dh, three packed.
+        // Through down: dactive and its packed operand. Through gate and up: dgate, dup, h, dh and three packed, or two
+        // beside both weights where dx is so narrow that they are packed whole.
         let through_down = gated + activated + ffn + masked.max(packed(h));
-        let through_gate_up = gated.min(1) * h + 2 * ffn + h + packed(3 * ffn) + masked.min(h);
+        let gradients = 2 * ffn + 2 * h + masked.min(h);
         let swiglu = gated + h + 3 * ffn;
-        let mlp = attention + narrow + chunk * through_down.max(through_gate_up).max(swiglu);
+        let mlp = through_down.max(gradients + packed(3 * ffn)).max(swiglu) * chunk;
+        let mlp = mlp.max((gradients + packed(2 * ffn)) * chunk + packed(2 * packed_whole(h, ffn)));
         // mid is gone; dattended, dq, dk, dv, D, keys twice and values packed; then h, dh and the packed operands.
         let apart = if keep == Keep::Input { attention - n_tokens * h } else { 0 };
         let through_attention = apart + n_tokens * (2 * q + 5 * kv + self.heads);
         let through_qkv = n_tokens * (q + 2 * kv + 2 * h + packed(2 * q + 2 * kv) + if self.dropout { h } else { 0 });
-        4 * mlp.max(through_attention).max(through_qkv)
+        4 * (attention + mlp).max(through_attention).max(through_qkv)
     }
 
     /// Bytes of activations at the most, with what each layer keeps.
@@ -344,7 +345,7 @@ impl Run {
             attention_ranks: ranks(0..4),
             mlp_ranks: ranks(4..7),
             dropout: places.iter().any(|p| p.dropout > 0.0),
-            packed_bytes: if options.precision == Precision::Bf16 { 2 } else { 4 },
+            packed_bytes: packed_bytes(kernels::active()?, options.precision),
         };
         let tables = vec![c.vocab_size * h; if c.tie_word_embeddings { 1 } else { 2 }];
         let norms = vec![h; 2 * c.num_layers + 1];
@@ -374,6 +375,11 @@ impl Run {
         let weights = frozen as usize + 4 * trained.iter().sum::<usize>();
         Ok(Self { sizes, weights, trained, optimizer, n_tokens })
     }
+}
+
+/// Bytes of a packed operand's element: halves where there are products of pairs.
+fn packed_bytes(kernels: &Kernels, precision: Precision) -> usize {
+    if precision == Precision::Bf16 && kernels.pairs.is_some() { 2 } else { 4 }
 }
 
 /// Bytes of an optimizer's state for a tensor of `len` elements.
