@@ -34,6 +34,10 @@ test: $(VENV)/installed $(VENV)/fetched ## Rust tests, then Python tests against
 	cargo test --locked --offline
 	$(BIN)/python -m pytest
 
+.PHONY: notebooks
+notebooks: $(VENV)/installed ## run every notebook top to bottom (two minutes)
+	$(BIN)/python scripts/run_notebooks.py
+
 .PHONY: check
 check: $(VENV)/installed $(VENV)/fetched ## formatters, linters, type checkers, docs, spelling, tidiness
 	cargo fmt --all --check

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from typing import Any, ClassVar, Final, TypeVar
 
-from rustune import _native
+from rustune import _native, reporting
 from rustune._native import ConfigError
 
 _T = TypeVar("_T")
@@ -379,11 +379,7 @@ class TrainingArguments:
 
     def _check_report_to(self) -> None:
         named = self.report_to if isinstance(self.report_to, (list, tuple)) else [self.report_to]
-        # "all" means all that are installed; none is supported yet, so it is none.
-        missing = [name for name in named if name not in (None, "none", "all")]
-        if missing:
-            raise ConfigError(f'report_to = {missing[0]!r}: not there yet; use "none", or callbacks\' on_log')
-        self.report_to = "none"
+        self.report_to = reporting.checked([name for name in map(_plain, named) if name not in (None, "none")])
 
     def _fill_in(self) -> None:
         resolved = json.loads(_native.resolve_train_options(self.engine_options(), 1))["train"]
@@ -460,7 +456,7 @@ def settings_from(args: Any) -> TrainingArguments:
     # Their objects list every reporter that happens to be installed, asked for or not.
     reporters = written.pop("report_to", None)
     if reporters and reporters not in ("none", ["none"], "all"):
-        warnings.warn(f"report_to = {reporters}: not there yet; nothing is reported", stacklevel=3)
+        warnings.warn(f"report_to = {reporters}: nothing is reported; write it in rustune's SFTConfig", stacklevel=3)
     # Their default, and not a wish to keep every layer: what the model was loaded with decides.
     if written.get("gradient_checkpointing") is False:
         del written["gradient_checkpointing"]

@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from rustune import _native, evaluation, progress
+from rustune import _native, banner, evaluation, progress, reporting
 from rustune._native import ConfigError, DataError, HubError
 from rustune.callbacks import CallbackHandler, Observer, TrainerControl, TrainerState
 from rustune.config import SFTConfig, TrainingArguments, settings_from, unknown_argument
@@ -197,7 +197,8 @@ class SFTTrainer:
             "train_dataloader": None,
             "eval_dataloader": None,
         }
-        self._handler = CallbackHandler(callbacks or (), self.args, self.state, context)
+        reporters = reporting.callbacks(self.args.report_to)
+        self._handler = CallbackHandler([*reporters, *(callbacks or ())], self.args, self.state, context)
         self._handler.call("on_init_end")
 
     @property
@@ -239,7 +240,7 @@ class SFTTrainer:
         plan = self.args.plan(rows.n_packed(self.max_seq_length) if self.args.packing else len(rows))
         self._begin(plan, resume)
         shown = progress.choose(self.args.disable_tqdm)
-        shown.banner(self._banner(plan))
+        shown.banner(*banner.texts(self, plan))
         eval_rows = None if self.eval_dataset is None else self.eval_dataset.rows
         try:
             outcome = json.loads(
@@ -399,6 +400,26 @@ class SFTTrainer:
         """
         self._handler.logged({**logs, "epoch": self.state.epoch, "step": self.state.global_step})
 
+    def plot_loss(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Draws the losses of training and evaluation.
+
+        Args:
+            path: A file to write it to as well, whose ending says the format.
+
+        Returns:
+            A figure of matplotlib, which a notebook shows.
+
+        Raises:
+            ConfigError: If matplotlib is not installed.
+            DataError: If nothing was logged yet.
+
+        Example:
+            >>> trainer.plot_loss("loss.png")  # doctest: +SKIP
+        """
+        from rustune import plots
+
+        return plots.loss_curves(self, path=path)
+
     def _read(self, what: str, dataset: Any) -> TokenisedDataset | None:
         """Tokenises a dataset, and says what was left out."""
         if dataset is None:
@@ -490,6 +511,8 @@ class SFTTrainer:
             warnings.warn(f"{folder}: passed over: {reason}", stacklevel=3)
         if path is None:
             print(f"{self.args.output_dir} holds no checkpoint to go on from: starting afresh")
+        else:
+            print(f"going on from {path}")
         return None if path is None else os.fspath(path)
 
     def _begin(self, plan: dict[str, int], resume: str | None) -> None:
@@ -549,56 +572,6 @@ class SFTTrainer:
             "train_loss": outcome["training_loss"],
             "epoch": outcome["epoch"],
         }
-
-    def _banner(self, plan: dict[str, int]) -> str:
-        """What is about to be done, in a few lines."""
-        dataset, args = self.train_dataset, self.args
-        if dataset is None:
-            return ""
-        trained, total = self.model.get_nb_trainable_parameters()
-        batch, accumulation = args.train_batch_size, int(args.gradient_accumulation_steps)
-        lines = [
-            f"{len(dataset):,} examples, {dataset.rows.n_tokens:,} tokens, {dataset.rows.n_trained:,} of them trained",
-            f"batch {batch} x {accumulation} accumulation, {plan['total_steps']:,} steps, {plan['epochs']} epochs",
-            f"{trained:,} of {total:,} parameters trained ({100 * trained / max(total, 1):.2f} %), {args.optim},"
-            f" learning rate {args.learning_rate:g} {args.lr_scheduler_type}",
-        ]
-        if self._keeps_order:
-            lines.append(
-                f"streamed: {dataset.report.get('rows', 0):,} rows were read when the trainer was made, as many as all "
-                "steps need; they are trained in their own order, and later ones are never read"
-            )
-        cut, rows = dataset.report.get("cut", 0), max(dataset.report.get("rows", 0), 1)
-        lines.append(
-            f"rows are cut after {self.max_seq_length:,} tokens: {100 * cut / rows:.1f} % of them"
-            + (f", {dataset.report.get('tokens_lost', 0):,} tokens lost" if cut else "")
-        )
-        if args.packing:
-            lines.append(f"packed to {dataset.rows.n_packed(self.max_seq_length):,} rows")
-        lines.append(self._memory_line())
-        return "\n".join(lines)
-
-    def _memory_line(self) -> str:
-        """What the run will take of the memory there is."""
-        if self.train_dataset is None:
-            return ""
-        memory = json.loads(
-            self.model.native.training_memory(self.train_dataset.rows, self._engine_options(), self._checkpointing())
-        )
-        parts, available, gib = memory["estimate"], memory["available"], 2.0**30
-        kept, in_part, again = parts["layers"]
-        total = sum(parts[name] for name in ("model", "optimizer", "gradients", "kept", "workspace"))
-        line = (
-            f"memory: about {(memory['peak'] or total) / gib:.1f} GiB at most"
-            f" (model {parts['model'] / gib:.2f},"
-            f" optimizer and gradients {(parts['optimizer'] + parts['gradients']) / gib:.2f},"
-            f" activations {(parts['kept'] + parts['workspace']) / gib:.2f}"
-            f" for {parts['n_tokens']:,} tokens: {kept} layers kept, {in_part} in part, {again} recomputed)"
-        )
-        if available is None:
-            return line
-        enough = "" if memory["fits"] else ": NOT ENOUGH; take smaller batches or shorter rows"
-        return f"{line}; {available / gib:.1f} GiB are free{enough}"
 
 
 _LEFT_OUT: Final = (("empty", "without text"), ("untrained", "without a trained token"))

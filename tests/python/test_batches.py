@@ -128,7 +128,7 @@ def test_the_memory_is_estimated_and_shown(folder: Path, tmp_path: Path, capsys:
     assert estimates["true"]["gradients"] == 4 * n_trained and estimates["true"]["optimizer"] == 8 * n_trained
     made.train()
     shown = capsys.readouterr().err
-    assert "memory: about" in shown and "layers kept" in shown and "GiB are free" in shown
+    assert "memory      about" in shown and "2 of 2 layers kept" in shown and "GiB are free" in shown
 
 
 MEASURE = """
