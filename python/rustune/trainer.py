@@ -16,7 +16,7 @@ from rustune._native import ConfigError, DataError
 from rustune.callbacks import CallbackHandler, Observer, TrainerControl, TrainerState
 from rustune.config import SFTConfig, TrainingArguments, settings_from, unknown_argument
 from rustune.data import iter_columns
-from rustune.models import Model, native_tokenizer
+from rustune.model import Model, native_tokenizer
 
 # Collators that only pad and copy ids to labels: rows are put together in the engine, which does neither need.
 _PLAIN_COLLATORS: Final = (
@@ -38,7 +38,6 @@ _MISSING: Final = (
     "neftune_noise_alpha",
     "num_of_sequences",
     "optimizer_cls_and_kwargs",
-    "peft_config",
     "preprocess_logits_for_metrics",
 )
 
@@ -109,6 +108,7 @@ class SFTTrainer:
         dataset_num_proc: Makes no difference: all threads tokenise.
         packing: Not there yet; rows are never padded anyway.
         formatting_func: Turns a row, or a batch of columns, into text.
+        peft_config: A `LoraConfig` for a model that has no adapter yet.
         compute_metrics: Not there yet.
         callbacks: `TrainerCallback` objects or classes, ours or transformers'.
         optimizers: Not there yet.
@@ -138,6 +138,7 @@ class SFTTrainer:
         dataset_batch_size: int | None = None,
         packing: bool | None = None,
         formatting_func: Callable[[Any], Any] | None = None,
+        peft_config: Any = None,
         compute_metrics: Any = None,
         callbacks: Iterable[Any] | None = None,
         optimizers: Any = (None, None),
@@ -159,6 +160,11 @@ class SFTTrainer:
         if any(part is not None for part in optimizers or ()):
             raise ConfigError("optimizers: not there yet; use args.optim and args.lr_scheduler_type")
         _check_collator(data_collator)
+        if peft_config is not None:
+            # Here and not above: its module knows this one.
+            from rustune.peft_names import get_peft_model
+
+            model = get_peft_model(model, peft_config)
         self.model = model
         self.args = settings_from(args)
         chosen = tokenizer if processing_class is None else processing_class

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from rustune import notices
+
 ROOT = Path(__file__).resolve().parents[2]
 _LEFT_OUT = pytest.StashKey[int]()
 
@@ -27,6 +29,12 @@ def shared_data(request: pytest.FixtureRequest) -> Path:
         request.config.stash[_LEFT_OUT] += 1
         pytest.skip("shared data not found")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _nothing_told_yet() -> None:
+    """Lines that are told once in a process are told once in a test."""
+    notices.forget()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,178 @@
+"""PEFT's names for adapters, over `FastLanguageModel`: for notebooks written for plain transformers with PEFT."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+from rustune._native import ConfigError
+from rustune.auto import AutoModelForCausalLM
+from rustune.model import Model
+from rustune.models import FastLanguageModel
+from rustune.notices import sort_arguments
+
+
+class AutoPeftModelForCausalLM:
+    """Loads an adapter with its base by PEFT's name."""
+
+    @staticmethod
+    def from_pretrained(pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Model:
+        """Loads the base that an adapter names, and the adapter.
+
+        Args:
+            pretrained_model_name_or_path: The folder or hub name of an adapter.
+            **options: As of `AutoModelForCausalLM.from_pretrained`; `is_trainable` makes no difference.
+
+        Returns:
+            The model with the adapter.
+
+        Raises:
+            ConfigError: For a setting that cannot be used, or if there is no adapter.
+        """
+        options.pop("is_trainable", None)
+        model = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **options)
+        if model.adapter is None:
+            raise ConfigError(f"{os.fspath(pretrained_model_name_or_path)}: has no adapter_config.json")
+        return model
+
+
+class PeftModel:
+    """Puts a saved adapter on a model that is loaded already, by PEFT's name."""
+
+    @staticmethod
+    def from_pretrained(
+        model: Model, model_id: str | os.PathLike[str], adapter_name: str = "default", **options: Any
+    ) -> Model:
+        """Puts a saved adapter on a model.
+
+        Args:
+            model: The base; it is changed.
+            model_id: The folder or hub name of the adapter.
+            adapter_name: `default`: there is one.
+            **options: token, revision, cache_dir, local_files_only; `is_trainable` makes no difference.
+
+        Returns:
+            The same model.
+
+        Raises:
+            AdapterError: If the folder holds no adapter for this model.
+            ConfigError: If the model has an adapter already, or for an argument that does not exist.
+        """
+        _expect_model(model)
+        if adapter_name != "default":
+            raise ConfigError(f"adapter_name = {adapter_name}: expected default: there is one adapter")
+        options.pop("is_trainable", None)
+        model.load_adapter(model_id, **options)
+        return model
+
+
+@dataclass
+class LoraConfig:
+    """The settings of an adapter, as PEFT has them and with its defaults.
+
+    The fields are those of `FastLanguageModel.get_peft_model`; rank 8 and alpha 8 are PEFT's defaults.
+
+    Example:
+        >>> LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"]).r
+        16
+    """
+
+    r: int = 8
+    target_modules: Any = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: Any = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: Any = None
+    layers_pattern: Any = None
+    rank_pattern: Any = None
+    alpha_pattern: Any = None
+    loftq_config: Any = None
+    use_dora: bool = False
+    task_type: Any = None
+    inference_mode: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all fields."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+
+
+def get_peft_model(model: Model, peft_config: Any, adapter_name: str = "default", **options: Any) -> Model:
+    """Adds an adapter to be trained, by PEFT's name.
+
+    Args:
+        model: From one of the loaders.
+        peft_config: A `LoraConfig`, ours or PEFT's.
+        adapter_name: `default`: there is one.
+        **options: `autocast_adapter_dtype` and the like, which mean nothing here.
+
+    Returns:
+        The same model, now with the adapter.
+
+    Raises:
+        ConfigError: For a setting that cannot be used.
+    """
+    _expect_model(model)
+    if adapter_name != "default":
+        raise ConfigError(f"adapter_name = {adapter_name}: expected default: there is one adapter")
+    idle = ("autocast_adapter_dtype", "low_cpu_mem_usage", "mixed", "revision")
+    sort_arguments("get_peft_model", options, idle, ("peft_config", "adapter_name"))
+    if not callable(getattr(peft_config, "to_dict", None)):
+        raise ConfigError(f"peft_config = {type(peft_config).__name__}: expected a LoraConfig")
+    written = peft_config.to_dict()
+    kind = written.get("peft_type", "LORA")
+    if str(getattr(kind, "value", kind)) != "LORA":
+        raise ConfigError(f"peft_config.peft_type = {kind}: expected LORA")
+    ours = {entry.name for entry in fields(LoraConfig)} - {"inference_mode"}
+    given = {name: value for name, value in written.items() if name in ours and value is not None}
+    # PEFT's sets come in no order, and its empty settings as empty containers.
+    if isinstance(given.get("target_modules"), set):
+        given["target_modules"] = sorted(given["target_modules"])
+    others = {name: value for name, value in written.items() if name not in ours and value and name not in _PEFT_IDLE}
+    if others:
+        name, value = next(iter(others.items()))
+        raise ConfigError(f"peft_config.{name} = {value!r}: not there yet; leave it out")
+    if not given.get("loftq_config"):
+        given.pop("loftq_config", None)
+    return FastLanguageModel.get_peft_model(model, given.pop("r"), use_gradient_checkpointing=None, **given)
+
+
+# Fields of PEFT's LoraConfig that change no number here.
+_PEFT_IDLE: Final = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+)
+
+
+def prepare_model_for_kbit_training(
+    model: Model,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: Any = None,
+) -> Model:
+    """Makes a quantized model ready for training; only the recomputation of layers is anything to be set.
+
+    Args:
+        model: From one of the loaders.
+        use_gradient_checkpointing: Whether layers are recomputed in the backward.
+        gradient_checkpointing_kwargs: Makes no difference.
+
+    Returns:
+        The same model.
+    """
+    _expect_model(model)
+    return model.for_training(use_gradient_checkpointing)
+
+
+def _expect_model(model: Any) -> None:
+    if not isinstance(model, Model):
+        raise ConfigError(f"model = {type(model).__name__}: expected a model loaded by rustune")
