@@ -168,7 +168,7 @@ class _Hub:
 
     def __init__(self, repo_id: str, token: str | bool | None) -> None:
         parts = repo_id.split("/")
-        if len(parts) > 2 or not all(part and not set(part) - _NAME for part in parts):
+        if len(parts) > 2 or not all(part.strip("-.") == part != "" and not set(part) - _NAME for part in parts):
             raise ConfigError(f"repo_id = {repo_id!r}: expected owner/name, of letters, digits, - _ and .")
         for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
             if _variable(switch).upper() in ("1", "ON", "YES", "TRUE"):
@@ -216,6 +216,8 @@ class _Hub:
         answer = self._json("POST", url, wanted, headers=_LFS)
         by_hash = {file.sha256: file for file in files}
         try:
+            if by_hash.keys() != {entry["oid"] for entry in answer["objects"]}:
+                raise self._nonsense(url)
             for entry in answer["objects"]:
                 if "error" in entry:
                     raise HubError(f"{self.repo_id}: the hub refused a file: {entry['error'].get('message')}")

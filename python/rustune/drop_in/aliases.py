@@ -247,7 +247,9 @@ def _load(proxy: Proxy) -> ModuleType:
                 del sys.modules[name]
             try:
                 for name, module in proxies.items():
-                    module._adopt(importlib.import_module(name))
+                    importlib.import_module(name)
+                    # Some modules put another in their place while they are imported.
+                    module._adopt(sys.modules[name])
             finally:
                 sys.modules.update(proxies)
             real = proxy.__dict__["_rustune_real"]

@@ -235,7 +235,7 @@ def softmax(input: Any, dim: int = -1, **_: Any) -> TokenArray:
     """
     scores = np.asarray(input)
     weights = np.exp(scores - scores.max(axis=dim, keepdims=True))
-    return (weights / weights.sum(axis=dim, keepdims=True)).view(TokenArray)
+    return from_numpy(weights / weights.sum(axis=dim, keepdims=True))
 
 
 def log_softmax(input: Any, dim: int = -1, **_: Any) -> TokenArray:
@@ -250,7 +250,7 @@ def log_softmax(input: Any, dim: int = -1, **_: Any) -> TokenArray:
         Logarithms.
     """
     scores = np.asarray(input) - np.asarray(input).max(axis=dim, keepdims=True)
-    return (scores - np.log(np.exp(scores).sum(axis=dim, keepdims=True))).view(TokenArray)
+    return from_numpy(scores - np.log(np.exp(scores).sum(axis=dim, keepdims=True)))
 
 
 def argmax(input: Any, dim: int | None = None, **_: Any) -> Any:
