@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from rustune import notices
 
 ROOT = Path(__file__).resolve().parents[2]
 _LEFT_OUT = pytest.StashKey[int]()
+_WITHOUT_PEERS = pytest.StashKey[int]()
+PEERS = ("torch", "transformers", "peft", "trl")
 
 # The same examples on every machine, and no limit that a busy one could miss.
 settings.register_profile("rustune", derandomize=True, deadline=None, database=None)
@@ -18,7 +21,7 @@ settings.load_profile("rustune")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_LEFT_OUT] = 0
+    config.stash[_LEFT_OUT] = config.stash[_WITHOUT_PEERS] = 0
 
 
 @pytest.fixture
@@ -29,6 +32,14 @@ def shared_data(request: pytest.FixtureRequest) -> Path:
         request.config.stash[_LEFT_OUT] += 1
         pytest.skip("shared data not found")
     return folder
+
+
+@pytest.fixture
+def peers(request: pytest.FixtureRequest) -> None:
+    """Leaves a test out where the libraries it compares with are not installed: CI has none of them."""
+    if missing := [name for name in PEERS if importlib.util.find_spec(name) is None]:
+        request.config.stash[_WITHOUT_PEERS] += 1
+        pytest.skip(f"{', '.join(missing)} not installed")
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +57,5 @@ def golden() -> Path:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if left_out := config.stash[_LEFT_OUT]:
         terminalreporter.write_line(f"left out {left_out} cases: shared data not found")
+    if left_out := config.stash[_WITHOUT_PEERS]:
+        terminalreporter.write_line(f"left out {left_out} cases: {', '.join(PEERS)} not all installed")
