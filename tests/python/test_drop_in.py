@@ -43,7 +43,7 @@ from torch.utils.data import DataLoader
 
 
 def run(code: str, *paths: Path) -> str:
-    """Runs code in a fresh process, with folders of made-up packages before everything else; returns what it printed."""
+    """Runs code in a process of its own, with folders of made-up packages first; returns what it printed."""
     where = os.pathsep.join([*map(str, paths), *filter(None, [os.environ.get("PYTHONPATH")])])
     made = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
@@ -68,8 +68,9 @@ def present(tmp_path: Path) -> Path:
             "extra.py": "import torch\nvalue = torch.tensor(1)\n",
         },
         "transformers": {
-            "__init__.py": "class TrainingArguments: pass\nclass LlamaConfig: pass\n__version__ = '9.8'\n"
-            "def set_seed(seed): raise RuntimeError('theirs')\n",
+            "__init__.py": "from .early import once\nclass TrainingArguments: pass\nclass LlamaConfig: pass\n"
+            "__version__ = '9.8'\ndef set_seed(seed): raise RuntimeError('theirs')\n",
+            "early.py": "print('early is loaded')\nonce = 1\n",
             "utils.py": "from transformers import LlamaConfig, TrainingArguments\nmark = 1\n",
         },
         "peft": {"__init__.py": "class LoraConfig: pass\nclass PeftConfig: pass\n"},
@@ -103,7 +104,8 @@ print(count)
 
 
 def test_the_imports_of_notebooks_resolve_to_ours() -> None:
-    names = sorted({name for line in IMPORTS.split("\n") for name in line.partition(" import ")[2].split(", ") if name})
+    listed = [line.partition(" import ")[2].split(", ") for line in IMPORTS.split("\n")]
+    names = sorted({name for line in listed for name in line if name})
     assert len(names) > 35
     code = f"""
 import rustune, rustune.drop_in
@@ -243,8 +245,24 @@ print("ok")
 """
         assert run(code, present) == "ok\n"
     else:
-        told = ["torch is loaded", "taken"] if order == "before" else ["taken", "torch is loaded"]
+        told = ["torch is loaded", "early is loaded"]
+        told = [*told, "taken"] if order == "before" else ["taken", *told]
         assert run(code, present).split("\n") == [*told, "ok", ""]
+
+
+def test_what_lies_below_a_package_is_imported_after_it_and_once(present: Path) -> None:
+    code = """
+import rustune.drop_in
+import transformers.early
+import sys
+early = sys.modules["transformers.early"]
+assert early.once == 1 and early is transformers.early and early.__spec__.origin == early.__file__
+assert early.__loader__ is early.__spec__.loader and transformers.LlamaConfig
+from transformers.utils import mark
+assert mark == 1
+print("ok")
+"""
+    assert run(code, present) == "early is loaded\nok\n"
 
 
 def test_a_machine_with_cuda_answers_for_itself(present: Path) -> None:

@@ -156,12 +156,45 @@ class _Finder(MetaPathFinder):
         owner = sys.modules.get(parent)
         if isinstance(owner, StandIn):
             raise ModuleNotFoundError(owner.lacks(name))
+        if isinstance(owner, Proxy) and owner.__dict__["_rustune_real"] is None:
+            # A package is imported before what is below it, which it may import itself.
+            _load(owner)
+            if fullname in sys.modules:
+                return _LoadedLoader.spec_of(sys.modules[fullname])
         if fullname == _TOLD_THE_TRUTH:
             spec = PathFinder.find_spec(fullname, path, target)
             if spec is not None and spec.loader is not None:
                 spec.loader = _TruthfulLoader(spec.loader)
             return spec
         return None
+
+
+class _LoadedLoader(Loader):
+    """Gives a module that is there already, as it is; an import that has begun would run it once more."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+        self.spec = module.__spec__
+
+    @classmethod
+    def spec_of(cls, module: ModuleType) -> ModuleSpec:
+        """Makes a spec with such a loader, and puts it into the module until it is "loaded": the import looks there.
+
+        Args:
+            module: The module.
+
+        Returns:
+            The spec.
+        """
+        spec = ModuleSpec(module.__name__, cls(module))
+        module.__spec__ = spec
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self.module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.spec
 
 
 class _TruthfulLoader(Loader):
