@@ -86,7 +86,6 @@ _MISSING: Final[dict[str, tuple[Any, ...]]] = {
     "optim_args": (),
     "optim_target_modules": (),
     "pad_token": (),
-    "push_to_hub": (),
     "save_only_model": (),
 }
 
@@ -294,6 +293,10 @@ class TrainingArguments:
             value = _plain(getattr(self, name))
             if value and value not in passes:
                 raise ConfigError(f"{name} = {value!r}: not there yet; leave it out")
+        if self.push_to_hub and self.hub_strategy not in ("end", "every_save"):
+            raise ConfigError(
+                f"hub_strategy = {self.hub_strategy!r}: expected end: the result is uploaded once, at the end"
+            )
         if self.fp16 and self.bf16:
             raise ConfigError("fp16 = True: contradicts bf16 = True; dtype of from_pretrained chooses the arithmetic")
         self._check_report_to()

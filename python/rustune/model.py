@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from rustune import _native, hub
 from rustune._native import ConfigError, DataError
 from rustune.batches import Batch, plain_array, rectangle
+from rustune.description import Device, ModelConfig, Parameter, weight_shapes
 from rustune.generation import GenerationConfig, merge_settings
 from rustune.notices import sort_arguments
 from rustune.tokenizer import TokenArray, Tokenizer, as_tokens
@@ -40,64 +40,6 @@ _SAVE: Final = (
 )
 _PUSH: Final = ("repo_id", "token", "private", "commit_message", "commit_description", "revision", "create_pr")
 _PUSH_IGNORED: Final = ("datasets", "language", "tags", "use_temp_dir")
-
-
-class Device(str):
-    """A device's name, with the attributes torch's has."""
-
-    @property
-    def type(self) -> str:
-        """The kind of device."""
-        return str(self)
-
-    @property
-    def index(self) -> None:  # type: ignore[override]
-        """Which of several; there is one."""
-        return
-
-
-class ModelConfig:
-    """`config.json` with its keys as attributes.
-
-    Args:
-        values: The parsed file.
-        name_or_path: What the model was loaded by.
-    """
-
-    def __init__(self, values: dict[str, Any], name_or_path: str) -> None:
-        self.__dict__.update({"use_cache": True, **values, "_name_or_path": name_or_path})
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"config.json has no {name}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Notebooks write use_cache and the like; the engine keeps to the file.
-        self.__dict__[name] = value
-
-    def __getitem__(self, name: str) -> Any:
-        return self.__dict__[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.__dict__
-
-    def __repr__(self) -> str:
-        return f"ModelConfig {json.dumps(self.to_dict(), indent=2, default=str)}"
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Returns a value.
-
-        Args:
-            name: The key.
-            default: What to return if the file does not have it.
-
-        Returns:
-            The value.
-        """
-        return self.__dict__.get(name, default)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns all keys and values."""
-        return dict(self.__dict__)
 
 
 class ModelOutput:
@@ -164,30 +106,6 @@ def native_tokenizer(tokenizer: Any) -> _native.Tokenizer | None:
     if made is None:
         raise ConfigError(f"tokenizer = {type(tokenizer).__name__}: save_pretrained wrote no tokenizer.json")
     return made
-
-
-class Parameter:
-    """A weight's description.
-
-    Attributes:
-        name: As in the checkpoint.
-        shape: Rows and columns.
-        requires_grad: Whether it is trained.
-    """
-
-    def __init__(self, name: str, shape: tuple[int, ...], requires_grad: bool) -> None:
-        self.name = name
-        self.shape = shape
-        self.requires_grad = requires_grad
-
-    def __repr__(self) -> str:
-        return f"Parameter({self.name!r}, {list(self.shape)}, requires_grad={self.requires_grad})"
-
-    def numel(self) -> int:
-        """Returns the number of elements."""
-        return math.prod(self.shape)
-
-    nelement = numel
 
 
 class Model:
@@ -564,7 +482,7 @@ class Model:
             A name as in the checkpoint (of the adapter: as in its file) and the weight's description.
         """
         full = self.native.is_fully_trained
-        for name, shape in _shapes(self.config):
+        for name, shape in weight_shapes(self.config):
             yield name, Parameter(name, shape, full)
         if self.native.has_adapter:
             for name, values in self.native.parameters().items():
@@ -705,31 +623,3 @@ def _only_lora(what: str, save_method: str) -> None:
     """Refuses merged weights."""
     if save_method.lower() != "lora":
         raise ConfigError(f'{what}: save_method = {save_method}: merged weights come in a later version; use "lora"')
-
-
-def _shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The weights of a Llama's checkpoint with their shapes."""
-    hidden, mlp, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
-    heads = config.num_attention_heads
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or hidden // heads
-    linears = {
-        "self_attn.q_proj": (heads * head_dim, hidden),
-        "self_attn.k_proj": (kv_heads * head_dim, hidden),
-        "self_attn.v_proj": (kv_heads * head_dim, hidden),
-        "self_attn.o_proj": (hidden, heads * head_dim),
-        "mlp.gate_proj": (mlp, hidden),
-        "mlp.up_proj": (mlp, hidden),
-        "mlp.down_proj": (hidden, mlp),
-    }
-    yield "model.embed_tokens.weight", (vocab, hidden)
-    for layer in range(config.num_hidden_layers):
-        for name, shape in linears.items():
-            yield f"model.layers.{layer}.{name}.weight", shape
-            if config.get("attention_bias" if name.startswith("self_attn") else "mlp_bias"):
-                yield f"model.layers.{layer}.{name}.bias", shape[:1]
-        yield f"model.layers.{layer}.input_layernorm.weight", (hidden,)
-        yield f"model.layers.{layer}.post_attention_layernorm.weight", (hidden,)
-    yield "model.norm.weight", (hidden,)
-    if not config.get("tie_word_embeddings"):
-        yield "lm_head.weight", (vocab, hidden)

@@ -76,6 +76,19 @@ class TokenArray(np.ndarray[Any, np.dtype[np.int64]]):
         """Returns the number of axes."""
         return self.ndim
 
+    def numel(self) -> int:
+        """Returns the number of elements."""
+        return self.size
+
+    def clone(self) -> TokenArray:
+        """Returns a copy."""
+        made: TokenArray = self.copy()
+        return made
+
+    def long(self) -> TokenArray:
+        """Returns the array as int64."""
+        return as_tokens(self)
+
 
 def as_tokens(values: Any) -> TokenArray:
     """Makes a `TokenArray` of nested lists of numbers.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from rustune import _native, progress
+from rustune import _native, hub, progress
 from rustune._native import ConfigError, DataError
 from rustune.callbacks import CallbackHandler, Observer, TrainerControl, TrainerState
 from rustune.config import SFTConfig, TrainingArguments, settings_from, unknown_argument
@@ -243,6 +244,8 @@ class SFTTrainer:
         finally:
             shown.close()
         self._handler.call("on_train_end")
+        if self.args.push_to_hub:
+            print(f"uploaded to {self.push_to_hub()}")
         return TrainOutput(outcome["global_step"], outcome["training_loss"], metrics)
 
     def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -290,13 +293,31 @@ class SFTTrainer:
         """
         raise ConfigError("hyperparameter_search: not there yet")
 
-    def push_to_hub(self, *_: Any, **__: Any) -> None:
-        """Is not there yet.
+    def push_to_hub(self, commit_message: str | None = "End of training", **options: Any) -> str:
+        """Uploads what `save_model` writes, to `args.hub_model_id` or a repository named like `args.output_dir`.
+
+        Args:
+            commit_message: The commit's title.
+            **options: token, revision, private and create_pr; `blocking` and the like make no difference.
+
+        Returns:
+            The address of the commit.
 
         Raises:
-            ConfigError: Always.
+            ConfigError: If there is no token.
+            HubError: If the hub refuses.
         """
-        raise ConfigError("push_to_hub: not there yet; use save_model and the hub's own tools")
+        args = self.args
+        known = {name: options[name] for name in ("token", "revision", "private", "create_pr") if name in options}
+        settings = {"token": args.hub_token, "private": args.hub_private_repo, **known}
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_model(folder)
+            return hub.upload_folder(
+                folder,
+                args.hub_model_id or Path(args.output_dir).resolve().name,
+                commit_message=commit_message or "End of training",
+                **settings,
+            )
 
     def save_model(self, output_dir: str | os.PathLike[str] | None = None) -> None:
         """Writes the adapter (or the whole model after full fine-tuning) and the tokenizer.

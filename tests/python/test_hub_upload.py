@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import tiny
 
-from rustune import ConfigError, FastLanguageModel, HubError, Model, hub
+from rustune import ConfigError, FastLanguageModel, HubError, Model, SFTConfig, SFTTrainer, hub
 
 TOKEN = "hf_secretsecretsecret"
 
@@ -182,6 +182,18 @@ def test_an_adapter_and_its_tokenizer_go_together(fake: FakeHub, model: Model, t
     assert {"adapter_config.json", "tokenizer.json"} <= set(fake.files)
     model.save_pretrained(tmp_path / "mine", push_to_hub=True)
     assert any("/api/models/someone/mine/commit/" in request.path for request in fake.requests)
+
+
+def test_a_trainer_uploads_what_it_made(fake: FakeHub, model: Model, tmp_path: Path) -> None:
+    settings = {"max_steps": 1, "output_dir": str(tmp_path / "run"), "save_strategy": "no", "disable_tqdm": True}
+    args = SFTConfig(**settings, push_to_hub=True, hub_model_id="owner/run", hub_private_repo=True)
+    trainer = SFTTrainer(model, args, train_dataset=tiny.rows())
+    trainer.train()
+    assert {"adapter_model.safetensors", "tokenizer.json"} <= set(fake.files)
+    assert json.loads(fake.requests[0].body)["private"] is True and fake.header["summary"] == "End of training"
+    assert trainer.push_to_hub("Again") == f"{fake.endpoint}/commit/1" and fake.header["summary"] == "Again"
+    SFTTrainer(model, SFTConfig(**settings), train_dataset=tiny.rows()).push_to_hub()
+    assert any("/api/models/someone/run/commit/" in request.path for request in fake.requests)
 
 
 def test_the_token_goes_to_the_hub_and_nowhere_else(fake: FakeHub, model: Model) -> None:

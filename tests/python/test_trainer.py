@@ -339,7 +339,7 @@ def test_settings_read_back_as_they_will_run() -> None:
         ({"report_to": "wandb"}, "report_to = 'wandb'"),
         ({"packing": True}, "packing"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
-        ({"push_to_hub": True}, "push_to_hub"),
+        ({"push_to_hub": True, "hub_strategy": "all_checkpoints"}, "hub_strategy"),
         ({"fp16": True, "bf16": True}, "fp16"),
         ({"max_length": 3, "max_seq_length": 4}, "max_seq_length = 4"),
     ],

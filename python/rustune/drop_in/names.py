@@ -10,11 +10,11 @@ Names = Mapping[str, str]
 
 _CHAT: Final[Names] = {
     "CHAT_TEMPLATES": "rustune.chat_templates:CHAT_TEMPLATES",
-    "apply_chat_template": "rustune.chat_templates:apply_chat_template",
+    "apply_chat_template": "rustune:apply_chat_template",
     "get_chat_template": "rustune.chat_templates:get_chat_template",
     "standardize_data_formats": "rustune.chat_templates:standardize_data_formats",
     "standardize_sharegpt": "rustune.chat_templates:standardize_sharegpt",
-    "to_sharegpt": "rustune.chat_templates:to_sharegpt",
+    "to_sharegpt": "rustune:to_sharegpt",
     "train_on_responses_only": "rustune.trainer:train_on_responses_only",
 }
 _UNSLOTH_TRAINER: Final[Names] = {
