@@ -26,8 +26,8 @@ fn gemms(c: &mut Criterion) {
         let mut y = vec![0.0; tokens * outputs];
         for (name, weight) in &weights {
             for (direction, b, [m, n, k]) in [
-                ("forward", Operand::WeightT(weight), [tokens, outputs, inputs]),
-                ("backward", Operand::Weight(weight), [tokens, inputs, outputs]),
+                ("forward", Operand::WeightT(weight, 0), [tokens, outputs, inputs]),
+                ("backward", Operand::Weight(weight, 0), [tokens, inputs, outputs]),
             ] {
                 let g = Gemm { m, n, k, a: Operand::rows(&x, k), b, alpha: 1.0, into: Into::Store };
                 group.bench_function(BenchmarkId::new(format!("{name} {direction}"), kernels.isa), |bencher| {

@@ -143,7 +143,7 @@ def is_bfloat16_supported(including_emulation: bool = False) -> bool:
     Returns:
         Whether `dtype=None` means bfloat16 here.
     """
-    return including_emulation or "amx" in info()["available_isas"]
+    return including_emulation or bool(info()["prefers_bfloat16"])
 
 
 is_bf16_supported = is_bfloat16_supported

@@ -34,6 +34,11 @@ pub(super) trait Simd: Copy {
     fn round_bf16(self, a: Self::V) -> Self::V;
     /// `LANES` NF4 indices from the first `LANES / 2` bytes, looked up in `code` (high nibble first).
     fn nf4_lookup(self, packed: &[u8], code: &[f32; 16]) -> Self::V;
+    /// The first `LANES` bf16 of `x`, widened.
+    fn load_bf16(self, x: &[u16]) -> Self::V;
+    /// Transposes one block of at most `LANES x LANES` words: `out[p · width + r] = src[r · stride + p]` for `r < rows`,
+    /// `p < depth`; nothing else is read or written.
+    fn transpose(self, src: &[f32], stride: usize, rows: usize, depth: usize, out: &mut [f32], width: usize);
 }
 
 /// `exp(x)` for every lane, within 2 ulp for x in [-87.3, 88.3]; 2^-126 below and about 2^127 above.
@@ -56,31 +61,6 @@ fn exp<S: Simd>(s: S, x: S::V) -> S::V {
 fn sigmoid<S: Simd>(s: S, z: S::V) -> S::V {
     let e = exp(s, s.sub(s.splat(0.0), z));
     s.div(s.splat(1.0), s.add(s.splat(1.0), e))
-}
-
-/// `MR x (NV · LANES)` accumulators stay in registers over the whole of k.
-#[inline(always)]
-pub(super) fn gemm_tile<S: Simd, const MR: usize, const NV: usize>(s: S, a: &[f32], b: &[f32], out: &mut [f32]) {
-    let nr = NV * S::LANES;
-    assert!(a.len() / MR == b.len() / nr && out.len() == MR * nr, "gemm_tile: lengths differ");
-    let mut acc = [[s.splat(0.0); NV]; MR];
-    for (a_row, b_row) in a.chunks_exact(MR).zip(b.chunks_exact(nr)) {
-        let mut b_vec = [s.splat(0.0); NV];
-        for (v, b_vec) in b_vec.iter_mut().enumerate() {
-            *b_vec = s.load(&b_row[v * S::LANES..]);
-        }
-        for i in 0..MR {
-            let a_value = s.splat(a_row[i]);
-            for v in 0..NV {
-                acc[i][v] = s.fma(a_value, b_vec[v], acc[i][v]);
-            }
-        }
-    }
-    for (acc_row, out_row) in acc.iter().zip(out.chunks_exact_mut(nr)) {
-        for (v, acc) in acc_row.iter().enumerate() {
-            s.store(*acc, &mut out_row[v * S::LANES..]);
-        }
-    }
 }
 
 #[inline(always)]
@@ -242,22 +222,4 @@ pub(super) fn round_bf16<S: Simd>(s: S, x: &mut [f32]) {
     }
     let tail = chunks.into_remainder();
     s.store_tail(s.round_bf16(s.load_tail(tail)), tail);
-}
-
-#[inline(always)]
-pub(super) fn nf4_block<S: Simd>(s: S, packed: &[u8], scale: f32, code: &[f32; 16], out: &mut [f32]) {
-    assert_eq!(packed.len(), out.len().div_ceil(2), "nf4_block: lengths differ");
-    let scale_v = s.splat(scale);
-    let body = out.len() - out.len() % S::LANES;
-    let (whole, tail) = out.split_at_mut(body);
-    for (out, bytes) in whole.chunks_exact_mut(S::LANES).zip(packed.chunks_exact(S::LANES / 2)) {
-        s.store(s.mul(s.nf4_lookup(bytes, code), scale_v), out);
-    }
-    if !tail.is_empty() {
-        // The tail's bytes, moved to a buffer that is long enough for a whole lookup.
-        let mut bytes = [0; 8];
-        let rest = &packed[body / 2..];
-        bytes[..rest.len()].copy_from_slice(rest);
-        s.store_tail(s.mul(s.nf4_lookup(&bytes, code), scale_v), tail);
-    }
 }

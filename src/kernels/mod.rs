@@ -4,7 +4,9 @@
 //! `x86/` proves that the CPU can run it and hands out the whole table. Holding a table is the proof.
 //! Kernels never allocate, never use threads and never read the environment, except [`active`], which picks a table.
 
+pub mod gemm;
 mod generic;
+pub mod lines;
 #[cfg(test)]
 mod parity;
 pub mod philox;
@@ -14,10 +16,8 @@ pub mod tiles;
 mod x86;
 
 use crate::error::{Error, Result};
+use gemm::{GemmTile, PairKernels, Rows};
 use std::sync::OnceLock;
-
-/// The widest `mr * nr` of any table: the size of the scratch a [`Kernels::gemm_tile`] writes.
-pub const MAX_TILE: usize = 512;
 
 /// A function on five equally long rows: three that are read, two that are written.
 type FiveRows = fn(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]);
@@ -28,12 +28,17 @@ type FourRows = fn(x: &[f32], w: &[f32], rstd: f32, dy: &[f32], dx: &mut [f32]);
 pub struct Kernels {
     /// The name shown by `rustune.info()` and accepted by `RUSTUNE_ISA`.
     pub isa: &'static str,
-    /// Rows of one GEMM tile.
-    pub mr: usize,
-    /// Columns of one GEMM tile.
-    pub nr: usize,
-    /// `out[i, j] = Σ_p a[p, i] · b[p, j]`;  a: `[k, mr]`, b: `[k, nr]` (packed panels), out: `[mr, nr]`.
-    pub gemm_tile: fn(a: &[f32], b: &[f32], out: &mut [f32]),
+    /// The f32 product.
+    pub tile: GemmTile,
+    /// The product of bf16 pairs, where there is one; elsewhere f32 products of rounded operands stand in.
+    pub pairs: Option<PairKernels>,
+    /// `out[p, first + r] = rows[r][p]` on words;  out: `[depth, width]`, the other columns are left alone.
+    pub transpose: fn(rows: Rows<'_>, out: &mut [f32], width: usize, first: usize),
+    /// Whole blocks of NF4: `out[i] = code[index i] · scales[i / block]`, rounded to bf16 if `round`;
+    /// packed: `[ceil(n / 2)]`, first element in the high nibble.
+    pub nf4_blocks: fn(packed: &[u8], scales: &[f32], block: usize, code: &[f32; 16], round: bool, out: &mut [f32]),
+    /// bf16 to f32, exactly.
+    pub widen: fn(x: &[u16], out: &mut [f32]),
     /// `Σ x[i] · y[i]`.
     pub dot: fn(x: &[f32], y: &[f32]) -> f32,
     /// `y[i] += alpha · x[i]`.
@@ -55,9 +60,13 @@ pub struct Kernels {
     pub rope_row: fn(x: &mut [f32], cos: &[f32], sin: &[f32]),
     /// Rounds every element to the nearest bfloat16, ties to even; NaN stays NaN.
     pub round_bf16: fn(x: &mut [f32]),
-    /// `out[i] = code[index i] · scale`, two indices a byte, first element in the high nibble;
-    /// packed: `[ceil(n / 2)]`, out: `[n]`, all of one block.
-    pub nf4_block: fn(packed: &[u8], scale: f32, code: &[f32; 16], out: &mut [f32]),
+}
+
+impl Kernels {
+    /// Whether products of bf16 are faster than those of f32, so that they are what "best" means.
+    pub fn prefers_bf16(&self) -> bool {
+        self.pairs.is_some_and(|pairs| pairs.fast)
+    }
 }
 
 /// Every table this machine can run, best first; the last is always `scalar`.
@@ -91,6 +100,17 @@ fn named(name: &str) -> std::result::Result<&'static Kernels, String> {
         let names: Vec<_> = available().iter().map(|table| table.isa).collect();
         format!("this machine runs {}; set one of these or unset it", names.join(", "))
     })
+}
+
+/// Every table, and AMX on emulated tiles where the machine has none.
+#[cfg(test)]
+pub(crate) fn tables() -> Vec<&'static Kernels> {
+    static EMULATED: OnceLock<Option<Kernels>> = OnceLock::new();
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    let amx = EMULATED.get_or_init(x86::amx::emulated::table).as_ref();
+    #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+    let amx = EMULATED.get_or_init(|| None).as_ref();
+    available().iter().filter(|table| table.isa != "amx").chain(amx).collect()
 }
 
 #[cfg(test)]

@@ -3,14 +3,26 @@
 //! Sums run in f64, left to right, except the GEMM tile, whose f32 sum over p is left to right as well.
 
 use super::Kernels;
+use super::gemm::{GemmTile, PairKernels, PanelA, reference as twin};
+
+const TILE: GemmTile = GemmTile { mr: twin::MR, nr: twin::NR, panel_a: PanelA::Columns, run: twin::tile_f32 };
 
 /// The table every machine can run.
 pub(super) fn table() -> Kernels {
     Kernels {
         isa: "scalar",
-        mr: MR,
-        nr: NR,
-        gemm_tile,
+        tile: TILE,
+        pairs: Some(PairKernels {
+            tile: GemmTile { run: twin::tile_pairs, ..TILE },
+            fast: false,
+            pack_row: twin::pack_row,
+            join_rows: twin::join_rows,
+            join_halves: twin::join_halves,
+            nf4: twin::nf4_halves,
+        }),
+        transpose: twin::transpose,
+        nf4_blocks: twin::nf4_blocks,
+        widen: twin::widen,
         dot,
         axpy,
         rms_norm_row,
@@ -21,22 +33,6 @@ pub(super) fn table() -> Kernels {
         exp_row,
         rope_row,
         round_bf16,
-        nf4_block,
-    }
-}
-
-const MR: usize = 4;
-const NR: usize = 16;
-
-fn gemm_tile(a: &[f32], b: &[f32], out: &mut [f32]) {
-    assert!(a.len() / MR == b.len() / NR && out.len() == MR * NR, "gemm_tile: lengths differ");
-    out.fill(0.0);
-    for (a_row, b_row) in a.chunks_exact(MR).zip(b.chunks_exact(NR)) {
-        for (a_value, out_row) in a_row.iter().zip(out.chunks_exact_mut(NR)) {
-            for (o, b_value) in out_row.iter_mut().zip(b_row) {
-                *o += a_value * b_value;
-            }
-        }
     }
 }
 
@@ -116,15 +112,5 @@ fn rope_row(x: &mut [f32], cos: &[f32], sin: &[f32]) {
 fn round_bf16(x: &mut [f32]) {
     for x in x {
         *x = half::bf16::from_f32(*x).to_f32();
-    }
-}
-
-fn nf4_block(packed: &[u8], scale: f32, code: &[f32; 16], out: &mut [f32]) {
-    assert_eq!(packed.len(), out.len().div_ceil(2), "nf4_block: lengths differ");
-    for (pair, byte) in out.chunks_mut(2).zip(packed) {
-        pair[0] = code[usize::from(byte >> 4)] * scale;
-        if let Some(second) = pair.get_mut(1) {
-            *second = code[usize::from(byte & 15)] * scale;
-        }
     }
 }

@@ -29,6 +29,30 @@ impl TileMut<'_> {
         self.cols
     }
 
+    /// Distance between rows in the whole matrix.
+    pub fn stride(&self) -> usize {
+        self.stride
+    }
+
+    /// Element `(i, j)`, from which every later element of the tile may be reached.
+    pub(super) fn pointer(&mut self, i: usize, j: usize) -> *mut f32 {
+        assert!(i < self.rows && j < self.cols, "tile element ({i}, {j}) of {} x {}", self.rows, self.cols);
+        // SAFETY: the element lies within the tile.
+        unsafe { self.data.add(i * self.stride + j) }
+    }
+
+    /// All of a matrix with rows `stride` apart, as one tile of `cols` columns.
+    ///
+    /// # Panics
+    /// If `rows` rows do not lie within the matrix.
+    pub fn whole(matrix: &mut [f32], stride: usize, rows: usize, cols: usize) -> TileMut<'_> {
+        assert!(
+            cols <= stride && (rows == 0 || (rows - 1) * stride + cols <= matrix.len()),
+            "a tile leaves the matrix"
+        );
+        TileMut { data: matrix.as_mut_ptr(), stride, rows, cols, row0: 0, col0: 0, owner: PhantomData }
+    }
+
     /// Row `i` of the tile: `[cols]`.
     #[inline]
     pub fn row(&mut self, i: usize) -> &mut [f32] {

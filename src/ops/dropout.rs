@@ -28,6 +28,20 @@ pub fn dropout_in_place(key: DropoutKey, module: u32, p: f32, tokens: &Tokens, w
     apply(key, module, p, tokens, width, x, |_, _| ());
 }
 
+/// `x = x ⊙ mask / (1 - p)` for a piece of the row of one token that begins at element `first`, a multiple of 4.
+pub fn dropout_piece(key: DropoutKey, module: u32, p: f32, tokens: &Tokens, token: usize, first: usize, x: &mut [f32]) {
+    debug_assert!(first.is_multiple_of(4), "a word of the generator serves four elements");
+    let threshold = (f64::from(p) * 4_294_967_296.0) as u32;
+    let scale = 1.0 / (1.0 - p);
+    for (block, four) in x.chunks_mut(4).enumerate() {
+        let counter = [(first / 4 + block) as u32, tokens.positions[token], tokens.rows[token], module];
+        let words = philox4x32_10(counter, [key.seed, key.step]);
+        for (value, word) in four.iter_mut().zip(words) {
+            *value = if word >= threshold { *value * scale } else { 0.0 };
+        }
+    }
+}
+
 /// Fills each row, then masks it.
 fn apply(
     key: DropoutKey,
@@ -38,20 +52,12 @@ fn apply(
     out: &mut [f32],
     fill: impl Fn(&mut [f32], usize) + Sync,
 ) {
-    let threshold = (f64::from(p) * 4_294_967_296.0) as u32;
-    let scale = 1.0 / (1.0 - p);
     let task = rows_per_task(width);
     out.par_chunks_mut(task * width).enumerate().for_each(|(chunk, out)| {
         for (r, row) in out.chunks_exact_mut(width).enumerate() {
             let t = chunk * task + r;
             fill(row, t * width);
-            for (block, four) in row.chunks_mut(4).enumerate() {
-                let counter = [block as u32, tokens.positions[t], tokens.rows[t], module];
-                let words = philox4x32_10(counter, [key.seed, key.step]);
-                for (value, word) in four.iter_mut().zip(words) {
-                    *value = if word >= threshold { *value * scale } else { 0.0 };
-                }
-            }
+            dropout_piece(key, module, p, tokens, t, 0, row);
         }
     });
 }

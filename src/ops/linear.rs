@@ -1,10 +1,10 @@
 //! A linear layer over a frozen or trained weight, with an optional low-rank adapter.  Hu et al. 2021, section 4.1.
 //!
-//! `y = x Wᵀ + bias + scale · (D(x) Aᵀ) Bᵀ`, D = dropout.  With u = D(x) Aᵀ and g = scale · dy, the backward is
-//! `dx = dy W + D(du A)`, `du = g B`, `dA = duᵀ D(x)`, `dB = gᵀ u`; a frozen W never gets a gradient, and costs none.
+//! `y = x Wᵀ + bias + u Bᵀ` with `u = scale · D(x) Aᵀ`, D = dropout.  The backward is `dx = dy W + D(du A)`,
+//! `du = scale · dy B`, `dA = duᵀ D(x)`, `dB = dyᵀ u`; a frozen W never gets a gradient, and costs none.
 
-use super::dropout::{dropout, dropout_in_place};
-use super::matmul::{Gemm, Into, Operand, gemm};
+use super::dropout::{dropout, dropout_piece};
+use super::matmul::{FEW_ROWS, Gemm, Into, Left, Mask, Operand, PackedA, Shape, Term, gemm, gemm_sum};
 use super::{Buf, Env, Grads, ParamId, Weight};
 use rayon::prelude::*;
 
@@ -59,7 +59,7 @@ pub struct Linear {
 
 /// What the backward needs beside its input.
 pub struct Saved {
-    /// `D(x) Aᵀ`, `[n_tokens, rank]`; absent without an adapter.
+    /// `scale · D(x) Aᵀ`, `[n_tokens, rank]`; absent without an adapter.
     low: Option<Buf>,
 }
 
@@ -67,8 +67,8 @@ impl Linear {
     /// The matrix as a GEMM operand, transposed or not.
     fn operand<'a>(&'a self, env: &Env<'a>, transposed: bool) -> Operand<'a> {
         match &self.matrix {
-            Matrix::Frozen(weight) if transposed => Operand::WeightT(weight),
-            Matrix::Frozen(weight) => Operand::Weight(weight),
+            Matrix::Frozen(weight) if transposed => Operand::WeightT(weight, 0),
+            Matrix::Frozen(weight) => Operand::Weight(weight, 0),
             Matrix::Trained(id) if transposed => Operand::transposed(env.params.get(*id), self.inputs),
             Matrix::Trained(id) => Operand::rows(env.params.get(*id), self.inputs),
         }
@@ -76,6 +76,16 @@ impl Linear {
 
     /// x: `[n_tokens, in]` -> y: `[n_tokens, out]`.
     pub fn forward(&self, env: &Env<'_>, x: &[f32]) -> (Buf, Saved) {
+        self.forward_packed(env, x, Left::Plain(Operand::rows(x, self.inputs)))
+    }
+
+    /// What the backward needs, without the output: for a forward that runs again.
+    pub fn recompute(&self, env: &Env<'_>, x: &[f32]) -> Saved {
+        Saved { low: self.low(env, x, Left::Plain(Operand::rows(x, self.inputs))) }
+    }
+
+    /// The forward with x packed before.
+    fn forward_packed(&self, env: &Env<'_>, x: &[f32], packed: Left<'_>) -> (Buf, Saved) {
         let (ctx, n_tokens) = (env.ctx, x.len() / self.inputs);
         let mut y = ctx.buf(n_tokens * self.outputs);
         let bias = match &self.bias {
@@ -87,20 +97,26 @@ impl Linear {
             y.par_chunks_mut(self.outputs).for_each(|row| row.copy_from_slice(bias));
         }
         let into = if bias.is_some() { Into::Add } else { Into::Store };
-        let (m, n, k) = (n_tokens, self.outputs, self.inputs);
-        gemm(ctx, &Gemm { m, n, k, a: Operand::rows(x, k), b: self.operand(env, true), alpha: 1.0, into }, &mut y);
-        let low = self.lora.as_ref().map(|lora| {
-            let dropped = self.dropped(env, lora, x);
-            let (a, b, rank) = (env.params.get(lora.a), env.params.get(lora.b), lora.rank);
-            let mut low = ctx.buf(n_tokens * rank);
-            let input = Operand::rows(dropped.as_deref().unwrap_or(x), k);
-            let down = Gemm { m, n: rank, k, a: input, b: Operand::transposed(a, k), alpha: 1.0, into: Into::Store };
-            gemm(ctx, &down, &mut low);
-            let (a, b) = (Operand::rows(&low, rank), Operand::transposed(b, rank));
-            gemm(ctx, &Gemm { m, n, k: rank, a, b, alpha: lora.scale, into: Into::Add }, &mut y);
-            low
-        });
+        let low = self.low(env, x, packed);
+        let mut terms = vec![Term::new(self.inputs, packed, self.operand(env, true))];
+        if let (Some(lora), Some(low)) = (&self.lora, &low) {
+            let up = Operand::transposed(env.params.get(lora.b), lora.rank);
+            terms.push(Term::new(lora.rank, Left::Plain(Operand::rows(low, lora.rank)), up));
+        }
+        gemm_sum(ctx, Shape { m: n_tokens, n: self.outputs, alpha: 1.0, into }, &terms, &mut y);
         (y, Saved { low })
+    }
+
+    /// `scale · D(x) Aᵀ`, `[n_tokens, rank]`.
+    fn low(&self, env: &Env<'_>, x: &[f32], packed: Left<'_>) -> Option<Buf> {
+        let lora = self.lora.as_ref()?;
+        let (m, k) = (x.len() / self.inputs, self.inputs);
+        let dropped = self.dropped(env, lora, x);
+        let input = dropped.as_deref().map_or(packed, |dropped| Left::Plain(Operand::rows(dropped, k)));
+        let mut low = env.ctx.buf(m * lora.rank);
+        let down = Term::new(k, input, Operand::transposed(env.params.get(lora.a), k));
+        gemm_sum(env.ctx, Shape { m, n: lora.rank, alpha: lora.scale, into: Into::Store }, &[down], &mut low);
+        Some(low)
     }
 
     /// Adds the gradient of the input to `dx` (unless nothing below needs it) and those of trained tensors to `grads`.
@@ -112,16 +128,24 @@ impl Linear {
         x: &[f32],
         saved: &Saved,
         dy: &[f32],
-        mut dx: Option<&mut [f32]>,
+        dx: Option<&mut [f32]>,
         grads: &mut Grads,
     ) {
+        backward_all(env, x, &[(self, saved, dy)], dx.map(|dx| (dx, Into::Add)), grads);
+    }
+
+    /// The gradients of this layer's own tensors; returns `scale · dy B`, `[n_tokens, rank]`, where there is an adapter.
+    fn own_gradients(
+        &self,
+        env: &Env<'_>,
+        x: &[f32],
+        saved: &Saved,
+        dy: &[f32],
+        packed_dy: Left<'_>,
+        grads: &mut Grads,
+    ) -> Option<Buf> {
         let (ctx, n_tokens) = (env.ctx, x.len() / self.inputs);
         let (n_in, n_out) = (self.inputs, self.outputs);
-        if let Some(dx) = dx.as_deref_mut() {
-            // dx += dy W
-            let (a, b) = (Operand::rows(dy, n_out), self.operand(env, false));
-            gemm(ctx, &Gemm { m: n_tokens, n: n_in, k: n_out, a, b, alpha: 1.0, into: Into::Add }, dx);
-        }
         if let Matrix::Trained(id) = self.matrix {
             // dW += dyᵀ x
             let (a, b) = (Operand::transposed(dy, n_out), Operand::rows(x, n_in));
@@ -133,36 +157,22 @@ impl Linear {
                 (ctx.kernels.axpy)(1.0, row, grads.get_mut(id));
             }
         }
-        let (Some(lora), Some(low)) = (&self.lora, &saved.low) else { return };
+        let (Some(lora), Some(low)) = (&self.lora, &saved.low) else { return None };
         let rank = lora.rank;
-        // dB += scale · dyᵀ u
+        // dB += dyᵀ (scale · u)
         let (a, b) = (Operand::transposed(dy, n_out), Operand::rows(low, rank));
-        let g = Gemm { m: n_out, n: rank, k: n_tokens, a, b, alpha: lora.scale, into: Into::Add };
+        let g = Gemm { m: n_out, n: rank, k: n_tokens, a, b, alpha: 1.0, into: Into::Add };
         gemm(ctx, &g, grads.get_mut(lora.b));
         // du = scale · dy B
         let mut dlow = ctx.buf(n_tokens * rank);
-        let (a, b) = (Operand::rows(dy, n_out), Operand::rows(env.params.get(lora.b), rank));
-        gemm(ctx, &Gemm { m: n_tokens, n: rank, k: n_out, a, b, alpha: lora.scale, into: Into::Store }, &mut dlow);
+        let up = Term::new(n_out, packed_dy, Operand::rows(env.params.get(lora.b), rank));
+        gemm_sum(ctx, Shape { m: n_tokens, n: rank, alpha: lora.scale, into: Into::Store }, &[up], &mut dlow);
         // dA += duᵀ D(x)
-        let mut dropped = self.dropped(env, lora, x);
+        let dropped = self.dropped(env, lora, x);
         let (a, b) = (Operand::transposed(&dlow, rank), Operand::rows(dropped.as_deref().unwrap_or(x), n_in));
         let g = Gemm { m: rank, n: n_in, k: n_tokens, a, b, alpha: 1.0, into: Into::Add };
         gemm(ctx, &g, grads.get_mut(lora.a));
-        // dx += D(du A)
-        let Some(dx) = dx else { return };
-        let (a, b) = (Operand::rows(&dlow, rank), Operand::rows(env.params.get(lora.a), n_in));
-        let g = Gemm { m: n_tokens, n: n_in, k: rank, a, b, alpha: 1.0, into: Into::Add };
-        match (&mut dropped, env.dropout) {
-            (Some(masked), Some(key)) => {
-                gemm(ctx, &Gemm { into: Into::Store, ..g }, masked);
-                dropout_in_place(key, lora.module, lora.dropout, env.tokens, n_in, masked);
-                let task = super::rows_per_task(1);
-                dx.par_chunks_mut(task).zip(masked.par_chunks(task)).for_each(|(dx, masked)| {
-                    (ctx.kernels.axpy)(1.0, masked, dx);
-                });
-            }
-            _ => gemm(ctx, &g, dx),
-        }
+        Some(dlow)
     }
 
     /// D(x), or `None` where it is x itself.
@@ -173,8 +183,67 @@ impl Linear {
         Some(out)
     }
 
+    /// What the gradient of D(x) goes through on its way to that of x.
+    fn mask<'e>(&self, env: &'e Env<'e>) -> Option<impl Fn(usize, usize, &mut [f32]) + Sync + use<'e>> {
+        let lora = self.lora.as_ref().filter(|lora| lora.dropout > 0.0)?;
+        let (key, module, p, tokens) = (env.dropout?, lora.module, lora.dropout, env.tokens);
+        Some(move |token: usize, first: usize, values: &mut [f32]| {
+            dropout_piece(key, module, p, tokens, token, first, values);
+        })
+    }
+
     /// Whether the layer itself has anything to train.
     pub fn is_trained(&self) -> bool {
         self.lora.is_some() || matches!(self.matrix, Matrix::Trained(_)) || matches!(self.bias, Bias::Trained(_))
     }
+}
+
+/// The forwards of layers that share their input, which is packed once.
+pub fn forward_all(env: &Env<'_>, linears: &[&Linear], x: &[f32]) -> Vec<(Buf, Saved)> {
+    let inputs = linears.first().map_or(1, |linear| linear.inputs);
+    let packed = pack(env, x, inputs);
+    let left = packed.as_ref().map_or(Left::Plain(Operand::rows(x, inputs)), Left::Packed);
+    linears.iter().map(|linear| linear.forward_packed(env, x, left)).collect()
+}
+
+/// The backward of layers that share their input: the gradient of the input is one sum with one pass over `dx`.
+///
+/// x: the forward's input, parts: each layer with what its forward saved and its `dy: [n_tokens, out]`,
+/// dx: `[n_tokens, in]`, `None` where nothing below needs it; gradients of trained tensors are added to `grads`.
+pub fn backward_all(
+    env: &Env<'_>,
+    x: &[f32],
+    parts: &[(&Linear, &Saved, &[f32])],
+    dx: Option<(&mut [f32], Into)>,
+    grads: &mut Grads,
+) {
+    let packed: Vec<_> = parts.iter().map(|(linear, _, dy)| pack(env, dy, linear.outputs)).collect();
+    let left = |i: usize| {
+        let (linear, _, dy) = parts[i];
+        packed[i].as_ref().map_or(Left::Plain(Operand::rows(dy, linear.outputs)), Left::Packed)
+    };
+    let own = |(i, &(linear, saved, dy)): (usize, &(&Linear, &Saved, &[f32]))| {
+        linear.own_gradients(env, x, saved, dy, left(i), grads)
+    };
+    let dlow: Vec<_> = parts.iter().enumerate().map(own).collect();
+    let Some((dx, into)) = dx else { return };
+    let inputs = parts.first().map_or(1, |(linear, ..)| linear.inputs);
+    let masks: Vec<_> = parts.iter().map(|(linear, ..)| linear.mask(env)).collect();
+    // dx (+)= Σ dy W + D(du A)
+    let mut terms = Vec::with_capacity(2 * parts.len());
+    for (i, (linear, ..)) in parts.iter().enumerate() {
+        terms.push(Term::new(linear.outputs, left(i), linear.operand(env, false)));
+        if let (Some(lora), Some(dlow)) = (&linear.lora, &dlow[i]) {
+            let (a, b) = (Operand::rows(dlow, lora.rank), Operand::rows(env.params.get(lora.a), inputs));
+            let mask = masks[i].as_ref().map(|mask| mask as Mask<'_>);
+            terms.push(Term { mask, ..Term::new(lora.rank, Left::Plain(a), b) });
+        }
+    }
+    gemm_sum(env.ctx, Shape { m: x.len() / inputs, n: inputs, alpha: 1.0, into }, &terms, dx);
+}
+
+/// A left operand for several products, or `None` where rows are too few to be packed.
+fn pack(env: &Env<'_>, x: &[f32], width: usize) -> Option<PackedA> {
+    let rows = x.len() / width;
+    (rows > FEW_ROWS).then(|| PackedA::new(env.ctx, Operand::rows(x, width), rows, width))
 }

@@ -1,32 +1,35 @@
 //! The one GEMM driver: packs operands into panels, dequantizing as it goes, and multiplies tile by tile.
 //!
-//! `C[m, n] (+)= alpha · A[m, k] · B[k, n]` after Goto & van de Geijn 2008: A is packed once into panels `[k, mr]`; each task
-//! packs a `KC x NC` block of B into panels `[k, nr]` that stay in the second-level cache and multiplies it with all of A.
-//! The sum over k runs block after block and, within a block, in order, for every element alike: the result does not
-//! depend on the number of threads or on how C is cut. Few rows against a frozen weight take the dot-product path instead.
+//! `C[m, n] (+)= alpha · Σ_t A_t[m, k_t] · B_t[k_t, n]` after Goto & van de Geijn 2008: each A is packed once into panels
+//! that the tiles stream; each task packs a `KC x columns` block of B into panels that stay in its cache and multiplies it
+//! with all of A. Several terms share one pass over C, so that a low-rank update costs its FLOPs and no traffic.
+//! The sum runs term after term and block after block, for every element alike: the result does not depend on the number
+//! of threads or on how C is cut. Few rows against a frozen weight take the dot-product path instead.
 
+use super::pack::{Form, KC, pack_b, pack_panel, sized};
 use super::weight::{Precision, Weight};
 use super::{Buf, Ctx};
-use crate::kernels::tiles::{TileMut, bounds, split_grid};
-use crate::kernels::{Kernels, MAX_TILE};
+use crate::kernels::gemm::{GemmTile, TileC};
+use crate::kernels::lines::Lines;
+use crate::kernels::tiles::{TileMut, split_grid};
 use rayon::prelude::*;
 use std::cell::RefCell;
 
-/// Depth of a packed block.
-const KC: usize = 256;
-/// Columns of C that one task takes.
+/// Columns of C that one task takes, about.
 const NC: usize = 192;
+/// Columns are cut at multiples of this, so that no task begins inside a block of NF4.
+const COLUMN_UNIT: usize = 64;
 /// Up to this many columns, B is packed once for all tasks and the tasks share the rows.
 const THIN: usize = 768;
-/// Rows of A that are packed at a time: bounds the packed copy.
-const MC: usize = 1920;
+/// Rows of A that stream past a block of B before the next block's panel: they fit the second-level cache.
+const MC: usize = 1152;
 /// Up to this many rows, `X · Wᵀ` is a row of dot products straight from the weight's storage.
-const FEW_ROWS: usize = 4;
+pub(crate) const FEW_ROWS: usize = 4;
 
 /// A GEMM operand.
 #[derive(Clone, Copy)]
 pub enum Operand<'a> {
-    /// `element(i, j) = data[i · row_stride + j · col_stride]`.
+    /// `element(i, j) = data[i · row_stride + j · col_stride]`; one of the strides is 1.
     Dense {
         /// The elements.
         data: &'a [f32],
@@ -35,10 +38,10 @@ pub enum Operand<'a> {
         /// Distance between columns.
         col_stride: usize,
     },
-    /// A weight `W: [out, in]` as it is: the operand is `[out, in]`.
-    Weight(&'a Weight),
-    /// A weight `W: [out, in]` transposed: the operand is `[in, out]`.
-    WeightT(&'a Weight),
+    /// A weight `W: [out, in]` from a row on: the operand is `[out - row, in]`.
+    Weight(&'a Weight, usize),
+    /// A weight `W: [out, in]` from a row on, transposed: the operand is `[in, out - row]`.
+    WeightT(&'a Weight, usize),
 }
 
 impl<'a> Operand<'a> {
@@ -50,6 +53,16 @@ impl<'a> Operand<'a> {
     /// The transpose of a row-major matrix with `width` columns.
     pub fn transposed(data: &'a [f32], width: usize) -> Self {
         Self::Dense { data, row_stride: 1, col_stride: width }
+    }
+
+    pub(super) fn swap(self) -> Self {
+        match self {
+            Self::Dense { data, row_stride, col_stride } => {
+                Self::Dense { data, row_stride: col_stride, col_stride: row_stride }
+            }
+            Self::Weight(weight, first) => Self::WeightT(weight, first),
+            Self::WeightT(weight, first) => Self::Weight(weight, first),
+        }
     }
 }
 
@@ -81,16 +94,72 @@ pub struct Gemm<'a> {
     pub into: Into,
 }
 
+/// A left operand: as it is, or packed before.
+#[derive(Clone, Copy)]
+pub enum Left<'a> {
+    /// Packed for this product alone; dense.
+    Plain(Operand<'a>),
+    /// Packed once for several products.
+    Packed(&'a PackedA),
+}
+
+/// Changes a piece of a row of a product: `(row, first column, values)`.
+pub type Mask<'a> = &'a (dyn Fn(usize, usize, &mut [f32]) + Sync);
+
+/// One product of a sum.
+#[derive(Clone, Copy)]
+pub struct Term<'a> {
+    /// Columns of A, rows of B.
+    pub k: usize,
+    /// Left operand, `[m, k]`.
+    pub a: Left<'a>,
+    /// Right operand, `[k, n]`.
+    pub b: Operand<'a>,
+    /// What each piece of the product goes through before it is added; linear, element by element.
+    pub mask: Option<Mask<'a>>,
+}
+
+impl<'a> Term<'a> {
+    /// A product without a mask.
+    pub fn new(k: usize, a: Left<'a>, b: Operand<'a>) -> Self {
+        Self { k, a, b, mask: None }
+    }
+}
+
+/// The shape of a sum of products and what becomes of it.
+#[derive(Clone, Copy)]
+pub struct Shape {
+    /// Rows of C.
+    pub m: usize,
+    /// Columns of C.
+    pub n: usize,
+    /// Factor of the sum.
+    pub alpha: f32,
+    /// Replace or add.
+    pub into: Into,
+}
+
+/// A left operand `[m, k]` in panels: `[k block][panel][..]`, the last panel padded with zeros.
+pub struct PackedA {
+    data: Buf,
+    m: usize,
+    k: usize,
+}
+
 thread_local! {
-    /// A thread's packed block of B and one unpacked row.
-    static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch { panel: Vec::new(), row: Vec::new() }) };
+    /// A thread's packed block of B and what is unpacked on the way.
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
 /// Scratch of one task.
 #[derive(Default)]
 struct Scratch {
-    panel: Vec<f32>,
-    row: Vec<f32>,
+    /// A packed block of B.
+    panel: Lines,
+    /// Rows of words on their way into a panel.
+    rows: Lines,
+    /// One tile of a masked product.
+    tile: Lines,
 }
 
 /// Runs a GEMM on all threads.
@@ -98,214 +167,230 @@ struct Scratch {
 /// # Panics
 /// If `c` is not `[m, n]`.
 pub fn gemm(ctx: &Ctx, g: &Gemm<'_>, c: &mut [f32]) {
-    assert_eq!(c.len(), g.m * g.n, "gemm: C is not [m, n]");
-    if g.into == Into::Store {
-        c.fill(0.0);
-    }
-    if g.m == 0 || g.n == 0 || g.k == 0 {
-        return;
-    }
-    if let (true, Operand::WeightT(weight), Operand::Dense { data, row_stride, col_stride: 1 }) =
-        (g.m <= FEW_ROWS, g.b, g.a)
-    {
-        few_rows(ctx, g, weight, data, row_stride, c);
-        return;
-    }
-    let shared = (g.n <= THIN).then(|| pack_all_b(ctx, g));
-    for m0 in (0..g.m).step_by(MC) {
-        let rows = MC.min(g.m - m0);
-        let packed = pack_a(ctx, g, m0, rows);
-        let c_band = &mut c[m0 * g.n..(m0 + rows) * g.n];
-        let (row_step, col_step) = if shared.is_some() { (8 * ctx.kernels.mr, g.n) } else { (rows, NC) };
-        let tiles = split_grid(c_band, g.n, &bounds(rows, row_step), &bounds(g.n, col_step));
-        tiles.into_par_iter().for_each(|tile| {
-            SCRATCH.with_borrow_mut(|scratch| multiply(ctx, g, (&packed, rows), shared.as_deref(), tile, scratch));
-        });
-    }
+    let Gemm { m, n, k, a, b, alpha, into } = *g;
+    gemm_sum(ctx, Shape { m, n, alpha, into }, &[Term::new(k, Left::Plain(a), b)], c);
 }
 
-/// All of B as `[k block][panel of nr columns][depth][nr]`, for products whose tiles all need it.
-fn pack_all_b(ctx: &Ctx, g: &Gemm<'_>) -> Buf {
-    let nr = ctx.kernels.nr;
-    let width = g.n.div_ceil(nr) * nr;
-    let mut packed = ctx.buf(width * g.k);
-    packed.par_chunks_mut(KC * width).enumerate().for_each(|(block, out)| {
-        let ks = block * KC..g.k.min((block + 1) * KC);
-        let depth = ks.len();
+/// Runs a sum of products on all threads, with one pass over C.
+///
+/// # Panics
+/// If `c` is not `[m, n]`, or a packed operand is of another shape.
+pub fn gemm_sum(ctx: &Ctx, shape: Shape, terms: &[Term<'_>], c: &mut [f32]) {
+    let Shape { m, n, .. } = shape;
+    assert_eq!(c.len(), m * n, "gemm: C is not [m, n]");
+    let terms: Vec<_> = terms.iter().filter(|term| term.k > 0).copied().collect();
+    if terms.is_empty() || c.is_empty() {
+        if shape.into == Into::Store {
+            c.fill(0.0);
+        }
+        return;
+    }
+    if m <= FEW_ROWS && terms.iter().all(|term| matches!(term.a, Left::Plain(_)) && term.mask.is_none()) {
+        for (t, term) in terms.iter().enumerate() {
+            let into = if t == 0 { shape.into } else { Into::Add };
+            few_rows(ctx, Shape { into, ..shape }, term, c);
+        }
+        return;
+    }
+    let form = Form::of(ctx);
+    let packed: Vec<_> = terms
+        .iter()
+        .map(|term| match term.a {
+            Left::Plain(operand) => Some(PackedA::new(ctx, operand, m, term.k)),
+            Left::Packed(packed) => {
+                assert!(packed.m == m && packed.k == term.k, "gemm: packed for another shape");
+                None
+            }
+        })
+        .collect();
+    let sides: Vec<_> = terms
+        .iter()
+        .zip(&packed)
+        .map(|(term, own)| {
+            let a = match (own, term.a) {
+                (Some(own), _) => &own.data[..],
+                (None, Left::Packed(packed)) => &packed.data[..],
+                (None, Left::Plain(_)) => unreachable!("plain operands were packed above"),
+            };
+            let shared_b = (n <= THIN).then(|| pack_all_b(ctx, &form, term, n));
+            Side { term: *term, a, shared_b }
+        })
+        .collect();
+    let threads = rayon::current_num_threads();
+    let (rows, cols) = if n <= THIN {
+        (cut(m, form.tile.mr, 8, threads), vec![0, n])
+    } else {
+        let unit = COLUMN_UNIT.next_multiple_of(form.tile.nr);
+        (vec![0, m], cut(n, unit, NC / unit, threads))
+    };
+    split_grid(c, n, &rows, &cols).into_par_iter().for_each(|tile| {
+        SCRATCH.with_borrow_mut(|scratch| multiply(ctx, &form, shape, &sides, tile, scratch));
+    });
+}
+
+/// Bounds of about `len / (unit · units)` pieces, a multiple of `threads`, cut at multiples of `unit`.
+fn cut(len: usize, unit: usize, units: usize, threads: usize) -> Vec<usize> {
+    let total = len.div_ceil(unit);
+    let pieces = total.div_ceil(units.max(1)).next_multiple_of(threads).min(total);
+    (0..=pieces).map(|piece| (piece * total / pieces * unit).min(len)).collect()
+}
+
+/// One term with its packed operands.
+struct Side<'a> {
+    term: Term<'a>,
+    a: &'a [f32],
+    /// All of B as `[k block][panel of nr columns][depth][nr]`, for products whose tiles all need it.
+    shared_b: Option<Buf>,
+}
+
+fn pack_all_b(ctx: &Ctx, form: &Form, term: &Term<'_>, n: usize) -> Buf {
+    let nr = form.tile.nr;
+    let panels = n.div_ceil(nr);
+    let mut packed = ctx.buf(panels * nr * form.blocks(term.k).map(|(_, ks)| form.depth(ks.len())).sum::<usize>());
+    packed.par_chunks_mut(KC * panels * nr).zip(form.blocks(term.k).collect::<Vec<_>>()).for_each(|(out, (_, ks))| {
+        let depth = form.depth(ks.len());
         out.par_chunks_mut(depth * nr).enumerate().for_each(|(panel, out)| {
             SCRATCH.with_borrow_mut(|scratch| {
-                pack_b(ctx, g, ks.clone(), panel * nr..g.n.min((panel + 1) * nr), scratch);
-                out.copy_from_slice(&scratch.panel);
+                pack_b(ctx, form, term.b, ks.clone(), panel * nr..n.min((panel + 1) * nr), out, &mut scratch.rows);
             });
         });
     });
     packed
 }
 
-/// All of k for one tile of C, whose `row0` counts from the packed band's first row.
-fn multiply(
-    ctx: &Ctx,
-    g: &Gemm<'_>,
-    (packed, band_rows): (&[f32], usize),
-    shared_b: Option<&[f32]>,
-    mut tile: TileMut<'_>,
-    scratch: &mut Scratch,
-) {
-    let Kernels { mr, nr, gemm_tile, axpy, .. } = *ctx.kernels;
-    let panels_of_a = band_rows.div_ceil(mr);
+/// All terms for one tile of C.
+fn multiply(ctx: &Ctx, form: &Form, shape: Shape, sides: &[Side<'_>], mut tile: TileMut<'_>, scratch: &mut Scratch) {
+    let GemmTile { mr, nr, run, .. } = form.tile;
     let (rows, cols, row0, col0) = (tile.rows(), tile.cols(), tile.row0, tile.col0);
-    let mut out = [0.0; MAX_TILE];
-    let out = &mut out[..mr * nr];
-    for (block, k0) in (0..g.k).step_by(KC).enumerate() {
-        let depth = KC.min(g.k - k0);
-        let panels_of_b = cols.div_ceil(nr);
-        let b_block = if let Some(shared) = shared_b {
-            &shared[block * KC * panels_of_b * nr..][..panels_of_b * nr * depth]
-        } else {
-            pack_b(ctx, g, k0..k0 + depth, col0..col0 + cols, scratch);
-            &scratch.panel[..]
-        };
-        let a_block = &packed[block * KC * panels_of_a * mr..];
-        for (j, b_panel) in b_block.chunks_exact(depth * nr).enumerate() {
-            let width = nr.min(cols - j * nr);
-            for i in (0..rows).step_by(mr) {
-                let a_panel = &a_block[(row0 + i) * depth..][..depth * mr];
-                gemm_tile(a_panel, b_panel, out);
-                for r in 0..mr.min(rows - i) {
-                    axpy(g.alpha, &out[r * nr..][..width], &mut tile.row(i + r)[j * nr..][..width]);
+    let (panels_of_a, panels_of_b) = (shape.m.div_ceil(mr), cols.div_ceil(nr));
+    let mut add = shape.into == Into::Add;
+    let Scratch { panel, rows: words, tile: piece } = scratch;
+    for Side { term, a, shared_b } in sides {
+        for (block, ks) in form.blocks(term.k) {
+            let depth = form.depth(ks.len());
+            let b_block = if let Some(shared) = shared_b {
+                &shared[block * KC * panels_of_b * nr..][..panels_of_b * nr * depth]
+            } else {
+                let out = sized(panel, panels_of_b * nr * depth);
+                pack_b(ctx, form, term.b, ks, col0..col0 + cols, out, words);
+                &*out
+            };
+            let a_block = &a[block * KC * panels_of_a * mr..];
+            for band in (0..rows).step_by(MC.next_multiple_of(mr)) {
+                let band_end = rows.min(band + MC.next_multiple_of(mr));
+                for (j, b_panel) in b_block.chunks_exact(depth * nr).enumerate() {
+                    for i in (band..band_end).step_by(mr) {
+                        let a_panel = &a_block[(row0 + i) * depth..][..depth * mr];
+                        let Some(mask) = term.mask else {
+                            let c = &mut tile;
+                            run(a_panel, b_panel, TileC { c, i, j: j * nr, alpha: shape.alpha, add });
+                            continue;
+                        };
+                        let (height, width) = (mr.min(rows - i), nr.min(cols - j * nr));
+                        let piece = sized(piece, mr * nr);
+                        let c = &mut TileMut::whole(piece, nr, height, width);
+                        run(a_panel, b_panel, TileC { c, i: 0, j: 0, alpha: shape.alpha, add: false });
+                        for (r, values) in piece.chunks_exact_mut(nr).take(height).enumerate() {
+                            let values = &mut values[..width];
+                            mask(row0 + i + r, col0 + j * nr, values);
+                            let out = &mut tile.row(i + r)[j * nr..][..width];
+                            if add { (ctx.kernels.axpy)(1.0, values, out) } else { out.copy_from_slice(values) }
+                        }
+                    }
                 }
             }
+            add = true;
         }
     }
 }
 
-/// Rows `m0 .. m0 + rows` of A as `[k block][panel of mr rows][depth][mr]`, the last panel padded with zeros.
-fn pack_a(ctx: &Ctx, g: &Gemm<'_>, m0: usize, rows: usize) -> Buf {
-    let mr = ctx.kernels.mr;
-    let panels = rows.div_ceil(mr);
-    let mut packed = ctx.buf(panels * mr * g.k);
-    packed.par_chunks_mut(KC * panels * mr).enumerate().for_each(|(block, out)| {
-        let k0 = block * KC;
-        let depth = KC.min(g.k - k0);
-        out.par_chunks_mut(depth * mr).enumerate().for_each(|(panel, out)| {
-            let first = panel * mr;
-            pack_panel(&g.a, m0 + first, mr.min(rows - first), k0, out, mr);
-            if ctx.precision == Precision::Bf16 {
-                (ctx.kernels.round_bf16)(out);
-            }
+impl PackedA {
+    /// Packs a dense operand `[m, k]` for the precision in use.
+    ///
+    /// # Panics
+    /// If the operand is a weight.
+    pub fn new(ctx: &Ctx, operand: Operand<'_>, m: usize, k: usize) -> Self {
+        let form = Form::of(ctx);
+        let mr = form.tile.mr;
+        let panels = m.div_ceil(mr);
+        let mut data = ctx.buf(panels * mr * form.blocks(k).map(|(_, ks)| form.depth(ks.len())).sum::<usize>());
+        data.par_chunks_mut(KC * panels * mr).zip(form.blocks(k).collect::<Vec<_>>()).for_each(|(out, (_, ks))| {
+            let depth = form.depth(ks.len());
+            out.par_chunks_mut(depth * mr).enumerate().for_each(|(panel, out)| {
+                let rows = panel * mr..m.min((panel + 1) * mr);
+                SCRATCH.with_borrow_mut(|scratch| {
+                    pack_panel(ctx, &form, operand, rows, ks.clone(), form.tile.panel_a, out, &mut scratch.rows);
+                });
+            });
         });
-    });
-    packed
-}
-
-/// `out[p, i] = A[i0 + i, k0 + p]` for `count` rows of a dense A; `out: [depth, width]`, the other columns zero.
-fn pack_panel(a: &Operand<'_>, i0: usize, count: usize, k0: usize, out: &mut [f32], width: usize) {
-    let Operand::Dense { data, row_stride, col_stride } = *a else { panic!("gemm: the left operand is dense") };
-    if count < width {
-        out.fill(0.0);
-    }
-    if row_stride == 1 {
-        for (p, out) in out.chunks_exact_mut(width).enumerate() {
-            let base = i0 + (k0 + p) * col_stride;
-            out[..count].copy_from_slice(&data[base..base + count]);
-        }
-        return;
-    }
-    assert_eq!(col_stride, 1, "gemm: one stride of a dense operand is 1");
-    let depth = out.len() / width;
-    let row = |i: usize| &data[(i0 + i) * row_stride + k0..][..depth];
-    interleave(count, row, out, width, 0);
-}
-
-/// `out[p, first + i] = row(i)[p]`, four rows at a time, so that a line of `out` is written four elements at once.
-fn interleave<'a>(count: usize, row: impl Fn(usize) -> &'a [f32], out: &mut [f32], width: usize, first: usize) {
-    for i in (0..count - count % 4).step_by(4) {
-        let (a, b, c, d) = (row(i), row(i + 1), row(i + 2), row(i + 3));
-        for ((((out, a), b), c), d) in out.chunks_exact_mut(width).zip(a).zip(b).zip(c).zip(d) {
-            out[first + i..first + i + 4].copy_from_slice(&[*a, *b, *c, *d]);
-        }
-    }
-    for i in count - count % 4..count {
-        for (out, value) in out.chunks_exact_mut(width).zip(row(i)) {
-            out[first + i] = *value;
-        }
+        Self { data, m, k }
     }
 }
 
-/// Fills `scratch.panel` with `B[ks, js]` as `[panel of nr columns][depth][nr]`, the last panel padded with zeros.
-fn pack_b(ctx: &Ctx, g: &Gemm<'_>, ks: std::ops::Range<usize>, js: std::ops::Range<usize>, scratch: &mut Scratch) {
-    let nr = ctx.kernels.nr;
-    let (depth, cols) = (ks.len(), js.len());
-    let panels = cols.div_ceil(nr);
-    let Scratch { panel, row } = scratch;
-    panel.resize(panels * depth * nr, 0.0);
-    if cols % nr != 0 {
-        panel[(panels - 1) * depth * nr..].fill(0.0);
-    }
-    let bf16 = ctx.precision == Precision::Bf16;
-    match g.b {
-        Operand::Dense { data, row_stride, col_stride } => {
-            let transposed = Operand::Dense { data, row_stride: col_stride, col_stride: row_stride };
-            for (j, out) in panel.chunks_exact_mut(depth * nr).enumerate() {
-                pack_panel(&transposed, js.start + j * nr, nr.min(cols - j * nr), ks.start, out, nr);
-            }
-            if bf16 {
-                (ctx.kernels.round_bf16)(panel);
-            }
+/// `C (+)= alpha · A · B` for few rows of A: of a weight every row is read once and dotted with each row of A.
+fn few_rows(ctx: &Ctx, shape: Shape, term: &Term<'_>, c: &mut [f32]) {
+    let (k, bf16) = (term.k, ctx.precision == Precision::Bf16);
+    let Left::Plain(Operand::Dense { data, row_stride, col_stride }) = term.a else {
+        panic!("gemm: the left operand is dense")
+    };
+    let mut rows = ctx.buf(shape.m * k);
+    for (i, row) in rows.chunks_exact_mut(k).enumerate() {
+        for (p, value) in row.iter_mut().enumerate() {
+            *value = data[i * row_stride + p * col_stride];
         }
-        Operand::Weight(weight) => {
-            row.resize(cols, 0.0);
-            for (p, k) in ks.enumerate() {
-                weight.read(ctx.kernels, k * weight.cols() + js.start, row);
-                if bf16 {
-                    (ctx.kernels.round_bf16)(row);
-                }
-                for (j, part) in row.chunks(nr).enumerate() {
-                    panel[j * depth * nr + p * nr..][..part.len()].copy_from_slice(part);
-                }
-            }
-        }
-        Operand::WeightT(weight) => {
-            row.resize(4 * depth, 0.0);
-            for (j, out) in panel.chunks_exact_mut(depth * nr).enumerate() {
-                let width = nr.min(cols - j * nr);
-                for i0 in (0..width).step_by(4) {
-                    let count = 4.min(width - i0);
-                    for (i, row) in row.chunks_exact_mut(depth).take(count).enumerate() {
-                        weight.read(ctx.kernels, (js.start + j * nr + i0 + i) * weight.cols() + ks.start, row);
-                    }
-                    if bf16 {
-                        (ctx.kernels.round_bf16)(&mut row[..count * depth]);
-                    }
-                    interleave(count, |i| &row[i * depth..][..depth], out, nr, i0);
-                }
-            }
-        }
-    }
-}
-
-/// `C (+)= alpha · X · Wᵀ` for few rows: every weight row is read once and dotted with each row of X.
-fn few_rows(ctx: &Ctx, g: &Gemm<'_>, weight: &Weight, x: &[f32], x_stride: usize, c: &mut [f32]) {
-    let bf16 = ctx.precision == Precision::Bf16;
-    let mut rows = ctx.buf(g.m * g.k);
-    for (i, row) in rows.chunks_exact_mut(g.k).enumerate() {
-        row.copy_from_slice(&x[i * x_stride..][..g.k]);
     }
     if bf16 {
         (ctx.kernels.round_bf16)(&mut rows);
     }
-    let step = (65_536 / g.k).clamp(1, 64);
-    split_grid(c, g.n, &[0, g.m], &bounds(g.n, step)).into_par_iter().for_each(|mut tile| {
+    let rows = &rows[..];
+    if shape.into == Into::Store {
+        c.fill(0.0);
+    }
+    let step = (65_536 / k).clamp(1, 256);
+    let bounds = crate::kernels::tiles::bounds(shape.n, step);
+    split_grid(c, shape.n, &[0, shape.m], &bounds).into_par_iter().for_each(|mut tile| {
         SCRATCH.with_borrow_mut(|scratch| {
-            let w = &mut scratch.row;
-            w.resize(g.k, 0.0);
-            for j in 0..tile.cols() {
-                weight.read(ctx.kernels, (tile.col0 + j) * g.k, w);
-                if bf16 {
-                    (ctx.kernels.round_bf16)(w);
+            let width = tile.cols();
+            match term.b {
+                Operand::WeightT(..) | Operand::Dense { row_stride: 1, .. } => {
+                    let w = sized(&mut scratch.rows, k);
+                    for j in 0..width {
+                        match term.b {
+                            Operand::WeightT(weight, first) => {
+                                weight.read(ctx.kernels, (first + tile.col0 + j) * k, w);
+                            }
+                            Operand::Dense { data, col_stride, .. } => {
+                                w.copy_from_slice(&data[(tile.col0 + j) * col_stride..][..k]);
+                            }
+                            Operand::Weight(..) => unreachable!("the outer match"),
+                        }
+                        if bf16 {
+                            (ctx.kernels.round_bf16)(w);
+                        }
+                        for (i, x) in rows.chunks_exact(k).enumerate() {
+                            tile.row(i)[j] += shape.alpha * (ctx.kernels.dot)(x, w);
+                        }
+                    }
                 }
-                for (i, x) in rows.chunks_exact(g.k).enumerate() {
-                    tile.row(i)[j] += g.alpha * (ctx.kernels.dot)(x, w);
+                Operand::Weight(..) | Operand::Dense { .. } => {
+                    let w = sized(&mut scratch.rows, width);
+                    for p in 0..k {
+                        match term.b {
+                            Operand::Weight(weight, first) => {
+                                weight.read(ctx.kernels, (first + p) * weight.cols() + tile.col0, w);
+                            }
+                            Operand::Dense { data, row_stride, .. } => {
+                                w.copy_from_slice(&data[p * row_stride + tile.col0..][..width]);
+                            }
+                            Operand::WeightT(..) => unreachable!("the outer match"),
+                        }
+                        if bf16 {
+                            (ctx.kernels.round_bf16)(w);
+                        }
+                        for (i, x) in rows.chunks_exact(k).enumerate() {
+                            (ctx.kernels.axpy)(shape.alpha * x[p], w, tile.row(i));
+                        }
+                    }
                 }
             }
         });
@@ -316,98 +401,37 @@ fn few_rows(ctx: &Ctx, g: &Gemm<'_>, weight: &Weight, x: &[f32], x_stride: usize
 ///
 /// Operands are rounded as `ctx.precision` asks. `c` has rows `c_stride` apart.
 pub(crate) fn gemm_block(ctx: &Ctx, g: &Gemm<'_>, c: &mut [f32], c_stride: usize, scratch: &mut BlockScratch) {
-    let Kernels { mr, nr, gemm_tile, axpy, .. } = *ctx.kernels;
-    let bf16 = ctx.precision == Precision::Bf16;
-    if g.into == Into::Store {
-        for row in c.chunks_mut(c_stride).take(g.m) {
-            row[..g.n].fill(0.0);
+    let form = Form::of(ctx);
+    let GemmTile { mr, nr, run, panel_a } = form.tile;
+    let BlockScratch { a, b, words } = scratch;
+    let mut tile = TileMut::whole(c, c_stride, g.m, g.n);
+    let mut add = g.into == Into::Add;
+    for (_, ks) in form.blocks(g.k) {
+        let depth = form.depth(ks.len());
+        let a = sized(a, g.m.div_ceil(mr) * mr * depth);
+        for (panel, out) in a.chunks_exact_mut(depth * mr).enumerate() {
+            let rows = panel * mr..g.m.min((panel + 1) * mr);
+            pack_panel(ctx, &form, g.a, rows, ks.clone(), panel_a, out, words);
         }
-    }
-    scratch.a.resize(g.m.div_ceil(mr) * mr * g.k, 0.0);
-    for (panel, out) in scratch.a.chunks_exact_mut(g.k * mr).enumerate() {
-        pack_panel(&g.a, panel * mr, mr.min(g.m - panel * mr), 0, out, mr);
-    }
-    if bf16 {
-        (ctx.kernels.round_bf16)(&mut scratch.a);
-    }
-    pack_b(ctx, g, 0..g.k, 0..g.n, &mut scratch.b);
-    let mut out = [0.0; MAX_TILE];
-    let out = &mut out[..mr * nr];
-    for (j, b_panel) in scratch.b.panel.chunks_exact(g.k * nr).enumerate() {
-        let width = nr.min(g.n - j * nr);
-        for (i, a_panel) in scratch.a.chunks_exact(g.k * mr).enumerate() {
-            gemm_tile(a_panel, b_panel, out);
-            for r in 0..mr.min(g.m - i * mr) {
-                axpy(g.alpha, &out[r * nr..][..width], &mut c[(i * mr + r) * c_stride + j * nr..][..width]);
+        let b = sized(b, g.n.div_ceil(nr) * nr * depth);
+        pack_b(ctx, &form, g.b, ks, 0..g.n, b, words);
+        for (j, b_panel) in b.chunks_exact(depth * nr).enumerate() {
+            for (i, a_panel) in a.chunks_exact(depth * mr).enumerate() {
+                run(a_panel, b_panel, TileC { c: &mut tile, i: i * mr, j: j * nr, alpha: g.alpha, add });
             }
         }
+        add = true;
     }
 }
 
 /// The packed copies of [`gemm_block`].
 #[derive(Default)]
 pub(crate) struct BlockScratch {
-    a: Vec<f32>,
-    b: Scratch,
+    a: Lines,
+    b: Lines,
+    words: Lines,
 }
 
 #[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, reason = "tests")]
-    use super::*;
-    use crate::ops::tape::test_floats as floats;
-
-    /// The slow twin, in f64.
-    fn naive(
-        m: usize,
-        n: usize,
-        k: usize,
-        a: impl Fn(usize, usize) -> f32,
-        b: impl Fn(usize, usize) -> f32,
-    ) -> Vec<f32> {
-        let sum = |i, j| (0..k).map(|p| f64::from(a(i, p)) * f64::from(b(p, j))).sum::<f64>() as f32;
-        (0..m * n).map(|ij| sum(ij / n, ij % n)).collect()
-    }
-
-    fn close(got: &[f32], want: &[f32], what: &str) {
-        let scale = want.iter().fold(1.0_f32, |m, v| m.max(v.abs()));
-        for (i, (g, w)) in got.iter().zip(want).enumerate() {
-            // f32 sums of up to 600 products.
-            assert!((g - w).abs() <= 2e-6 * scale, "{what}[{i}]: {g} against {w}");
-        }
-    }
-
-    #[test]
-    fn every_operand_form_and_shape_equals_the_slow_twin() {
-        for kernels in crate::kernels::available() {
-            let ctx = Ctx { kernels, ..Ctx::new(Precision::F32).unwrap() };
-            for (m, n, k) in
-                [(1, 1, 1), (3, 5, 7), (4, 300, 64), (13, 17, 300), (50, 200, 33), (130, 20, 600), (2000, 3, 5)]
-            {
-                let what = format!("{} {m}x{n}x{k}", kernels.isa);
-                let (a, b) = (floats(m * k, 1), floats(k * n, 2));
-                let want = naive(m, n, k, |i, p| a[i * k + p], |p, j| b[p * n + j]);
-                let run = |a, b| {
-                    let mut c = vec![9.0; m * n];
-                    gemm(&ctx, &Gemm { m, n, k, a, b, alpha: 1.0, into: Into::Store }, &mut c);
-                    c
-                };
-                close(&run(Operand::rows(&a, k), Operand::rows(&b, n)), &want, &what);
-                let at: Vec<f32> = (0..m * k).map(|x| a[(x % m) * k + x / m]).collect();
-                let bt: Vec<f32> = (0..n * k).map(|x| b[(x % k) * n + x / k]).collect();
-                close(&run(Operand::transposed(&at, m), Operand::transposed(&bt, k)), &want, &what);
-                let frozen = Weight::f32(b.clone(), k, n).unwrap();
-                close(&run(Operand::rows(&a, k), Operand::Weight(&frozen)), &want, &what);
-                let frozen = Weight::f32(bt.clone(), n, k).unwrap();
-                close(&run(Operand::rows(&a, k), Operand::WeightT(&frozen)), &want, &what);
-                let mut c = want.clone();
-                let g = Gemm { m, n, k, a: Operand::rows(&a, k), b: Operand::rows(&b, n), alpha: 1.0, into: Into::Add };
-                gemm(&ctx, &g, &mut c);
-                close(&c, &want.iter().map(|v| 2.0 * v).collect::<Vec<_>>(), &what);
-                let mut c = vec![1.0; m * n];
-                gemm_block(&ctx, &Gemm { into: Into::Store, alpha: 1.0, ..g }, &mut c, n, &mut BlockScratch::default());
-                close(&c, &want, &what);
-            }
-        }
-    }
-}
+#[path = "matmul_tests.rs"]
+mod tests;

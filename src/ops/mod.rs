@@ -11,6 +11,7 @@ pub mod embedding;
 pub mod head;
 pub mod linear;
 pub mod matmul;
+mod pack;
 pub mod params;
 pub mod pool;
 pub mod rms_norm;

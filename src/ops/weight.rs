@@ -2,7 +2,8 @@
 
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
-use crate::quant::nf4::CODE_BOOK;
+use crate::kernels::gemm::PairKernels;
+use crate::quant::nf4::{CODE_BOOK, scaled_code_book};
 use crate::quant::{FloatKind, Nf4Tensor};
 use half::bf16;
 
@@ -101,40 +102,87 @@ impl Weight {
     pub fn read(&self, kernels: &Kernels, start: usize, out: &mut [f32]) {
         match &self.data {
             Storage::F32(data) => out.copy_from_slice(&data[start..start + out.len()]),
-            Storage::Bf16(data) => {
+            Storage::Bf16(data) => (kernels.widen)(bits(&data[start..start + out.len()]), out),
+            Storage::Nf4(tensor) => {
+                let round = tensor.dtype == FloatKind::Bf16;
+                each_run(tensor, start, out, |bytes, scales, code, out| {
+                    (kernels.nf4_blocks)(bytes, scales, tensor.block_size, code, round, out);
+                });
+            }
+        }
+    }
+
+    /// As [`Weight::read`], rounded to bf16 as well.
+    ///
+    /// # Panics
+    /// If the range leaves the matrix.
+    #[inline]
+    pub fn read_bf16(&self, pairs: &PairKernels, start: usize, out: &mut [u16]) {
+        match &self.data {
+            Storage::F32(data) => {
                 let values = &data[start..start + out.len()];
                 for (out, value) in out.iter_mut().zip(values) {
-                    *out = f32::from_bits(u32::from(value.to_bits()) << 16);
+                    *out = bf16::from_f32(*value).to_bits();
                 }
             }
-            Storage::Nf4(tensor) => read_nf4(kernels, tensor, start, out),
+            Storage::Bf16(data) => out.copy_from_slice(bits(&data[start..start + out.len()])),
+            Storage::Nf4(tensor) => each_run(tensor, start, out, |bytes, scales, code, out| {
+                (pairs.nf4)(bytes, scales, tensor.block_size, code, out);
+            }),
         }
     }
 }
 
-/// Runs over the blocks that the range touches; blocks may run across rows, so a range may start inside a byte.
-fn read_nf4(kernels: &Kernels, tensor: &Nf4Tensor, start: usize, out: &mut [f32]) {
+/// The bits of a slice of bf16.
+fn bits(values: &[bf16]) -> &[u16] {
+    use half::slice::HalfFloatSliceExt;
+    values.reinterpret_cast()
+}
+
+/// Scales that are looked up at a time.
+const SCALES: usize = 64;
+
+/// Cuts the range into runs that a kernel takes, and calls `dequantize(bytes, scales, code book, out)` for each.
+///
+/// Blocks may run across rows, so a range may start inside a block, even inside a byte: what comes before the first whole
+/// block, and an odd element, is done here. Halves round each code-book value times scale once, so f16 goes block by
+/// block with a code book of its own.
+fn each_run<T: Copy>(
+    tensor: &Nf4Tensor,
+    start: usize,
+    out: &mut [T],
+    dequantize: impl Fn(&[u8], &[f32], &[f32; 16], &mut [T]),
+) {
+    let block_size = tensor.block_size;
+    let f16 = tensor.dtype == FloatKind::F16;
     let mut done = 0;
     while done < out.len() {
-        let mut at = start + done;
-        let block = at / tensor.block_size;
-        let scale = tensor.block_scale(block);
-        let end = out.len().min((block + 1) * tensor.block_size - start);
-        let mut part = &mut out[done..end];
-        done = end;
-        if at % 2 == 1 {
-            part[0] = CODE_BOOK[usize::from(tensor.packed[at / 2] & 15)] * scale;
-            at += 1;
-            part = &mut part[1..];
+        let at = start + done;
+        let (block, inside) = (at / block_size, at % block_size);
+        if inside % 2 == 1 {
+            // The low nibble of a byte: as the second of a pair.
+            let mut pair = [out[done]; 2];
+            let scale = tensor.block_scale(block);
+            let (code, scale) = if f16 { (scaled_code_book(scale, FloatKind::F16), 1.0) } else { (CODE_BOOK, scale) };
+            dequantize(&tensor.packed[at / 2..=at / 2], &[scale], &code, &mut pair);
+            out[done] = pair[1];
+            done += 1;
+            continue;
         }
-        if !part.is_empty() {
-            let bytes = &tensor.packed[at / 2..(at + part.len()).div_ceil(2)];
-            (kernels.nf4_block)(bytes, scale, &CODE_BOOK, part);
+        let whole_blocks = if f16 || inside > 0 { 1 } else { SCALES };
+        let len = (whole_blocks * block_size - inside).min(out.len() - done);
+        let bytes = &tensor.packed[at / 2..(at + len).div_ceil(2)];
+        let part = &mut out[done..done + len];
+        if f16 {
+            dequantize(bytes, &[1.0], &scaled_code_book(tensor.block_scale(block), FloatKind::F16), part);
+        } else {
+            let mut scales = [0.0; SCALES];
+            let scales = &mut scales[..len.div_ceil(block_size)];
+            for (i, scale) in scales.iter_mut().enumerate() {
+                *scale = tensor.block_scale(block + i);
+            }
+            dequantize(bytes, scales, &CODE_BOOK, part);
         }
-    }
-    match tensor.dtype {
-        FloatKind::F32 => {}
-        FloatKind::Bf16 => (kernels.round_bf16)(out),
-        FloatKind::F16 => out.iter_mut().for_each(|v| *v = half::f16::from_f32(*v).to_f32()),
+        done += len;
     }
 }

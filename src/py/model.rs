@@ -96,7 +96,7 @@ impl Model {
     fn load(py: Python<'_>, folder: PathBuf, dtype: Option<&str>, quantization: &str) -> PyResult<Self> {
         let quantization: QuantizationOptions = parse("quantization", quantization)?;
         let precision = match dtype {
-            // bfloat16 only pays where the CPU has tiles for it; no table uses them yet.
+            None if crate::kernels::active()?.prefers_bf16() => Precision::Bf16,
             None | Some("float32") => Precision::F32,
             Some("bfloat16") => Precision::Bf16,
             Some(other) => {

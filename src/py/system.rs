@@ -31,6 +31,7 @@ fn info() -> PyResult<String> {
         "version": env!("CARGO_PKG_VERSION"),
         "isa": kernels::active()?.isa,
         "available_isas": isas,
+        "prefers_bfloat16": kernels::active()?.prefers_bf16(),
         "threads": os::num_threads()?,
         "cpus": os::granted_cpus(),
         "total_memory_bytes": os::total_memory_bytes(),

@@ -140,4 +140,50 @@ impl Simd for Avx2 {
             _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index)))
         })
     }
+    #[inline(always)]
+    fn load_bf16(self, x: &[u16]) -> __m256 {
+        assert!(x.len() >= 8);
+        intrinsic!({
+            let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(x.as_ptr().cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+        })
+    }
+    #[inline(always)]
+    fn transpose(self, src: &[f32], stride: usize, rows: usize, depth: usize, out: &mut [f32], width: usize) {
+        assert!(rows <= 8 && depth <= 8);
+        let mut r = [self.splat(0.0); 8];
+        for (i, r) in r.iter_mut().enumerate() {
+            if i < rows {
+                let row = &src[i * stride..];
+                *r = if depth == 8 { self.load(row) } else { self.load_tail(&row[..depth]) };
+            }
+        }
+        let mut columns = r;
+        intrinsic!({
+            // Pairs of rows, then fours: u[4 g + c] holds rows 4 g .. 4 g + 4 of column 4 l + c in its half l.
+            let mut t = r;
+            for i in 0..4 {
+                t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+                t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+            }
+            let mut u = t;
+            for g in 0..2 {
+                let [a, b, c, d] = [t[4 * g], t[4 * g + 1], t[4 * g + 2], t[4 * g + 3]];
+                u[4 * g] = _mm256_shuffle_ps::<0x44>(a, c);
+                u[4 * g + 1] = _mm256_shuffle_ps::<0xEE>(a, c);
+                u[4 * g + 2] = _mm256_shuffle_ps::<0x44>(b, d);
+                u[4 * g + 3] = _mm256_shuffle_ps::<0xEE>(b, d);
+            }
+            for c in 0..4 {
+                columns[c] = _mm256_permute2f128_ps::<0x20>(u[c], u[4 + c]);
+                columns[4 + c] = _mm256_permute2f128_ps::<0x31>(u[c], u[4 + c]);
+            }
+        });
+        for (p, column) in columns.iter().enumerate() {
+            if p < depth {
+                let out = &mut out[p * width..];
+                if rows == 8 { self.store(*column, out) } else { self.store_tail(*column, &mut out[..rows]) }
+            }
+        }
+    }
 }

@@ -1,16 +1,15 @@
 //! AVX-512 F/BW/DQ/VL: 16 lanes of f32. GEMM tile 12 x 32: 24 accumulators, 2 of B, broadcasts of A from memory.
-//! The 16-entry NF4 table is one register, looked up with `vpermps`. `vdpbf16ps` is not used: it is half the speed of
-//! f32 FMA on Sapphire Rapids.
+//! The 16-entry NF4 table is one register, looked up with `vpermps`.
 
 use crate::kernels::generic::Simd;
 use std::arch::x86_64::*;
 
 /// Proof that AVX-512 F, BW, DQ and VL may run.
 #[derive(Clone, Copy)]
-struct Avx512(());
+pub(super) struct Avx512(pub(super) ());
 
 impl Avx512 {
-    fn detect() -> Option<Self> {
+    pub(super) fn detect() -> Option<Self> {
         let all = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
@@ -134,5 +133,60 @@ impl Simd for Avx512 {
             );
             _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(twice), _mm512_loadu_ps(code.as_ptr()))
         })
+    }
+    #[inline(always)]
+    fn load_bf16(self, x: &[u16]) -> __m512 {
+        assert!(x.len() >= 16);
+        intrinsic!({
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        })
+    }
+    #[inline(always)]
+    fn transpose(self, src: &[f32], stride: usize, rows: usize, depth: usize, out: &mut [f32], width: usize) {
+        assert!(rows <= 16 && depth <= 16);
+        let mut r = [self.splat(0.0); 16];
+        for (i, r) in r.iter_mut().enumerate() {
+            if i < rows {
+                let row = &src[i * stride..];
+                *r = if depth == 16 { self.load(row) } else { self.load_tail(&row[..depth]) };
+            }
+        }
+        let mut columns = r;
+        intrinsic!({
+            // Pairs of rows, then fours: u[4 g + c] holds rows 4 g .. 4 g + 4 of column 4 l + c in its lane l of 128 bits.
+            let mut t = r;
+            for i in 0..8 {
+                t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+                t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+            }
+            let pd = |v: __m512| _mm512_castps_pd(v);
+            let ps = |v: __m512d| _mm512_castpd_ps(v);
+            let mut u = t;
+            for g in 0..4 {
+                let [a, b, c, d] = [t[4 * g], t[4 * g + 1], t[4 * g + 2], t[4 * g + 3]];
+                u[4 * g] = ps(_mm512_unpacklo_pd(pd(a), pd(c)));
+                u[4 * g + 1] = ps(_mm512_unpackhi_pd(pd(a), pd(c)));
+                u[4 * g + 2] = ps(_mm512_unpacklo_pd(pd(b), pd(d)));
+                u[4 * g + 3] = ps(_mm512_unpackhi_pd(pd(b), pd(d)));
+            }
+            // Column 4 l + c is lane l of the four u[4 g + c].
+            for c in 0..4 {
+                let even_low = _mm512_shuffle_f32x4::<0x88>(u[c], u[4 + c]);
+                let odd_low = _mm512_shuffle_f32x4::<0xDD>(u[c], u[4 + c]);
+                let even_high = _mm512_shuffle_f32x4::<0x88>(u[8 + c], u[12 + c]);
+                let odd_high = _mm512_shuffle_f32x4::<0xDD>(u[8 + c], u[12 + c]);
+                columns[c] = _mm512_shuffle_f32x4::<0x88>(even_low, even_high);
+                columns[8 + c] = _mm512_shuffle_f32x4::<0xDD>(even_low, even_high);
+                columns[4 + c] = _mm512_shuffle_f32x4::<0x88>(odd_low, odd_high);
+                columns[12 + c] = _mm512_shuffle_f32x4::<0xDD>(odd_low, odd_high);
+            }
+        });
+        for (p, column) in columns.iter().enumerate() {
+            if p < depth {
+                let out = &mut out[p * width..];
+                if rows == 16 { self.store(*column, out) } else { self.store_tail(*column, &mut out[..rows]) }
+            }
+        }
     }
 }

@@ -4,15 +4,25 @@
 /// function that carries the `target_feature`.
 macro_rules! instantiate {
     ($isa:literal, $token:ident, $features:literal, $mr:literal x $nv:literal) => {
+        use crate::kernels::gemm::{self, GemmTile, PanelA, Rows, TileC};
         use crate::kernels::{Kernels, generic};
 
         pub(super) fn table() -> Option<Kernels> {
             $token::detect()?;
             Some(Kernels {
                 isa: $isa,
-                mr: $mr,
-                nr: $nv * <$token as generic::Simd>::LANES,
-                gemm_tile: |a, b, out| instantiate!(@enter $token, tile(a, b, out)),
+                tile: GemmTile {
+                    mr: $mr,
+                    nr: $nv * <$token as generic::Simd>::LANES,
+                    panel_a: PanelA::Columns,
+                    run: |a, b, c| instantiate!(@enter $token, tile(a, b, c)),
+                },
+                pairs: None,
+                transpose: |rows, out, width, first| instantiate!(@enter $token, transpose(rows, out, width, first)),
+                nf4_blocks: |packed, scales, block, code, round, out| {
+                    instantiate!(@enter $token, nf4_blocks(packed, scales, block, code, round, out))
+                },
+                widen: |x, out| instantiate!(@enter $token, widen(x, out)),
                 dot: |x, y| instantiate!(@enter $token, dot(x, y)),
                 axpy: |alpha, x, y| instantiate!(@enter $token, axpy(alpha, x, y)),
                 rms_norm_row: |x, w, eps, y| instantiate!(@enter $token, rms_norm_row(x, w, eps, y)),
@@ -27,16 +37,20 @@ macro_rules! instantiate {
                 exp_row: |x, scale, shift| instantiate!(@enter $token, exp_row(x, scale, shift)),
                 rope_row: |x, cos, sin| instantiate!(@enter $token, rope_row(x, cos, sin)),
                 round_bf16: |x| instantiate!(@enter $token, round_bf16(x)),
-                nf4_block: |packed, scale, code, out| instantiate!(@enter $token, nf4_block(packed, scale, code, out)),
             })
         }
 
         #[target_feature(enable = $features)]
-        fn tile(s: $token, a: &[f32], b: &[f32], out: &mut [f32]) {
-            generic::gemm_tile::<$token, $mr, $nv>(s, a, b, out);
+        fn tile(s: $token, a: &[f32], b: &[f32], c: TileC<'_, '_>) {
+            gemm::tile::<$token, $mr, $nv>(s, |a, b, sum| generic::Simd::fma(s, a, b, sum), a, b, c);
         }
 
-        instantiate!(@functions $token, $features,
+        instantiate!(@functions gemm, $token, $features,
+            transpose(rows: Rows<'_>, out: &mut [f32], width: usize, first: usize) -> ();
+            nf4_blocks(packed: &[u8], scales: &[f32], block: usize, code: &[f32; 16], round: bool, out: &mut [f32]) -> ();
+            widen(x: &[u16], out: &mut [f32]) -> ();
+        );
+        instantiate!(@functions generic, $token, $features,
             dot(x: &[f32], y: &[f32]) -> f32;
             axpy(alpha: f32, x: &[f32], y: &mut [f32]) -> ();
             rms_norm_row(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) -> f32;
@@ -47,27 +61,32 @@ macro_rules! instantiate {
             exp_row(x: &mut [f32], scale: f32, shift: f32) -> f32;
             rope_row(x: &mut [f32], cos: &[f32], sin: &[f32]) -> ();
             round_bf16(x: &mut [f32]) -> ();
-            nf4_block(packed: &[u8], scale: f32, code: &[f32; 16], out: &mut [f32]) -> ();
         );
     };
     (@enter $token:ident, $name:ident($($arg:ident),*)) => {
         // SAFETY: only `table` hands this function out, after `detect` has seen the instruction set.
         unsafe { $name($token(()), $($arg),*) }
     };
-    (@functions $token:ident, $features:literal, $($name:ident($($arg:ident: $type:ty),*) -> $out:ty;)*) => {$(
+    (@functions $home:ident, $token:ident, $features:literal, $($name:ident($($arg:ident: $type:ty),*) -> $out:ty;)*) => {$(
         #[target_feature(enable = $features)]
         fn $name(s: $token, $($arg: $type),*) -> $out {
-            generic::$name(s, $($arg),*)
+            $home::$name(s, $($arg),*)
         }
     )*};
 }
 
+pub(super) mod amx;
+#[cfg(all(test, target_os = "linux"))]
+mod amx_emulator;
 mod avx2;
 mod avx512;
+mod avx512bf16;
 
 use super::Kernels;
 
-/// The tables this CPU and operating system can run.
+/// The tables this CPU and operating system can run, best first.
 pub(super) fn tables() -> impl Iterator<Item = Kernels> {
-    [avx512::table(), avx2::table()].into_iter().flatten()
+    let (fast, slow): (Vec<_>, Vec<_>) =
+        avx512bf16::table().into_iter().partition(|table| table.pairs.is_some_and(|pairs| pairs.fast));
+    amx::table().into_iter().chain(fast).chain(avx512::table()).chain(slow).chain(avx2::table())
 }

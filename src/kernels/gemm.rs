@@ -1,0 +1,314 @@
+//! The inner products: one tile of a matrix product, and the kernels that pack its operands.
+//!
+//! A panel is made of 32-bit words kept in f32 slices. In f32 products a word is one element and spans one step of k; in
+//! bf16 products it is a pair of elements, the lower k in the lower half, and spans two. B panels are `[depth, nr]`, A
+//! panels `[depth, mr]` ([`PanelA::Columns`]) or, where the hardware loads whole rows, `[depth / 16, mr, 16]`
+//! ([`PanelA::Rows`]); depth counts words. Packing sees one shape of problem, whatever a word stands for.
+
+use super::generic::Simd;
+use super::tiles::TileMut;
+
+/// How the words of an A panel are laid out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PanelA {
+    /// `[depth, mr]`.
+    Columns,
+    /// `[depth / 16, mr, 16]`: 16 words of a row stand together, as a tile register takes them.
+    Rows,
+}
+
+/// What to do with one tile of C.
+pub struct TileC<'a, 'm> {
+    /// Where it lies.
+    pub c: &'a mut TileMut<'m>,
+    /// Its first row in `c`.
+    pub i: usize,
+    /// Its first column in `c`; rows and columns beyond `c` are not written.
+    pub j: usize,
+    /// Factor of the product.
+    pub alpha: f32,
+    /// Whether the product is added to what is there, or replaces it.
+    pub add: bool,
+}
+
+/// `c (+)= alpha · a · b` for one tile;  a: an A panel, b: `[depth, nr]`.
+pub type TileFn = fn(a: &[f32], b: &[f32], c: TileC<'_, '_>);
+
+/// One kind of inner product of an instruction set.
+#[derive(Clone, Copy)]
+pub struct GemmTile {
+    /// Rows of a tile.
+    pub mr: usize,
+    /// Columns of a tile.
+    pub nr: usize,
+    /// The layout of an A panel.
+    pub panel_a: PanelA,
+    /// The product.
+    pub run: TileFn,
+}
+
+/// Products of bf16 pairs with f32 accumulation, and what packs them.
+#[derive(Clone, Copy)]
+pub struct PairKernels {
+    /// The product.
+    pub tile: GemmTile,
+    /// Whether it is faster than f32 on this machine, so that bf16 is what "best" means.
+    pub fast: bool,
+    /// Consecutive floats to words, rounded to bf16, ties to even;  x: `[n]`, out: `[ceil(n / 2)]`, a missing half is 0.
+    pub pack_row: fn(x: &[f32], out: &mut [f32]),
+    /// Two rows to words, `low[i]` in the lower half of `out[i]`, rounded to bf16, ties to even.
+    pub join_rows: fn(low: &[f32], high: &[f32], out: &mut [f32]),
+    /// Two rows of bf16 to words, `low[i]` in the lower half of `out[i]`.
+    pub join_halves: fn(low: &[u16], high: &[u16], out: &mut [f32]),
+    /// Whole blocks of NF4 to bf16: `out[i] = bf16(code[index i] · scales[i / block])`;
+    /// packed: `[ceil(n / 2)]`, first element in the high nibble, block: even.
+    pub nf4: fn(packed: &[u8], scales: &[f32], block: usize, code: &[f32; 16], out: &mut [u16]),
+}
+
+/// A matrix of words whose rows are to become the columns of a panel.
+#[derive(Clone, Copy)]
+pub struct Rows<'a> {
+    /// Row `r` is `data[r · stride ..][.. depth]`.
+    pub data: &'a [f32],
+    /// Distance between rows.
+    pub stride: usize,
+    /// Number of rows.
+    pub count: usize,
+    /// Words of a row.
+    pub depth: usize,
+}
+
+impl Rows<'_> {
+    /// # Panics
+    /// If a row leaves the data, or the panel is smaller than `depth` rows of `width` with `count` columns from `first`.
+    pub(super) fn check(&self, out: &[f32], width: usize, first: usize) {
+        let Rows { data, stride, count, depth } = *self;
+        assert!(count == 0 || (count - 1) * stride + depth <= data.len(), "transpose: rows leave the data");
+        assert!(first + count <= width && out.len() >= depth * width, "transpose: rows leave the panel");
+    }
+}
+
+/// `MR x (NV · LANES)` accumulators stay in registers over the whole depth; `fma(a, b, acc)` takes words.
+#[inline(always)]
+pub(super) fn tile<S: Simd, const MR: usize, const NV: usize>(
+    s: S,
+    fma: impl Fn(S::V, S::V, S::V) -> S::V,
+    a: &[f32],
+    b: &[f32],
+    out: TileC<'_, '_>,
+) {
+    let nr = NV * S::LANES;
+    let TileC { c, i: row0, j: col0, alpha, add } = out;
+    assert!(a.len() / MR == b.len() / nr, "gemm tile: depths differ");
+    let mut acc = [[s.splat(0.0); NV]; MR];
+    for (a_words, b_words) in a.chunks_exact(MR).zip(b.chunks_exact(nr)) {
+        let mut b_vec = [s.splat(0.0); NV];
+        for (v, b_vec) in b_vec.iter_mut().enumerate() {
+            *b_vec = s.load(&b_words[v * S::LANES..]);
+        }
+        for r in 0..MR {
+            let a_word = s.splat(a_words[r]);
+            for v in 0..NV {
+                acc[r][v] = fma(a_word, b_vec[v], acc[r][v]);
+            }
+        }
+    }
+    let (rows, cols) = (c.rows() - row0, c.cols() - col0);
+    let alpha = s.splat(alpha);
+    for (r, acc) in acc.iter().enumerate() {
+        if r >= rows {
+            break;
+        }
+        let row = &mut c.row(row0 + r)[col0..];
+        for (v, acc) in acc.iter().enumerate() {
+            let at = v * S::LANES;
+            if at + S::LANES <= cols {
+                let part = &mut row[at..at + S::LANES];
+                s.store(if add { s.fma(alpha, *acc, s.load(part)) } else { s.mul(alpha, *acc) }, part);
+            } else if at < cols {
+                let part = &mut row[at..];
+                s.store_tail(if add { s.fma(alpha, *acc, s.load_tail(part)) } else { s.mul(alpha, *acc) }, part);
+            }
+        }
+    }
+}
+
+/// `out[p, first + r] = rows[r][p]`;  out: `[depth, width]`, the other columns are left alone.
+#[inline(always)]
+pub(super) fn transpose<S: Simd>(s: S, rows: Rows<'_>, out: &mut [f32], width: usize, first: usize) {
+    rows.check(out, width, first);
+    let Rows { data, stride, count, depth } = rows;
+    for r0 in (0..count).step_by(S::LANES) {
+        let block_rows = S::LANES.min(count - r0);
+        for p0 in (0..depth).step_by(S::LANES) {
+            let block_depth = S::LANES.min(depth - p0);
+            let src = &data[r0 * stride + p0..];
+            s.transpose(src, stride, block_rows, block_depth, &mut out[p0 * width + first + r0..], width);
+        }
+    }
+}
+
+/// Whole blocks of NF4, dequantized and optionally rounded to bf16.
+#[inline(always)]
+pub(super) fn nf4_blocks<S: Simd>(
+    s: S,
+    packed: &[u8],
+    scales: &[f32],
+    block: usize,
+    code: &[f32; 16],
+    round: bool,
+    out: &mut [f32],
+) {
+    check_nf4(packed.len(), scales.len(), block, out.len());
+    let mut table = [0.0; 16];
+    for ((out, bytes), scale) in out.chunks_mut(block).zip(packed.chunks(block / 2)).zip(scales) {
+        for (table, code) in table.chunks_exact_mut(S::LANES).zip(code.chunks_exact(S::LANES)) {
+            let scaled = s.mul(s.load(code), s.splat(*scale));
+            s.store(if round { s.round_bf16(scaled) } else { scaled }, table);
+        }
+        let mut vectors = out.chunks_exact_mut(S::LANES);
+        for (out, bytes) in (&mut vectors).zip(bytes.chunks_exact(S::LANES / 2)) {
+            s.store(s.nf4_lookup(bytes, &table), out);
+        }
+        let tail = vectors.into_remainder();
+        if !tail.is_empty() {
+            // The tail's bytes, moved to a buffer that is long enough for a whole lookup.
+            let mut whole = [0; 8];
+            let rest = &bytes[bytes.len() - tail.len().div_ceil(2)..];
+            whole[..rest.len()].copy_from_slice(rest);
+            s.store_tail(s.nf4_lookup(&whole, &table), tail);
+        }
+    }
+}
+
+/// # Panics
+/// If bytes, scales and elements do not fit each other.
+pub(super) fn check_nf4(packed: usize, scales: usize, block: usize, out: usize) {
+    assert!(block >= 32 && block.is_multiple_of(32), "nf4: blocks of {block}");
+    assert!(packed == out.div_ceil(2) && scales == out.div_ceil(block), "nf4: lengths differ");
+}
+
+/// Widens bf16 to f32, exactly.
+#[inline(always)]
+pub(super) fn widen<S: Simd>(s: S, x: &[u16], out: &mut [f32]) {
+    assert_eq!(x.len(), out.len(), "widen: lengths differ");
+    let (mut xs, mut outs) = (x.chunks_exact(S::LANES), out.chunks_exact_mut(S::LANES));
+    for (x, out) in (&mut xs).zip(&mut outs) {
+        s.store(s.load_bf16(x), out);
+    }
+    for (out, x) in outs.into_remainder().iter_mut().zip(xs.remainder()) {
+        *out = f32::from_bits(u32::from(*x) << 16);
+    }
+}
+
+/// The slow twins.
+pub(super) mod reference {
+    use super::*;
+    use half::bf16;
+
+    pub(in crate::kernels) const MR: usize = 4;
+    pub(in crate::kernels) const NR: usize = 16;
+
+    fn tile(a: &[f32], b: &[f32], out: TileC<'_, '_>, product: impl Fn(f32, f32, f32) -> f32) {
+        let TileC { c, i, j, alpha, add } = out;
+        assert!(a.len() / MR == b.len() / NR, "gemm tile: depths differ");
+        let (rows, cols) = ((c.rows() - i).min(MR), (c.cols() - j).min(NR));
+        for r in 0..rows {
+            let row = &mut c.row(i + r)[j..j + cols];
+            for (v, out) in row.iter_mut().enumerate() {
+                let pairs = a.chunks_exact(MR).zip(b.chunks_exact(NR));
+                let sum = pairs.fold(0.0, |sum, (a, b)| product(a[r], b[v], sum));
+                *out = if add { *out + alpha * sum } else { alpha * sum };
+            }
+        }
+    }
+
+    pub(in crate::kernels) fn tile_f32(a: &[f32], b: &[f32], out: TileC<'_, '_>) {
+        tile(a, b, out, |a, b, sum| sum + a * b);
+    }
+
+    /// The two halves of a word.
+    fn pair(word: f32) -> (f32, f32) {
+        let bits = word.to_bits();
+        (f32::from_bits(bits << 16), f32::from_bits(bits & 0xFFFF_0000))
+    }
+
+    pub(in crate::kernels) fn tile_pairs(a: &[f32], b: &[f32], out: TileC<'_, '_>) {
+        tile(a, b, out, |a, b, sum| {
+            let ((a0, a1), (b0, b1)) = (pair(a), pair(b));
+            sum + a0 * b0 + a1 * b1
+        });
+    }
+
+    pub(in crate::kernels) fn transpose(rows: Rows<'_>, out: &mut [f32], width: usize, first: usize) {
+        rows.check(out, width, first);
+        for r in 0..rows.count {
+            for p in 0..rows.depth {
+                out[p * width + first + r] = rows.data[r * rows.stride + p];
+            }
+        }
+    }
+
+    pub(in crate::kernels) fn nf4_blocks(
+        packed: &[u8],
+        scales: &[f32],
+        block: usize,
+        code: &[f32; 16],
+        round: bool,
+        out: &mut [f32],
+    ) {
+        check_nf4(packed.len(), scales.len(), block, out.len());
+        for (i, out) in out.iter_mut().enumerate() {
+            let nibble = if i % 2 == 0 { packed[i / 2] >> 4 } else { packed[i / 2] & 15 };
+            let value = code[usize::from(nibble)] * scales[i / block];
+            *out = if round { bf16::from_f32(value).to_f32() } else { value };
+        }
+    }
+
+    pub(in crate::kernels) fn widen(x: &[u16], out: &mut [f32]) {
+        assert_eq!(x.len(), out.len(), "widen: lengths differ");
+        for (out, x) in out.iter_mut().zip(x) {
+            *out = bf16::from_bits(*x).to_f32();
+        }
+    }
+
+    fn word(low: u16, high: u16) -> f32 {
+        f32::from_bits(u32::from(low) | u32::from(high) << 16)
+    }
+
+    pub(in crate::kernels) fn pack_row(x: &[f32], out: &mut [f32]) {
+        assert_eq!(x.len().div_ceil(2), out.len(), "pack_row: lengths differ");
+        for (out, x) in out.iter_mut().zip(x.chunks(2)) {
+            let bits = |i: usize| x.get(i).map_or(0, |x| bf16::from_f32(*x).to_bits());
+            *out = word(bits(0), bits(1));
+        }
+    }
+
+    pub(in crate::kernels) fn join_rows(low: &[f32], high: &[f32], out: &mut [f32]) {
+        assert!(low.len() == out.len() && high.len() == out.len(), "join_rows: lengths differ");
+        for ((out, low), high) in out.iter_mut().zip(low).zip(high) {
+            *out = word(bf16::from_f32(*low).to_bits(), bf16::from_f32(*high).to_bits());
+        }
+    }
+
+    pub(in crate::kernels) fn join_halves(low: &[u16], high: &[u16], out: &mut [f32]) {
+        assert!(low.len() == out.len() && high.len() == out.len(), "join_halves: lengths differ");
+        for ((out, low), high) in out.iter_mut().zip(low).zip(high) {
+            *out = word(*low, *high);
+        }
+    }
+
+    pub(in crate::kernels) fn nf4_halves(
+        packed: &[u8],
+        scales: &[f32],
+        block: usize,
+        code: &[f32; 16],
+        out: &mut [u16],
+    ) {
+        check_nf4(packed.len(), scales.len(), block, out.len());
+        for (i, out) in out.iter_mut().enumerate() {
+            let nibble = if i % 2 == 0 { packed[i / 2] >> 4 } else { packed[i / 2] & 15 };
+            *out = bf16::from_f32(code[usize::from(nibble)] * scales[i / block]).to_bits();
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! AMX: products of bf16 pairs on tile registers, 32 x 32 of C at a time, on top of the AVX-512 BF16 table.
+//!
+//! A tile register holds 16 rows of 64 bytes. Four of the eight keep C (2 x 2 tiles), two take 32 rows of A, two take 32
+//! columns of B; a step of 16 words (32 elements of k) loads 4 KiB and multiplies four times:
+//!
+//! ```text
+//!             tmm6    tmm7        A panel: [depth / 16, 32, 16] words, a tile is 1 KiB in one piece
+//!   tmm4      tmm0    tmm1        B panel: [depth, 32] words, a tile is every other line of 2 KiB
+//!   tmm5      tmm2    tmm3
+//! ```
+//!
+//! With a depth of 256 words the B panel is 32 KiB and stays in the first-level cache while the A panels stream past it.
+//! The intrinsics are not stable, so the loop is written in assembly. The tile state is configured and released in each
+//! call: a context switch between calls then has nothing to save, and a thread of somebody else's keeps what it had.
+
+use super::avx512bf16;
+use crate::kernels::Kernels;
+use crate::kernels::gemm::{GemmTile, PairKernels, PanelA, TileC};
+use std::arch::asm;
+use std::arch::x86_64::{__cpuid, __cpuid_count};
+
+/// Rows and columns of C in one call.
+const SIDE: usize = 32;
+/// Words of k that one tile takes.
+const STEP: usize = 16;
+
+pub(super) fn table() -> Option<Kernels> {
+    detect().then(unchecked_table)?
+}
+
+/// The table on a machine that can run AVX-512 BF16; to be called only where AMX runs too, or is emulated.
+fn unchecked_table() -> Option<Kernels> {
+    let base = avx512bf16::table()?;
+    let pairs = PairKernels {
+        tile: GemmTile { mr: SIDE, nr: SIDE, panel_a: PanelA::Rows, run: tile },
+        fast: true,
+        ..base.pairs?
+    };
+    Some(Kernels { isa: "amx", pairs: Some(pairs), ..base })
+}
+
+/// CPUID leaf 7: AMX-BF16 and AMX-TILE; XCR0: the operating system saves tiles; and on Linux the process must ask.
+fn detect() -> bool {
+    if __cpuid(0).eax < 7 || __cpuid(1).ecx & 1 << 27 == 0 {
+        return false;
+    }
+    let amx = 1 << 22 | 1 << 24;
+    __cpuid_count(7, 0).edx & amx == amx && tiles_are_saved() && request_permission()
+}
+
+/// XCR0 bits 17 and 18.
+fn tiles_are_saved() -> bool {
+    let (low, _high): (u32, u32);
+    // SAFETY: CPUID says that the operating system has enabled XGETBV (OSXSAVE).
+    unsafe { asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") _high, options(nomem, nostack, preserves_flags)) };
+    low >> 17 & 3 == 3
+}
+
+/// `ARCH_REQ_XCOMP_PERM` for tile data: Linux gives a process the 8 KiB of state on request only.
+#[cfg(target_os = "linux")]
+fn request_permission() -> bool {
+    const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+    const TILE_DATA: libc::c_long = 18;
+    // SAFETY: the call takes two numbers and touches no memory of ours.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0 }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn request_permission() -> bool {
+    false
+}
+
+/// The operand of `ldtilecfg`: palette 1, every tile 16 rows of 64 bytes.
+#[repr(C, align(64))]
+struct Config {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+static CONFIG: Config = Config {
+    palette: 1,
+    start_row: 0,
+    reserved: [0; 14],
+    row_bytes: [64, 64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
+    rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
+};
+
+/// A C tile on the stack, for tiles that leave the matrix or are scaled.
+#[repr(C, align(64))]
+struct Scratch([f32; SIDE * SIDE]);
+
+fn tile(a: &[f32], b: &[f32], out: TileC<'_, '_>) {
+    let depth = b.len() / SIDE;
+    assert!(a.len() == b.len() && b.len() == depth * SIDE && depth.is_multiple_of(STEP), "gemm tile: depths differ");
+    let TileC { c, i, j, alpha, add } = out;
+    let (rows, cols) = ((c.rows() - i).min(SIDE), (c.cols() - j).min(SIDE));
+    if rows == SIDE && cols == SIDE && alpha == 1.0 {
+        let stride = c.stride();
+        let first = c.pointer(i, j);
+        // SAFETY: rows i .. i + 32 and columns j .. j + 32 lie in the tile, which is this call's alone.
+        unsafe { product(a, b, first, stride, add) };
+        return;
+    }
+    let mut scratch = Scratch([0.0; SIDE * SIDE]);
+    // SAFETY: the scratch is 32 x 32.
+    unsafe { product(a, b, scratch.0.as_mut_ptr(), SIDE, false) };
+    for (r, values) in scratch.0.chunks_exact(SIDE).take(rows).enumerate() {
+        let row = &mut c.row(i + r)[j..j + cols];
+        for (out, value) in row.iter_mut().zip(values) {
+            *out = if add { *out + alpha * value } else { alpha * value };
+        }
+    }
+}
+
+/// `c (+)= a · b`, 32 x 32 at `c` with rows `stride` floats apart.
+///
+/// # Safety
+/// The table that leads here is handed out after detection only; `c` is writable at 32 rows of 32 floats.
+unsafe fn product(a: &[f32], b: &[f32], c: *mut f32, stride: usize, add: bool) {
+    let steps = b.len() / (STEP * SIDE);
+    // SAFETY: panels hold `steps` pieces of 2 KiB each; prefetches may point anywhere.
+    unsafe {
+        asm!(
+            "ldtilecfg [{config}]",
+            "test {add:e}, {add:e}",
+            "jz 2f",
+            "tileloadd tmm0, [{c} + {row_c}*1]",
+            "tileloadd tmm1, [{c} + {row_c}*1 + 64]",
+            "tileloadd tmm2, [{c2} + {row_c}*1]",
+            "tileloadd tmm3, [{c2} + {row_c}*1 + 64]",
+            "jmp 3f",
+            "2:",
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            "3:",
+            "test {steps}, {steps}",
+            "jz 5f",
+            "4:",
+            "tileloadd tmm4, [{a} + {row_a}*1]",
+            "tileloadd tmm6, [{b} + {row_b}*1]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{b} + {row_b}*1 + 64]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tileloadd tmm5, [{a} + {row_a}*1 + 1024]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            // The A panels stream from the second-level cache; B is there already.
+            "prefetcht0 [{a} + 4096]",
+            "prefetcht0 [{a} + 4608]",
+            "prefetcht0 [{a} + 5120]",
+            "prefetcht0 [{a} + 5632]",
+            "add {a}, 2048",
+            "add {b}, 2048",
+            "dec {steps}",
+            "jnz 4b",
+            "5:",
+            "tilestored [{c} + {row_c}*1], tmm0",
+            "tilestored [{c} + {row_c}*1 + 64], tmm1",
+            "tilestored [{c2} + {row_c}*1], tmm2",
+            "tilestored [{c2} + {row_c}*1 + 64], tmm3",
+            "tilerelease",
+            config = in(reg) &raw const CONFIG,
+            add = in(reg) u32::from(add),
+            a = inout(reg) a.as_ptr() => _,
+            b = inout(reg) b.as_ptr() => _,
+            c = in(reg) c,
+            c2 = in(reg) c.wrapping_add(16 * stride),
+            row_a = in(reg) 64_usize,
+            row_b = in(reg) 4 * SIDE,
+            row_c = in(reg) 4 * stride,
+            steps = inout(reg) steps => _,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        );
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+pub(in crate::kernels) mod emulated {
+    //! The table on machines without AMX: see [`super::super::amx_emulator`].
+
+    use crate::kernels::Kernels;
+
+    /// The AMX table, its tile instructions emulated where the machine lacks them; `None` without AVX-512 BF16.
+    pub(in crate::kernels) fn table() -> Option<Kernels> {
+        if !super::detect() {
+            super::super::amx_emulator::install();
+        }
+        super::unchecked_table()
+    }
+}

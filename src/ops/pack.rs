@@ -1,0 +1,259 @@
+//! Packing: from operands as they are stored to panels of words, dequantizing on the way.
+//!
+//! What a word of a panel is follows from the precision: an f32, or a pair of bf16 where the instruction set multiplies
+//! them; where it does not, bf16 operands are rounded and multiplied as f32.
+
+use super::Ctx;
+use super::matmul::Operand;
+use super::weight::{Precision, Weight};
+use crate::kernels::gemm::{GemmTile, PairKernels, PanelA, Rows};
+use crate::kernels::lines::{LINE, Lines, halves, halves_mut};
+use std::ops::Range;
+
+/// Words of k in a packed block: with 32 columns of B, 32 KiB.
+pub(super) const KC: usize = 256;
+/// The product in use.
+#[derive(Clone, Copy)]
+pub(super) struct Form {
+    pub(super) tile: GemmTile,
+    /// Words are pairs of bf16.
+    pairs: Option<PairKernels>,
+    /// Words are f32, rounded to bf16.
+    round: bool,
+}
+
+impl Form {
+    pub(super) fn of(ctx: &Ctx) -> Self {
+        match (ctx.precision, ctx.kernels.pairs) {
+            (Precision::F32, _) => Self { tile: ctx.kernels.tile, pairs: None, round: false },
+            (Precision::Bf16, None) => Self { tile: ctx.kernels.tile, pairs: None, round: true },
+            (Precision::Bf16, Some(pairs)) => Self { tile: pairs.tile, pairs: Some(pairs), round: false },
+        }
+    }
+
+    /// Elements of k in a word.
+    fn k_per_word(&self) -> usize {
+        if self.pairs.is_some() { 2 } else { 1 }
+    }
+
+    /// Words of a panel that holds `k` elements, padding included.
+    pub(super) fn depth(&self, k: usize) -> usize {
+        let words = k.div_ceil(self.k_per_word());
+        match self.tile.panel_a {
+            PanelA::Columns => words,
+            PanelA::Rows => words.next_multiple_of(LINE),
+        }
+    }
+
+    /// The blocks of `k`: number and elements of each.
+    pub(super) fn blocks(&self, k: usize) -> impl Iterator<Item = (usize, Range<usize>)> + use<> {
+        let step = KC * self.k_per_word();
+        (0..k.div_ceil(step)).map(move |block| (block, block * step..k.min((block + 1) * step)))
+    }
+}
+
+/// The first `len` floats of a buffer, whose content is unspecified.
+pub(super) fn sized(lines: &mut Lines, len: usize) -> &mut [f32] {
+    lines.set_len(len);
+    lines.as_mut_slice()
+}
+
+/// `A[rows, ks]` as a panel of `width` rows, `width` given by `out: [depth, width]` in the layout asked for; zeros beyond.
+#[expect(clippy::too_many_arguments, reason = "one rectangle of one operand on its way into one panel")]
+pub(super) fn pack_panel(
+    ctx: &Ctx,
+    form: &Form,
+    a: Operand<'_>,
+    rows: Range<usize>,
+    ks: Range<usize>,
+    layout: PanelA,
+    out: &mut [f32],
+    words: &mut Lines,
+) {
+    let depth = form.depth(ks.len());
+    let (count, width) = (rows.len(), out.len() / depth);
+    let used = ks.len().div_ceil(form.k_per_word());
+    if count < width || used < depth {
+        out.fill(0.0);
+    }
+    match a {
+        // k runs along the columns of memory: rows of words, then transposed.
+        Operand::Dense { data, row_stride, col_stride: 1 } if layout == PanelA::Columns && form.is_plain() => {
+            let data = &data[rows.start * row_stride + ks.start..];
+            (ctx.kernels.transpose)(Rows { data, stride: row_stride, count, depth: used }, out, width, 0);
+        }
+        Operand::Dense { col_stride: 1, .. } | Operand::Weight(..) => {
+            let words = sized(words, count * used);
+            for (row, out) in rows.zip(words.chunks_exact_mut(used)) {
+                match a {
+                    Operand::Dense { data, row_stride, .. } => {
+                        form.pack_row(ctx, &data[row * row_stride + ks.start..][..ks.len()], out);
+                    }
+                    Operand::Weight(weight, first) => {
+                        form.read_row(ctx, weight, (first + row) * weight.cols() + ks.start, ks.len(), out);
+                    }
+                    Operand::WeightT(..) => unreachable!("the outer match"),
+                }
+            }
+            match layout {
+                PanelA::Columns => {
+                    (ctx.kernels.transpose)(Rows { data: words, stride: used, count, depth: used }, out, width, 0);
+                }
+                PanelA::Rows => {
+                    for (r, row) in words.chunks_exact(used).enumerate() {
+                        for (chunk, line) in row.chunks(LINE).enumerate() {
+                            out[(chunk * width + r) * LINE..][..line.len()].copy_from_slice(line);
+                        }
+                    }
+                }
+            }
+        }
+        // k runs down the rows of memory: a row of memory, or two, is a row of the panel.
+        Operand::Dense { row_stride: 1, data, col_stride } => {
+            let row = |k: usize| &data[rows.start + k * col_stride..][..count];
+            match layout {
+                PanelA::Columns => {
+                    for (out, k) in out.chunks_exact_mut(width).zip(ks.clone().step_by(form.k_per_word())) {
+                        form.join(ctx, row, k, ks.end, &mut out[..count]);
+                    }
+                }
+                PanelA::Rows => {
+                    let words = sized(words, LINE * count);
+                    let mut k = ks.start;
+                    for out in out.chunks_exact_mut(LINE * width) {
+                        let lines = (ks.end - k).div_ceil(form.k_per_word()).min(LINE);
+                        for line in words.chunks_exact_mut(count).take(lines) {
+                            form.join(ctx, row, k, ks.end, line);
+                            k += form.k_per_word();
+                        }
+                        let block = Rows { data: words, stride: count, count: lines, depth: count };
+                        (ctx.kernels.transpose)(block, out, LINE, 0);
+                    }
+                }
+            }
+        }
+        Operand::Dense { .. } => panic!("gemm: one stride of a dense operand is 1"),
+        Operand::WeightT(weight, first) => pack_weight_rows(ctx, form, weight, first, rows, ks, out, width, words),
+    }
+}
+
+/// `W[first + ks, columns]` as panels of `width` columns: whole rows of the weight are read, and dealt out to the panels.
+#[expect(clippy::too_many_arguments, reason = "one rectangle of one operand on its way into its panels")]
+fn pack_weight_rows(
+    ctx: &Ctx,
+    form: &Form,
+    weight: &Weight,
+    first: usize,
+    columns: Range<usize>,
+    ks: Range<usize>,
+    out: &mut [f32],
+    width: usize,
+    words: &mut Lines,
+) {
+    let panel_len = form.depth(ks.len()) * width;
+    let count = columns.len();
+    let start = |k: usize| (first + k) * weight.cols() + columns.start;
+    if let Some(pairs) = &form.pairs {
+        // Two rows of halves, the second zero where k ends.
+        let half_rows = sized(words, 2 * count.next_multiple_of(2));
+        let (low, high) = half_rows.split_at_mut(count.next_multiple_of(2));
+        for (p, k) in ks.clone().step_by(2).enumerate() {
+            weight.read_bf16(pairs, start(k), &mut halves_mut(low)[..count]);
+            if k + 1 < ks.end {
+                weight.read_bf16(pairs, start(k + 1), &mut halves_mut(high)[..count]);
+            } else {
+                high.fill(0.0);
+            }
+            let parts = halves(low)[..count].chunks(width).zip(halves(high)[..count].chunks(width));
+            for (panel, (low, high)) in parts.enumerate() {
+                (pairs.join_halves)(low, high, &mut out[panel * panel_len + p * width..][..low.len()]);
+            }
+        }
+        return;
+    }
+    let row = sized(words, count);
+    for (p, k) in ks.enumerate() {
+        weight.read(ctx.kernels, start(k), row);
+        if form.round {
+            (ctx.kernels.round_bf16)(row);
+        }
+        for (panel, part) in row.chunks(width).enumerate() {
+            out[panel * panel_len + p * width..][..part.len()].copy_from_slice(part);
+        }
+    }
+}
+
+impl Form {
+    /// Whether a word is an f32 as it stands in memory.
+    fn is_plain(&self) -> bool {
+        self.pairs.is_none() && !self.round
+    }
+
+    /// Consecutive elements along k to words.
+    fn pack_row(&self, ctx: &Ctx, x: &[f32], out: &mut [f32]) {
+        if let Some(pairs) = &self.pairs {
+            return (pairs.pack_row)(x, out);
+        }
+        out.copy_from_slice(x);
+        if self.round {
+            (ctx.kernels.round_bf16)(out);
+        }
+    }
+
+    /// `k` consecutive elements of a weight to words.
+    fn read_row(&self, ctx: &Ctx, weight: &Weight, start: usize, k: usize, out: &mut [f32]) {
+        if let Some(pairs) = &self.pairs {
+            let out = halves_mut(out);
+            weight.read_bf16(pairs, start, &mut out[..k]);
+            out[k..].fill(0);
+            return;
+        }
+        weight.read(ctx.kernels, start, out);
+        if self.round {
+            (ctx.kernels.round_bf16)(out);
+        }
+    }
+
+    /// The word row that begins with row `k` of memory: that row, or it and the next (zeros at `end`).
+    fn join<'a>(&self, ctx: &Ctx, row: impl Fn(usize) -> &'a [f32], k: usize, end: usize, out: &mut [f32]) {
+        if let Some(pairs) = &self.pairs {
+            if k + 1 < end {
+                return (pairs.join_rows)(row(k), row(k + 1), out);
+            }
+            let low = row(k);
+            for (low, out) in low.chunks(LINE).zip(out.chunks_mut(LINE)) {
+                (pairs.join_rows)(low, &[0.0; LINE][..low.len()], out);
+            }
+            return;
+        }
+        out.copy_from_slice(row(k));
+        if self.round {
+            (ctx.kernels.round_bf16)(out);
+        }
+    }
+}
+
+/// Fills `out` with `B[ks, js]` as `[panel of nr columns][depth][nr]`, zeros beyond.
+pub(super) fn pack_b(
+    ctx: &Ctx,
+    form: &Form,
+    b: Operand<'_>,
+    ks: Range<usize>,
+    js: Range<usize>,
+    out: &mut [f32],
+    words: &mut Lines,
+) {
+    let nr = form.tile.nr;
+    let panel_len = form.depth(ks.len()) * nr;
+    if let Operand::Weight(weight, first) = b {
+        if js.len() % nr != 0 || ks.len().div_ceil(form.k_per_word()) * nr < panel_len {
+            out.fill(0.0);
+        }
+        return pack_weight_rows(ctx, form, weight, first, js, ks, out, nr, words);
+    }
+    for (panel, out) in out.chunks_exact_mut(panel_len).enumerate() {
+        let first = js.start + panel * nr;
+        let columns = first..js.end.min(first + nr);
+        pack_panel(ctx, form, b.swap(), columns, ks.clone(), PanelA::Columns, out, words);
+    }
+}
