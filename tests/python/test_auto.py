@@ -201,9 +201,9 @@ def test_settings_of_generation_are_carried_by_an_object(folder: Path) -> None:
     assert model.generate([[1, 2]], generation_config=GenerationConfig(max_new_tokens=2)).shape == (1, 4)
     assert model.generate([[1, 2]], GenerationConfig(max_new_tokens=2).temperature, max_new_tokens=1).shape == (1, 3)
     with pytest.raises(ConfigError, match="did you mean temperature"):
-        GenerationConfig(temprature=1.0)
-    with pytest.raises(AttributeError, match="temprature"):
-        _ = GenerationConfig().temprature
+        GenerationConfig(temper=1.0)
+    with pytest.raises(AttributeError, match="temper"):
+        _ = GenerationConfig().temper
 
 
 def test_collators_pad_what_they_are_given(folder: Path) -> None:
@@ -253,4 +253,4 @@ def test_a_tokenizer_takes_what_it_is_told_and_refuses_the_rest(folder: Path) ->
     tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=99, pad_token="<|begin|>")
     assert tokenizer.model_max_length == 99 and tokenizer.pad_token == "<|begin|>"
     with pytest.raises(ConfigError, match="did you mean padding_side"):
-        AutoTokenizer.from_pretrained(folder, paddin_side="left")
+        AutoTokenizer.from_pretrained(folder, padding_sid="left")
