@@ -196,7 +196,8 @@ def test_a_trainer_uploads_what_it_made(fake: FakeHub, model: Model, tmp_path: P
     assert any("/api/models/someone/run/commit/" in request.path for request in fake.requests)
 
 
-def test_the_token_goes_to_the_hub_and_nowhere_else(fake: FakeHub, model: Model) -> None:
+@pytest.mark.parametrize("status", [302, 307])
+def test_the_token_goes_to_the_hub_and_nowhere_else(fake: FakeHub, model: Model, status: int) -> None:
     model.push_to_hub("owner/adapter")
     for request in fake.requests:
         assert (request.headers.get("authorization") == f"Bearer {TOKEN}") == (request.at == "hub")
@@ -206,9 +207,9 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(fake: FakeHub, model: Model)
     # Nor along with a redirect.
     n_before = len(fake.requests)
     fake.override = lambda request, before: (
-        (307, {"Location": f"{fake.store}/elsewhere"}, b"") if request.path == "/api/repos/create" else None
+        (status, {"Location": f"{fake.store}/elsewhere"}, b"") if request.path == "/api/repos/create" else None
     )
-    with pytest.raises(HubError, match="HTTP 307"):
+    with pytest.raises(HubError, match=f"HTTP {status}"):
         model.push_to_hub("owner/adapter")
     assert all(request.at == "hub" for request in fake.requests[n_before:])
 
