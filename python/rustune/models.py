@@ -36,6 +36,7 @@ _IDLE: Final = (
     "offload_embedding",
     "offload_folder",
     "qat_scheme",
+    "return_dict",
     "unsloth_force_compile",
     "unsloth_tiled_mlp",
     "unsloth_vllm_standby",

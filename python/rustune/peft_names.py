@@ -69,9 +69,9 @@ class PeftModel:
 
 @dataclass
 class LoraConfig:
-    """The settings of an adapter, as PEFT has them and with its defaults.
+    """The settings of an adapter, as PEFT has them and with its defaults: rank 8, alpha 8, q_proj and v_proj.
 
-    The fields are those of `FastLanguageModel.get_peft_model`; rank 8 and alpha 8 are PEFT's defaults.
+    The fields are those of `FastLanguageModel.get_peft_model`.
 
     Example:
         >>> LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"]).r
@@ -128,6 +128,8 @@ def get_peft_model(model: Model, peft_config: Any, adapter_name: str = "default"
         raise ConfigError(f"peft_config.peft_type = {kind}: expected LORA")
     ours = {entry.name for entry in fields(LoraConfig)} - {"inference_mode"}
     given = {name: value for name, value in written.items() if name in ours and value is not None}
+    # What PEFT adapts in a Llama if nothing else is said (its table LORA_TARGET_MODULES for model_type llama).
+    given.setdefault("target_modules", ["q_proj", "v_proj"])
     # PEFT's sets come in no order, and its empty settings as empty containers.
     if isinstance(given.get("target_modules"), set):
         given["target_modules"] = sorted(given["target_modules"])

@@ -305,6 +305,101 @@ reloaded = model.generate(inputs, max_new_tokens = 16, do_sample = False)
 """,
 ]
 
+# How one of 2023 does it that was written for plain transformers with PEFT.
+PLAIN_PEFT = [
+    """
+import torch
+from datasets import load_dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    TextStreamer,
+    TrainingArguments,
+    pipeline,
+    logging,
+    set_seed,
+)
+from peft import LoraConfig, PeftModel
+from trl import SFTTrainer
+set_seed(42)
+""",
+    """
+rows = load_dataset("json", data_files = ROWS, split = "train")
+dataset = rows.map(lambda row: {"text": "<s>[INST] " + row["conversations"][0]["value"] + " [/INST] "
+                                + row["conversations"][1]["value"] + " </s>"}, remove_columns = ["conversations"])
+compute_dtype = getattr(torch, "float16")
+bnb_config = BitsAndBytesConfig(
+    load_in_4bit = True,
+    bnb_4bit_quant_type = "nf4",
+    bnb_4bit_compute_dtype = compute_dtype,
+    bnb_4bit_use_double_quant = False,
+)
+if compute_dtype == torch.float16:
+    major, _ = torch.cuda.get_device_capability()
+    if major >= 8:
+        print("Your GPU supports bfloat16")
+model = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config = bnb_config, device_map = {"": 0})
+model.config.use_cache = False
+model.config.pretraining_tp = 1
+tokenizer = AutoTokenizer.from_pretrained(MODEL, trust_remote_code = True)
+tokenizer.pad_token = tokenizer.eos_token
+tokenizer.padding_side = "right"
+""",
+    """
+peft_config = LoraConfig(lora_alpha = 16, lora_dropout = 0.0, r = 64, bias = "none", task_type = "CAUSAL_LM")
+training_arguments = TrainingArguments(
+    output_dir = "./results",
+    num_train_epochs = 1,
+    per_device_train_batch_size = 4,
+    gradient_accumulation_steps = 1,
+    optim = "paged_adamw_32bit",
+    save_steps = 100,
+    logging_steps = 1,
+    learning_rate = 2e-2,
+    weight_decay = 0.001,
+    fp16 = False,
+    bf16 = False,
+    max_grad_norm = 0.3,
+    max_steps = -1,
+    warmup_ratio = 0.03,
+    group_by_length = False,
+    lr_scheduler_type = "constant",
+    report_to = "none",
+)
+trainer = SFTTrainer(
+    model = model,
+    train_dataset = dataset,
+    peft_config = peft_config,
+    dataset_text_field = "text",
+    max_seq_length = None,
+    tokenizer = tokenizer,
+    args = training_arguments,
+    packing = False,
+)
+trainer_stats = trainer.train()
+trainer.model.save_pretrained("new_model")
+""",
+    """
+logging.set_verbosity(logging.CRITICAL)
+pipe = pipeline(task = "text-generation", model = model, tokenizer = tokenizer, max_length = 200)
+result = pipe("<s>[INST] Say a3 [/INST]", max_new_tokens = 8)
+print(result[0]["generated_text"])
+""",
+    """
+base_model = AutoModelForCausalLM.from_pretrained(
+    MODEL, low_cpu_mem_usage = True, return_dict = True, quantization_config = bnb_config, device_map = {"": 0},
+)
+inputs = tokenizer("<s>[INST] Say a3 [/INST]", return_tensors = "pt").input_ids.to("cuda")
+streamed = model.generate(
+    inputs, max_new_tokens = 16, do_sample = False, streamer = TextStreamer(tokenizer, skip_prompt = True)
+)
+trained_model, model = model, PeftModel.from_pretrained(base_model, "new_model")
+reloaded = model.generate(inputs, max_new_tokens = 16, do_sample = False)
+trained_text = tokenizer.decode([id for id in trainer.train_dataset[5]["labels"] if id != -100])
+""",
+]
+
 # What else a notebook does in the same process, after a step of training.
 AROUND = [
     """
@@ -414,15 +509,24 @@ def run(cells: list[str], folder: Path) -> tuple[dict[str, Any], str]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("order", ["datasets first", "datasets after"])
-@pytest.mark.parametrize("cells", [LATE_2024, OF_2026], ids=["late 2024", "2026"])
-def test_a_notebook_runs_after_one_line(cells: list[str], order: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("cells", "trained_text"),
+    [
+        # Of "Say b1" and "b1", the answer and what ends it are trained, and nothing else.
+        (LATE_2024, "b1<|eot_id|>"),
+        (OF_2026, "b1<|eot_id|>"),
+        # All of a text is.
+        (PLAIN_PEFT, "<s>[INST] Say b1 [/INST] b1 </s>"),
+    ],
+    ids=["late 2024", "2026", "plain PEFT"],
+)
+def test_a_notebook_runs_after_one_line(cells: list[str], trained_text: str, order: str, tmp_path: Path) -> None:
     top = [WATCH, *([DATASETS, ON_TOP] if order == "datasets first" else [ON_TOP, DATASETS])]
     facts, text = run([*top, *cells, *AROUND], tmp_path)
 
     assert facts["steps"] == 8 and len(facts["losses"]) == 8
     assert facts["losses"][-1] < 0.8 * facts["losses"][0]
-    # Of "Say b1" and "b1", the answer and what ends it are trained, and nothing else.
-    assert facts["trained_text"].split() == ["b1<|eot_id|>"]
+    assert trained_text in facts["trained_text"] and len(facts["trained_text"].strip()) < len(trained_text) + 20
     assert facts["streamed_text"] and facts["streamed_text"] in text
     assert facts["same_when_reloaded"]
     assert "GPU = " in text and "Max memory = " in text

@@ -100,7 +100,15 @@ PROXIED: Final[Mapping[str, Names]] = {
 _LOGGING: Final[Names] = {
     name: f"rustune.drop_in.verbosity:{name}"
     for name in (
+        "CRITICAL",
+        "DEBUG",
+        "ERROR",
+        "FATAL",
+        "INFO",
+        "WARN",
+        "WARNING",
         "get_logger",
+        "get_verbosity",
         "set_verbosity",
         "set_verbosity_debug",
         "set_verbosity_error",

@@ -3,6 +3,24 @@
 from __future__ import annotations
 
 import logging
+from logging import CRITICAL, DEBUG, ERROR, FATAL, INFO, WARN, WARNING
+
+__all__ = [
+    "CRITICAL",
+    "DEBUG",
+    "ERROR",
+    "FATAL",
+    "INFO",
+    "WARN",
+    "WARNING",
+    "get_logger",
+    "get_verbosity",
+    "set_verbosity",
+    "set_verbosity_debug",
+    "set_verbosity_error",
+    "set_verbosity_info",
+    "set_verbosity_warning",
+]
 
 
 def get_logger(name: str | None = None) -> logging.Logger:
@@ -17,6 +35,11 @@ def get_logger(name: str | None = None) -> logging.Logger:
     return logging.getLogger(name or "transformers")
 
 
+def get_verbosity() -> int:
+    """Returns how much is told: a level of Python's logging."""
+    return get_logger().getEffectiveLevel()
+
+
 def set_verbosity(verbosity: int) -> None:
     """Sets how much is told.
 
@@ -28,19 +51,19 @@ def set_verbosity(verbosity: int) -> None:
 
 def set_verbosity_debug() -> None:
     """Tells everything."""
-    set_verbosity(logging.DEBUG)
+    set_verbosity(DEBUG)
 
 
 def set_verbosity_info() -> None:
     """Tells what goes on."""
-    set_verbosity(logging.INFO)
+    set_verbosity(INFO)
 
 
 def set_verbosity_warning() -> None:
     """Tells what may be wrong."""
-    set_verbosity(logging.WARNING)
+    set_verbosity(WARNING)
 
 
 def set_verbosity_error() -> None:
     """Tells errors only."""
-    set_verbosity(logging.ERROR)
+    set_verbosity(ERROR)
