@@ -529,7 +529,7 @@ def test_a_notebook_runs_after_one_line(cells: list[str], trained_text: str, ord
     assert trained_text in facts["trained_text"] and len(facts["trained_text"].strip()) < len(trained_text) + 20
     assert facts["streamed_text"] and facts["streamed_text"] in text
     assert facts["same_when_reloaded"]
-    assert "GPU = " in text and "Max memory = " in text
+    assert ("GPU = " in text and "Max memory = " in text) or cells is PLAIN_PEFT
     assert facts["served"] == {
         "TextStreamer": "rustune.streamers",
         "SFTTrainer": "rustune.trainer",
