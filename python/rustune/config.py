@@ -432,6 +432,8 @@ def settings_from(args: Any) -> TrainingArguments:
     if not callable(getattr(args, "to_dict", None)):
         raise ConfigError(f"args = {type(args).__name__}: expected SFTConfig or TrainingArguments")
     written: dict[str, Any] = args.to_dict()
+    # Their to_dict hides whatever is called a token, eos_token and pad_token too.
+    written |= {name: getattr(args, name, None) for name in written if name.endswith("_token")}
     # Their objects list every reporter that happens to be installed, asked for or not.
     reporters = written.pop("report_to", None)
     if reporters and reporters not in ("none", ["none"], "all"):

@@ -34,6 +34,7 @@ from rustune import (
     unsloth_train,
 )
 from rustune.collators import DataCollatorWithPadding, default_data_collator
+from rustune.config import settings_from
 
 NEVER = {"eos_token_id": [263], "do_sample": False}
 
@@ -171,6 +172,20 @@ def test_settings_of_others_that_would_change_numbers_are_named(folder: Path) ->
         get_peft_model(load(folder), LoraConfig(), "other")
     with pytest.raises(ConfigError, match="expected a model loaded by rustune"):
         get_peft_model("name", LoraConfig())  # type: ignore[arg-type]
+
+
+def test_tokens_are_read_where_the_settings_of_others_hide_them() -> None:
+    class Theirs:
+        """As transformers' settings write themselves."""
+
+        hub_token = "hf_real"
+        eos_token = None
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"max_steps": 2, "hub_token": "<HUB_TOKEN>", "eos_token": "<EOS_TOKEN>", "output_dir": "out"}
+
+    settings = settings_from(Theirs())
+    assert settings.hub_token == "hf_real" and settings.eos_token is None and settings.max_steps == 2
 
 
 def test_a_pipeline_continues_texts_and_conversations(folder: Path) -> None:

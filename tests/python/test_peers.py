@@ -134,6 +134,14 @@ def test_their_settings_and_callbacks_serve(folder: Path, tmp_path: Path, transf
     assert seen == list(range(1, steps + 1)) and steps < 6
 
 
+def test_settings_of_trl_serve(folder: Path, tmp_path: Path) -> None:
+    args = importlib.import_module("trl").SFTConfig(
+        output_dir=str(tmp_path), max_steps=2, max_length=64, bf16=False, report_to="none", disable_tqdm=True
+    )
+    trainer = SFTTrainer(FastLanguageModel.get_peft_model(load(folder), r=4), args=args, train_dataset=tiny.rows())
+    assert trainer.max_seq_length == 64 and trainer.train().global_step == 2
+
+
 def test_their_configs_serve(folder: Path, torch: Any, transformers: Any) -> None:
     peft = importlib.import_module("peft")
     config = transformers.BitsAndBytesConfig(
