@@ -11,6 +11,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from rustune import _native
+from rustune import verbosity as logging
 from rustune._native import (
     AdapterError,
     CheckpointError,
@@ -104,6 +105,7 @@ __all__ = [
     "info",
     "is_bf16_supported",
     "is_bfloat16_supported",
+    "logging",
     "nf4",
     "num_threads",
     "pipeline",

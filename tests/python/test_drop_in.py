@@ -158,6 +158,17 @@ def test_preference_training_can_be_imported_and_says_that_it_comes_later(name: 
         getattr(rustune, name)("model", beta=0.1)
 
 
+def test_what_transformers_tells_can_be_quieted() -> None:
+    before = rustune.logging.get_verbosity()
+    try:
+        rustune.logging.set_verbosity_error()
+        assert rustune.logging.get_verbosity() == rustune.logging.ERROR == rustune.logging.get_logger().level
+        rustune.logging.set_verbosity(rustune.logging.CRITICAL)
+        assert not rustune.logging.get_logger("transformers.x").isEnabledFor(rustune.logging.ERROR)
+    finally:
+        rustune.logging.set_verbosity(before)
+
+
 def test_taking_and_giving_back_can_be_done_again_and_again() -> None:
     code = """
 import sys

@@ -98,7 +98,7 @@ PROXIED: Final[Mapping[str, Names]] = {
 """Modules of which only these names are ours where they are installed."""
 
 _LOGGING: Final[Names] = {
-    name: f"rustune.drop_in.verbosity:{name}"
+    name: f"rustune.verbosity:{name}"
     for name in (
         "CRITICAL",
         "DEBUG",

@@ -1,4 +1,4 @@
-"""`transformers.logging` where transformers is absent: how much is told goes to Python's own logging."""
+"""`logging` as transformers has it, for notebooks that quiet it: how much is told goes to Python's own logging."""
 
 from __future__ import annotations
 
