@@ -17,13 +17,13 @@ pub enum PanelA {
     Rows,
 }
 
-/// What to do with one tile of C.
+/// What to do with a column strip of tiles of C.
 pub struct TileC<'a, 'm> {
     /// Where it lies.
     pub c: &'a mut TileMut<'m>,
     /// Its first row in `c`.
     pub i: usize,
-    /// Its first column in `c`; rows and columns beyond `c` are not written.
+    /// Its first column in `c`; rows and columns beyond `c` are not written, but every panel has a row in it.
     pub j: usize,
     /// Factor of the product.
     pub alpha: f32,
@@ -31,7 +31,7 @@ pub struct TileC<'a, 'm> {
     pub add: bool,
 }
 
-/// `c (+)= alpha · a · b` for one tile;  a: an A panel, b: `[depth, nr]`.
+/// `c (+)= alpha · a · b` for the tiles of one column strip, one below the other;  a: one or more A panels, b: `[depth, nr]`.
 pub type TileFn = fn(a: &[f32], b: &[f32], c: TileC<'_, '_>);
 
 /// One kind of inner product of an instruction set.
@@ -65,7 +65,7 @@ pub struct PairKernels {
     pub nf4: fn(packed: &[u8], scales: &[f32], block: usize, code: &[f32; 16], out: &mut [u16]),
 }
 
-/// A matrix of words whose rows are to become the columns of a panel.
+/// A matrix of words on its way into a panel.
 #[derive(Clone, Copy)]
 pub struct Rows<'a> {
     /// Row `r` is `data[r · stride ..][.. depth]`.
@@ -97,9 +97,34 @@ pub(super) fn tile<S: Simd, const MR: usize, const NV: usize>(
     b: &[f32],
     out: TileC<'_, '_>,
 ) {
+    let depth = check_strip(a, b, MR, NV * S::LANES);
+    let TileC { c, i, j, alpha, add } = out;
+    for (panel, a) in a.chunks_exact(MR * depth).enumerate() {
+        one_tile::<S, MR, NV>(s, &fma, a, b, TileC { c, i: i + panel * MR, j, alpha, add });
+    }
+}
+
+/// The depth of the panels.
+///
+/// # Panics
+/// If they do not fit each other.
+pub(super) fn check_strip(a: &[f32], b: &[f32], mr: usize, nr: usize) -> usize {
+    let depth = b.len() / nr;
+    let whole = depth > 0 && b.len() == depth * nr && a.len().is_multiple_of(mr * depth);
+    assert!(whole, "gemm tile: depths differ");
+    depth
+}
+
+#[inline(always)]
+fn one_tile<S: Simd, const MR: usize, const NV: usize>(
+    s: S,
+    fma: &impl Fn(S::V, S::V, S::V) -> S::V,
+    a: &[f32],
+    b: &[f32],
+    out: TileC<'_, '_>,
+) {
     let nr = NV * S::LANES;
     let TileC { c, i: row0, j: col0, alpha, add } = out;
-    assert!(a.len() / MR == b.len() / nr, "gemm tile: depths differ");
     let mut acc = [[s.splat(0.0); NV]; MR];
     for (a_words, b_words) in a.chunks_exact(MR).zip(b.chunks_exact(nr)) {
         let mut b_vec = [s.splat(0.0); NV];
@@ -133,7 +158,8 @@ pub(super) fn tile<S: Simd, const MR: usize, const NV: usize>(
     }
 }
 
-/// `out[p, first + r] = rows[r][p]`;  out: `[depth, width]`, the other columns are left alone.
+/// `out[p, first + r] = rows[r][p]`;  out: `[depth, width]`, columns before `first` are left alone, those behind the last
+/// row's are left alone or zero.
 #[inline(always)]
 pub(super) fn transpose<S: Simd>(s: S, rows: Rows<'_>, out: &mut [f32], width: usize, first: usize) {
     rows.check(out, width, first);
@@ -143,7 +169,31 @@ pub(super) fn transpose<S: Simd>(s: S, rows: Rows<'_>, out: &mut [f32], width: u
         for p0 in (0..depth).step_by(S::LANES) {
             let block_depth = S::LANES.min(depth - p0);
             let src = &data[r0 * stride + p0..];
-            s.transpose(src, stride, block_rows, block_depth, &mut out[p0 * width + first + r0..], width);
+            // A whole vector may be stored where it stays within the row, or runs into the next one, which is written later.
+            let spill = first + r0 + S::LANES <= width || first + r0 == 0;
+            let block = Rows { data: src, stride, count: block_rows, depth: block_depth };
+            s.transpose(block, &mut out[p0 * width + first + r0..], width, spill);
+        }
+    }
+}
+
+/// `out[p, i] = rows[p][i]`;  out: `[count, width]`, the other columns are left alone.
+#[inline(always)]
+pub(super) fn copy_rows<S: Simd>(s: S, rows: Rows<'_>, out: &mut [f32], width: usize) {
+    let Rows { data, stride, count, depth } = rows;
+    assert!(count == 0 || (count - 1) * stride + depth <= data.len(), "copy_rows: rows leave the data");
+    assert!(depth <= width && out.len() >= count * width, "copy_rows: rows leave the panel");
+    for p in 0..count {
+        let (src, out) = (&data[p * stride..], &mut out[p * width..]);
+        for i in (0..depth).step_by(S::LANES) {
+            let whole = i + S::LANES <= depth;
+            // What runs into the next row is written again with that row.
+            let spill = depth == width && i + S::LANES <= src.len() && i + S::LANES <= out.len();
+            if whole || (spill && p + 1 < count) {
+                s.store(s.load(&src[i..]), &mut out[i..]);
+            } else {
+                s.store_tail(s.load_tail(&src[i..depth]), &mut out[i..depth]);
+            }
         }
     }
 }
@@ -211,14 +261,17 @@ pub(super) mod reference {
 
     fn tile(a: &[f32], b: &[f32], out: TileC<'_, '_>, product: impl Fn(f32, f32, f32) -> f32) {
         let TileC { c, i, j, alpha, add } = out;
-        assert!(a.len() / MR == b.len() / NR, "gemm tile: depths differ");
-        let (rows, cols) = ((c.rows() - i).min(MR), (c.cols() - j).min(NR));
-        for r in 0..rows {
-            let row = &mut c.row(i + r)[j..j + cols];
-            for (v, out) in row.iter_mut().enumerate() {
-                let pairs = a.chunks_exact(MR).zip(b.chunks_exact(NR));
-                let sum = pairs.fold(0.0, |sum, (a, b)| product(a[r], b[v], sum));
-                *out = if add { *out + alpha * sum } else { alpha * sum };
+        let depth = check_strip(a, b, MR, NR);
+        let cols = (c.cols() - j).min(NR);
+        for (panel, a) in a.chunks_exact(MR * depth).enumerate() {
+            let first = i + panel * MR;
+            for r in 0..(c.rows() - first).min(MR) {
+                let row = &mut c.row(first + r)[j..j + cols];
+                for (v, out) in row.iter_mut().enumerate() {
+                    let pairs = a.chunks_exact(MR).zip(b.chunks_exact(NR));
+                    let sum = pairs.fold(0.0, |sum, (a, b)| product(a[r], b[v], sum));
+                    *out = if add { *out + alpha * sum } else { alpha * sum };
+                }
             }
         }
     }
@@ -246,6 +299,12 @@ pub(super) mod reference {
             for p in 0..rows.depth {
                 out[p * width + first + r] = rows.data[r * rows.stride + p];
             }
+        }
+    }
+
+    pub(in crate::kernels) fn copy_rows(rows: Rows<'_>, out: &mut [f32], width: usize) {
+        for p in 0..rows.count {
+            out[p * width..][..rows.depth].copy_from_slice(&rows.data[p * rows.stride..][..rows.depth]);
         }
     }
 

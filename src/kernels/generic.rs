@@ -4,6 +4,8 @@
 //! its instructions may run and everything here is safe code. All is `inline(always)`: the `target_feature` sits on the
 //! outermost function, in the file of the instruction set. Tails use masked loads and stores, never a scalar loop.
 
+use super::gemm::Rows;
+
 /// One instruction set's vector of f32.
 pub(super) trait Simd: Copy {
     /// `LANES` floats in a register.
@@ -20,7 +22,9 @@ pub(super) trait Simd: Copy {
     fn sub(self, a: Self::V, b: Self::V) -> Self::V;
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The larger one; `b` if either is NaN.
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The smaller one; `b` if either is NaN.
     fn min(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a · b + c`, one rounding.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
@@ -32,21 +36,34 @@ pub(super) trait Simd: Copy {
     fn max_lane(self, a: Self::V) -> f32;
     /// Every lane rounded to bfloat16, ties to even; NaN stays NaN.
     fn round_bf16(self, a: Self::V) -> Self::V;
+    fn sqrt(self, a: Self::V) -> Self::V;
     /// `LANES` NF4 indices from the first `LANES / 2` bytes, looked up in `code` (high nibble first).
     fn nf4_lookup(self, packed: &[u8], code: &[f32; 16]) -> Self::V;
     /// The first `LANES` bf16 of `x`, widened.
     fn load_bf16(self, x: &[u16]) -> Self::V;
-    /// Transposes one block of at most `LANES x LANES` words: `out[p · width + r] = src[r · stride + p]` for `r < rows`,
-    /// `p < depth`; nothing else is read or written.
-    fn transpose(self, src: &[f32], stride: usize, rows: usize, depth: usize, out: &mut [f32], width: usize);
+    /// Transposes one block of at most `LANES x LANES` words: `out[p · width + r] = rows[r][p]`; with `spill`, the words
+    /// behind a row may become zero, up to `LANES` in all and as far as `out` reaches.
+    fn transpose(self, rows: Rows<'_>, out: &mut [f32], width: usize, spill: bool);
+    /// `LANES` u32 in a register.
+    type U: Copy;
+    fn splat_u32(self, x: u32) -> Self::U;
+    fn xor(self, a: Self::U, b: Self::U) -> Self::U;
+    /// The upper and the lower half of every lane's product with `b`.
+    fn mul_wide(self, a: Self::U, b: u32) -> (Self::U, Self::U);
+    /// The numbers `first .. first + LANES`, dealt to the lanes such that [`Simd::interleave`] puts them in order.
+    fn philox_blocks(self, first: u32) -> Self::U;
+    /// Word `w` of number `n`, in the lanes of `words[w]` that [`Simd::philox_blocks`] gave `n`, as element `4 n + w`.
+    fn interleave(self, words: [Self::U; 4]) -> [Self::U; 4];
+    /// `a` where the word is at least `threshold`, else 0.
+    fn keep(self, a: Self::V, words: Self::U, threshold: u32) -> Self::V;
 }
 
-/// `exp(x)` for every lane, within 2 ulp for x in [-87.3, 88.3]; 2^-126 below and about 2^127 above.
+/// `exp(x)` for every lane, within 2 ulp for x in [-87.3, 88.3]; 2^-126 below and about 2^127 above; NaN stays NaN.
 ///
 /// Cody & Waite: `x = n ln 2 + r`, |r| <= ln 2 / 2; a degree-6 Taylor polynomial in r; scaled by 2^n.
 #[inline(always)]
 fn exp<S: Simd>(s: S, x: S::V) -> S::V {
-    let x = s.max(s.splat(-87.3), s.min(x, s.splat(88.3)));
+    let x = s.max(s.splat(-87.3), s.min(s.splat(88.3), x));
     let n = s.round(s.mul(x, s.splat(std::f32::consts::LOG2_E)));
     let r = s.fma(n, s.splat(-0.693_359_4), x);
     let r = s.fma(n, s.splat(2.121_944_4e-4), r);
@@ -194,24 +211,6 @@ pub(super) fn exp_row<S: Simd>(s: S, x: &mut [f32], scale: f32, shift: f32) -> f
     let tail = chunks.into_remainder();
     s.store_tail(exp(s, s.fma(a, s.load_tail(tail), b)), tail);
     s.sum(s.add(acc, s.load_tail(tail)))
-}
-
-#[inline(always)]
-pub(super) fn rope_row<S: Simd>(s: S, x: &mut [f32], cos: &[f32], sin: &[f32]) {
-    let half = cos.len();
-    assert!(x.len() == 2 * half && sin.len() == half, "rope_row: lengths differ");
-    let (x1, x2) = x.split_at_mut(half);
-    let body = half - half % S::LANES;
-    for i in (0..body).step_by(S::LANES) {
-        let (a, b) = (s.load(&x1[i..]), s.load(&x2[i..]));
-        let (c, n) = (s.load(&cos[i..]), s.load(&sin[i..]));
-        s.store(s.sub(s.mul(a, c), s.mul(b, n)), &mut x1[i..]);
-        s.store(s.fma(a, n, s.mul(b, c)), &mut x2[i..]);
-    }
-    let (a, b) = (s.load_tail(&x1[body..]), s.load_tail(&x2[body..]));
-    let (c, n) = (s.load_tail(&cos[body..]), s.load_tail(&sin[body..]));
-    s.store_tail(s.sub(s.mul(a, c), s.mul(b, n)), &mut x1[body..]);
-    s.store_tail(s.fma(a, n, s.mul(b, c)), &mut x2[body..]);
 }
 
 #[inline(always)]

@@ -4,8 +4,12 @@
 //! `x86/` proves that the CPU can run it and hands out the whole table. Holding a table is the proof.
 //! Kernels never allocate, never use threads and never read the environment, except [`active`], which picks a table.
 
+pub mod attention;
+pub mod elementwise;
 pub mod gemm;
 mod generic;
+#[cfg(all(test, unix))]
+mod guard;
 pub mod lines;
 #[cfg(test)]
 mod parity;
@@ -16,6 +20,7 @@ pub mod tiles;
 mod x86;
 
 use crate::error::{Error, Result};
+use elementwise::{AdamStep, Mask, Masked};
 use gemm::{GemmTile, PairKernels, Rows};
 use std::sync::OnceLock;
 
@@ -23,6 +28,9 @@ use std::sync::OnceLock;
 type FiveRows = fn(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]);
 /// A function on four equally long rows and a number.
 type FourRows = fn(x: &[f32], w: &[f32], rstd: f32, dy: &[f32], dx: &mut [f32]);
+
+/// A step, parameters, gradients and two moments, equally long.
+type AdamRow = fn(step: &AdamStep, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]);
 
 /// One instruction set's functions. Lengths that do not fit each other are a bug of the caller and panic.
 pub struct Kernels {
@@ -32,8 +40,11 @@ pub struct Kernels {
     pub tile: GemmTile,
     /// The product of bf16 pairs, where there is one; elsewhere f32 products of rounded operands stand in.
     pub pairs: Option<PairKernels>,
-    /// `out[p, first + r] = rows[r][p]` on words;  out: `[depth, width]`, the other columns are left alone.
+    /// `out[p, first + r] = rows[r][p]` on words;  out: `[depth, width]`, columns before `first` are left alone, those behind
+    /// the last row's are left alone or zero.
     pub transpose: fn(rows: Rows<'_>, out: &mut [f32], width: usize, first: usize),
+    /// `out[p, i] = rows[p][i]` on words;  out: `[count, width]`, the other columns are left alone.
+    pub copy_rows: fn(rows: Rows<'_>, out: &mut [f32], width: usize),
     /// Whole blocks of NF4: `out[i] = code[index i] · scales[i / block]`, rounded to bf16 if `round`;
     /// packed: `[ceil(n / 2)]`, first element in the high nibble.
     pub nf4_blocks: fn(packed: &[u8], scales: &[f32], block: usize, code: &[f32; 16], round: bool, out: &mut [f32]),
@@ -55,11 +66,20 @@ pub struct Kernels {
     pub max_row: fn(x: &[f32]) -> f32,
     /// `x[i] = exp(scale · x[i] - shift)`; returns the sum of the new row.
     pub exp_row: fn(x: &mut [f32], scale: f32, shift: f32) -> f32,
-    /// Rotates the halves of a head: `(x1, x2) -> (x1 c - x2 s, x2 c + x1 s)`;  x: `[2 · half]`, cos, sin: `[half]`.
-    /// With `-sin` it is its own backward.  Su et al. 2021, eq. 34, in the half-split layout of HF Llama.
-    pub rope_row: fn(x: &mut [f32], cos: &[f32], sin: &[f32]),
     /// Rounds every element to the nearest bfloat16, ties to even; NaN stays NaN.
     pub round_bf16: fn(x: &mut [f32]),
+    /// Attention on tiles of queries and blocks of keys.
+    pub attention: attention::Attention,
+    // Elementwise rows.
+    /// Rotates the halves of every head of a row by `sign` times its angle: `(x1, x2) -> (x1 c - x2 s, x2 c + x1 s)`;
+    /// x: `[heads · 2 · half]`, cos, sin: `[half]`.  Su et al. 2021, eq. 34, in the half-split layout of HF Llama.
+    pub rope_row: fn(x: &mut [f32], cos: &[f32], sin: &[f32], sign: f32),
+    /// `(x, rstd, dy, dw)`: the gain's part of the backward of `y = x · w · rstd`: `dw[i] += dy[i] · x[i] · rstd`.
+    pub rms_norm_gain: fn(x: &[f32], rstd: f32, dy: &[f32], dw: &mut [f32]),
+    /// Masks a row, to the bits of `philox4x32_10`; `y` is read unless it is a copy's target.  Srivastava et al. 2014.
+    pub dropout_row: fn(mask: &Mask, how: Masked<'_>, y: &mut [f32]),
+    /// One AdamW step of parameters `p` with gradients `g` and moments `m`, `v`; the bits of [`AdamStep::update`].
+    pub adamw_row: AdamRow,
 }
 
 impl Kernels {

@@ -1,5 +1,10 @@
 //! Every table against the reference, every kernel, on lengths around each lane width and tail.
 
+use super::attention::{
+    Block, FEW_KEYS, Few, Gradients, KEYS, PAD, QUERIES, Softmax, Upstream, pack_panels, pack_queries, pack_rows,
+    queries_len,
+};
+use super::elementwise::{AdamStep, Mask, Masked};
 use super::gemm::{GemmTile, PairKernels, PanelA, Rows, TileC};
 use super::tiles::TileMut;
 use super::{Kernels, available, philox::philox4x32_10, reference, tables};
@@ -36,8 +41,9 @@ fn pairs(n: usize, seed: u32) -> Vec<f32> {
     words
 }
 
-/// The element in row `i` and word `p` of an A panel.
-fn a_at(tile: &GemmTile, a: &[f32], i: usize, p: usize) -> f32 {
+/// The element in row `i` and word `p` of A panels.
+fn a_at(tile: &GemmTile, a: &[f32], depth: usize, i: usize, p: usize) -> f32 {
+    let (a, i) = (&a[i / tile.mr * tile.mr * depth..], i % tile.mr);
     match tile.panel_a {
         PanelA::Columns => a[p * tile.mr + i],
         PanelA::Rows => a[(p / 16 * tile.mr + i) * 16 + p % 16],
@@ -46,8 +52,10 @@ fn a_at(tile: &GemmTile, a: &[f32], i: usize, p: usize) -> f32 {
 
 fn check_tile(what: &str, tile: &GemmTile, make: impl Fn(usize, u32) -> Vec<f32>, product: impl Fn(f32, f32) -> f64) {
     for depth in [16, 64, 272].into_iter().chain([1, 7, 257].into_iter().filter(|_| tile.panel_a == PanelA::Columns)) {
-        let (a, b) = (make(depth * tile.mr, 1), make(depth * tile.nr, 2));
-        for (rows, cols) in [(tile.mr, tile.nr), (tile.mr, tile.nr - 1), (1, tile.nr), (tile.mr - 1, 3), (1, 1)] {
+        let b = make(depth * tile.nr, 2);
+        let (mr, nr) = (tile.mr, tile.nr);
+        for (rows, cols) in [(mr, nr), (mr, nr - 1), (1, nr), (mr - 1, 3), (1, 1), (2 * mr + 1, nr), (3 * mr, 5)] {
+            let a = make(depth * rows.next_multiple_of(mr), 1);
             for (alpha, add) in [(1.0, false), (1.0, true), (0.5, true), (-2.0, false)] {
                 let stride = tile.nr + 5;
                 let old = floats((rows + 3) * stride, 3);
@@ -57,7 +65,8 @@ fn check_tile(what: &str, tile: &GemmTile, make: impl Fn(usize, u32) -> Vec<f32>
                 let mut want = old.clone();
                 for i in 0..rows {
                     for j in 0..cols {
-                        let sum: f64 = (0..depth).map(|p| product(a_at(tile, &a, i, p), b[p * tile.nr + j])).sum();
+                        let sum: f64 =
+                            (0..depth).map(|p| product(a_at(tile, &a, depth, i, p), b[p * tile.nr + j])).sum();
                         let out = &mut want[(i + 2) * stride + j + 1];
                         *out = (f64::from(alpha) * sum + if add { f64::from(*out) } else { 0.0 }) as f32;
                     }
@@ -100,10 +109,22 @@ fn packing_is_exact() {
             let (stride, width, first) = (depth + 3, count + 4, 2);
             let data = floats(count * stride, 20);
             let rows = Rows { data: &data[..(count - 1) * stride + depth], stride, count, depth };
-            let (mut got, mut want) = (floats(depth * width, 21), floats(depth * width, 21));
-            (table.transpose)(rows, &mut got, width, first);
-            (twin.transpose)(rows, &mut want, width, first);
-            assert_eq!(got, want, "{} transpose {count} x {depth}", table.isa);
+            let what = format!("{} {count} x {depth}", table.isa);
+            for (width, first) in [(width, first), (count, 0), (count + 20, 0)] {
+                let old = floats(depth * width, 21);
+                let (mut got, mut want) = (old.clone(), old.clone());
+                (table.transpose)(rows, &mut got, width, first);
+                (twin.transpose)(rows, &mut want, width, first);
+                let behind = |x: usize| x % width >= first + count && got[x] == 0.0;
+                assert!((0..got.len()).all(|x| got[x] == want[x] || behind(x)), "transpose {what} in {width}");
+                assert!(got[..first].iter().eq(&old[..first]), "transpose {what} in {width}: before the first column");
+            }
+            for width in [depth, depth + 3] {
+                let (mut got, mut want) = (floats(count * width, 21), floats(count * width, 21));
+                (table.copy_rows)(rows, &mut got, width);
+                (twin.copy_rows)(rows, &mut want, width);
+                assert_eq!(got, want, "copy_rows {what} in {width}");
+            }
         }
         for n in LENGTHS {
             let halves: Vec<u16> = floats(n, 22).iter().map(|x| (x.to_bits() >> 16) as u16).collect();
@@ -190,10 +211,87 @@ fn swiglu_and_exp() {
 fn rope() {
     each(|table, reference, half, what| {
         let (cos, sin) = (floats(half, 12), floats(half, 13));
-        let (mut got, mut want) = (floats(2 * half, 14), floats(2 * half, 14));
-        (table.rope_row)(&mut got, &cos, &sin);
-        (reference.rope_row)(&mut want, &cos, &sin);
+        for sign in [1.0, -1.0] {
+            let (mut got, mut want) = (floats(6 * half, 14), floats(6 * half, 14));
+            (table.rope_row)(&mut got, &cos, &sin, sign);
+            (reference.rope_row)(&mut want, &cos, &sin, sign);
+            assert_close(&got, &want, 3e-7, what); // one rounding less with FMA
+        }
+    });
+}
+
+#[test]
+fn gain_of_a_norm() {
+    each(|table, reference, n, what| {
+        let (x, dy) = (floats(n, 30), floats(n, 31));
+        let (mut got, mut want) = (floats(n, 32), floats(n, 32));
+        (table.rms_norm_gain)(&x, 0.7, &dy, &mut got);
+        (reference.rms_norm_gain)(&x, 0.7, &dy, &mut want);
         assert_close(&got, &want, 3e-7, what); // one rounding less with FMA
+    });
+}
+
+#[test]
+fn dropout_masks_are_the_scalar_generators_to_the_bit() {
+    let bits = |x: &[f32]| x.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+    each(|table, _, n, what| {
+        let x = floats(n, 33);
+        for (first, threshold) in [(0, 0), (0, 1 << 30), (8, 3 << 30), (0x7FFF_FFF0, u32::MAX)] {
+            let mask = Mask { key: [3407, 17], counter: [u32::MAX, 5, 9], first, threshold, scale: 1.25 };
+            let word = |i: usize| {
+                philox4x32_10([(first as usize / 4 + i / 4) as u32, u32::MAX, 5, 9], [3407, 17])[i % 4]
+            };
+            let want: Vec<f32> = (0..n).map(|i| if word(i) >= threshold { x[i] * 1.25 } else { 0.0 }).collect();
+            let (mut copied, mut in_place, mut added) = (vec![9.0; n], x.clone(), vec![1.0; n]);
+            (table.dropout_row)(&mask, Masked::Copy(&x), &mut copied);
+            (table.dropout_row)(&mask, Masked::InPlace, &mut in_place);
+            (table.dropout_row)(&mask, Masked::Add(&x), &mut added);
+            assert_eq!(bits(&copied), bits(&want), "copy {what}");
+            assert_eq!(bits(&in_place), bits(&want), "in place {what}");
+            let sums: Vec<f32> = want.iter().map(|v| 1.0 + v).collect();
+            assert_eq!(bits(&added), bits(&sums), "add {what}");
+        }
+    });
+}
+
+#[test]
+fn adamw_gives_the_bits_of_the_formula() {
+    let bits = |x: &[f32]| x.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+    let step = AdamStep {
+        beta1: 0.9,
+        one_minus_beta1: 0.1,
+        beta2: 0.999,
+        one_minus_beta2: 0.001,
+        eps: 1e-8,
+        correction2_sqrt: 0.044,
+        step_size: -2e-3,
+        keep: 0.9999,
+        grad_scale: 0.37,
+    };
+    each(|table, _, n, what| {
+        let start = || [floats(n, 34), floats(n, 35), floats(n, 36).iter().map(|v| v.abs()).collect()];
+        let (g, [mut p, mut m, mut v], mut want) = (floats(n, 37), start(), start());
+        (table.adamw_row)(&step, &mut p, &g, &mut m, &mut v);
+        for i in 0..n {
+            let (first, second) = (want[1][i], want[2][i]);
+            (want[1][i], want[2][i]) = step.update(&mut want[0][i], first, second, g[i]);
+        }
+        for (got, want) in [p, m, v].iter().zip(&want) {
+            assert_eq!(bits(got), bits(want), "{what}");
+        }
+    });
+}
+
+#[test]
+fn a_nan_stays_a_nan() {
+    each(|table, _, n, what| {
+        let mut x = floats(n, 38);
+        x[n / 2] = f32::NAN;
+        let ones = vec![1.0; n];
+        let mut y = vec![0.0; n];
+        (table.swiglu_row)(&x, &ones, &mut y);
+        assert!(y[n / 2].is_nan(), "swiglu {what}");
+        assert!((table.exp_row)(&mut x, 1.0, 0.0).is_nan() && x[n / 2].is_nan(), "exp {what}");
     });
 }
 
@@ -227,4 +325,119 @@ fn rounding_and_nf4_are_exact() {
             }
         }
     });
+}
+
+/// What one table makes of two blocks of keys: accumulators, sums, maxima and the gradients of the second block.
+fn attention_run(table: &Kernels, dim: usize, n: usize, (first, second): (usize, usize), bf16: bool) -> [Vec<f32>; 6] {
+    let (panel, width, keys) = (table.attention.panel, dim.next_multiple_of(PAD), first + second);
+    let rounded = |mut x: Vec<f32>| {
+        if bf16 {
+            (reference::table().round_bf16)(&mut x);
+        }
+        x
+    };
+    let (q, dout) = (rounded(floats(n * dim, 20)), rounded(floats(n * dim, 21)));
+    let (k, v) = (rounded(floats(keys * dim, 22)), rounded(floats(keys * dim, 23)));
+    let queries = |x: &[f32]| {
+        let mut out = vec![f32::NAN; queries_len(dim)];
+        pack_queries(x, dim, n, dim, &mut out);
+        out
+    };
+    let panels = |x: &[f32]| {
+        let count = x.len() / dim;
+        let mut out = vec![f32::NAN; count.next_multiple_of(panel) * dim];
+        pack_panels(x, dim, count, dim, panel, &mut out);
+        out
+    };
+    let rows = |x: &[f32]| {
+        let mut out = vec![f32::NAN; x.len() / dim * width];
+        pack_rows(x, dim, x.len() / dim, dim, width, &mut out);
+        out
+    };
+    let (packed_q, packed_dout) = (queries(&q), queries(&dout));
+    let (mut acc, mut max, mut sum) = (vec![0.0; n * width], vec![f32::NEG_INFINITY; n], vec![0.0; n]);
+    let mut scores = vec![f32::NAN; QUERIES * KEYS];
+    let scale = 1.0 / (dim as f32).sqrt();
+    // The last query sees the last key, as in a sequence with a cache.
+    let ahead = keys as isize - n as isize;
+    let block = |range: std::ops::Range<usize>| Block {
+        q: &packed_q,
+        k_panels: &[],
+        n,
+        keys: range.len(),
+        dim,
+        ahead: ahead - range.start as isize,
+        scale,
+        bf16,
+    };
+    for range in [0..first, first..keys] {
+        let part = range.start * dim..range.end * dim;
+        let mut state = Softmax { scores: &mut scores, acc: &mut acc, max: &mut max, sum: &mut sum };
+        let k_panels = panels(&k[part.clone()]);
+        let block = Block { k_panels: &k_panels, ..block(range) };
+        (table.attention.forward)(&block, &rows(&v[part]), &mut state);
+    }
+    let lse: Vec<f32> = max.iter().zip(&sum).map(|(m, s)| (m + s.log2()) * std::f32::consts::LN_2).collect();
+    let (mut dq, mut dk, mut dv) = (vec![0.5; n * width], vec![0.25; second * width], vec![0.0; second * width]);
+    let (mut p, mut ds) = (vec![f32::NAN; QUERIES * KEYS], vec![f32::NAN; QUERIES * KEYS]);
+    let (k_panels, v_panels) = (panels(&k[first * dim..]), panels(&v[first * dim..]));
+    let (k_rows, delta) = (rows(&k[first * dim..]), floats(n, 24));
+    let upstream = Upstream { dout: &packed_dout, v_panels: &v_panels, k_rows: &k_rows, lse: &lse, delta: &delta };
+    let mut gradients = Gradients { p: &mut p, ds: &mut ds, dq: &mut dq, dk: &mut dk, dv: &mut dv };
+    let block = Block { k_panels: &k_panels, ..block(first..keys) };
+    (table.attention.backward)(&block, &upstream, &mut gradients);
+    [acc, sum, max, dq, dk, dv]
+}
+
+#[test]
+fn attention_tiles() {
+    let reference = reference::table();
+    for (dim, n, first, second) in [
+        (16, 1, 5, 1),
+        (20, 7, 48, 7),
+        (40, 48, 192, 49),
+        (64, 48, 192, 192),
+        (64, 31, 192, 17),
+        (128, 13, 100, 33),
+        (300, 47, 64, 47),
+    ] {
+        for bf16 in [false, true] {
+            let want = attention_run(&reference, dim, n, (first, second), bf16);
+            for table in available() {
+                let got = attention_run(table, dim, n, (first, second), bf16);
+                for (name, (got, want)) in ["acc", "sum", "max", "dq", "dk", "dv"].iter().zip(got.iter().zip(&want)) {
+                    // f32: sums of up to 300 products, reassociated. bf16: a p at a midpoint may go either way.
+                    let tolerance = if bf16 { 1e-3 } else { 2e-5 };
+                    assert_close(got, want, tolerance, &format!("{} {name} dim={dim} n={n} bf16={bf16}", table.isa));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn attention_of_few_queries() {
+    for table in available() {
+        for (dim, rows, keys) in [(1, 1, 1), (20, 3, 65), (64, 4, 200), (64, 16, 64), (100, 7, 130)] {
+            for bf16 in [false, true] {
+                let stride = dim + 3;
+                let (q, k, v) = (floats(rows * dim, 25), floats(keys * stride, 26), floats(keys * stride, 27));
+                let seen: Vec<usize> = (0..rows).map(|r| keys.saturating_sub(rows - 1 - r)).collect();
+                let few = Few { q: &q, k: &k, v: &v, stride, keys, dim, seen: &seen, scale: 0.3, bf16 };
+                let run = |table: &Kernels| {
+                    let mut acc = vec![0.0; rows * dim.next_multiple_of(PAD)];
+                    let (mut max, mut sum) = (vec![f32::NEG_INFINITY; rows], vec![0.0; rows]);
+                    let mut scores = vec![f32::NAN; rows * FEW_KEYS];
+                    let mut state = Softmax { scores: &mut scores, acc: &mut acc, max: &mut max, sum: &mut sum };
+                    (table.attention.few)(&few, &mut state);
+                    [acc, max, sum]
+                };
+                for (got, want) in run(table).iter().zip(run(&reference::table())) {
+                    // bf16: the running maximum differs, and with it what p is rounded to.
+                    let tolerance = if bf16 { 1e-2 } else { 1e-5 };
+                    assert_close(got, &want, tolerance, &format!("{} dim={dim} rows={rows} bf16={bf16}", table.isa));
+                }
+            }
+        }
+    }
 }

@@ -3,6 +3,8 @@
 //! Sums run in f64, left to right, except the GEMM tile, whose f32 sum over p is left to right as well.
 
 use super::Kernels;
+use super::elementwise::{adamw_row_scalar, dropout_row_scalar};
+use super::attention::{Attention, Block, Few, Gradients, KEYS, Softmax, Upstream, PAD, DIMS, QUERIES, QUERY_STRIDE};
 use super::gemm::{GemmTile, PairKernels, PanelA, reference as twin};
 
 const TILE: GemmTile = GemmTile { mr: twin::MR, nr: twin::NR, panel_a: PanelA::Columns, run: twin::tile_f32 };
@@ -21,6 +23,7 @@ pub(super) fn table() -> Kernels {
             nf4: twin::nf4_halves,
         }),
         transpose: twin::transpose,
+        copy_rows: twin::copy_rows,
         nf4_blocks: twin::nf4_blocks,
         widen: twin::widen,
         dot,
@@ -31,8 +34,12 @@ pub(super) fn table() -> Kernels {
         swiglu_row_backward,
         max_row,
         exp_row,
-        rope_row,
         round_bf16,
+        attention: Attention { panel: PANEL, forward: attend, backward: attend_backward, few: attend_few },
+        rope_row,
+        rms_norm_gain,
+        dropout_row: dropout_row_scalar,
+        adamw_row: adamw_row_scalar,
     }
 }
 
@@ -101,16 +108,110 @@ fn exp_row(x: &mut [f32], scale: f32, shift: f32) -> f32 {
     sum as f32
 }
 
-fn rope_row(x: &mut [f32], cos: &[f32], sin: &[f32]) {
-    assert!(x.len() == 2 * cos.len() && cos.len() == sin.len(), "rope_row: lengths differ");
-    let (first, second) = x.split_at_mut(cos.len());
-    for (((x1, x2), c), s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
-        (*x1, *x2) = (*x1 * c - *x2 * s, *x2 * c + *x1 * s);
+fn rope_row(x: &mut [f32], cos: &[f32], sin: &[f32], sign: f32) {
+    let half = cos.len();
+    assert!(sin.len() == half && x.len() % (2 * half) == 0, "rope_row: lengths differ");
+    for head in x.chunks_exact_mut(2 * half) {
+        let (first, second) = head.split_at_mut(half);
+        for (((x1, x2), c), s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+            (*x1, *x2) = (*x1 * c - *x2 * (sign * s), *x2 * c + *x1 * (sign * s));
+        }
+    }
+}
+
+fn rms_norm_gain(x: &[f32], rstd: f32, dy: &[f32], dw: &mut [f32]) {
+    assert!(x.len() == dy.len() && x.len() == dw.len(), "rms_norm_gain: lengths differ");
+    for ((dw, dy), x) in dw.iter_mut().zip(dy).zip(x) {
+        *dw += dy * x * rstd;
     }
 }
 
 fn round_bf16(x: &mut [f32]) {
     for x in x {
         *x = half::bf16::from_f32(*x).to_f32();
+    }
+}
+
+/// Keys of a packed panel.
+const PANEL: usize = 16;
+
+/// Element `d` of packed query `i`.
+fn packed_query(q: &[f32], i: usize, d: usize) -> f32 {
+    q[(d / DIMS * QUERIES + i) * QUERY_STRIDE + d % DIMS]
+}
+
+/// `Σ_d q[i, d] · k[j, d]` of packed queries and panels.
+fn score(t: &Block<'_>, q: &[f32], panels: &[f32], i: usize, j: usize) -> f32 {
+    let panel = &panels[j / PANEL * PANEL * t.dim..][..PANEL * t.dim];
+    (0..t.dim).map(|d| f64::from(packed_query(q, i, d)) * f64::from(panel[d * PANEL + j % PANEL])).sum::<f64>() as f32
+}
+
+fn operand(x: f32, bf16: bool) -> f32 {
+    if bf16 { half::bf16::from_f32(x).to_f32() } else { x }
+}
+
+/// Adds scores to a running softmax: they become powers, relative to the new maximum.
+fn softmax_row(scores: &mut [f32], c: f32, bf16: bool, max: &mut f32, sum: &mut f32, acc: &mut [f32]) {
+    let new_max = scores.iter().fold(*max, |m, s| m.max(s * c));
+    let shrink = (*max - new_max).exp2();
+    acc.iter_mut().for_each(|o| *o *= shrink);
+    let mut total = f64::from(*sum * shrink);
+    for score in scores {
+        let p = (*score * c - new_max).exp2();
+        total += f64::from(p);
+        *score = operand(p, bf16);
+    }
+    (*max, *sum) = (new_max, total as f32);
+}
+
+fn attend(t: &Block<'_>, v_rows: &[f32], st: &mut Softmax<'_>) {
+    t.check();
+    let width = t.width();
+    for i in 0..t.n {
+        let seen = t.seen(i);
+        if seen == 0 {
+            continue;
+        }
+        let row = &mut st.scores[i * KEYS..][..seen];
+        for (j, s) in row.iter_mut().enumerate() {
+            *s = score(t, t.q, t.k_panels, i, j);
+        }
+        let acc = &mut st.acc[i * width..][..width];
+        softmax_row(row, t.scale * std::f32::consts::LOG2_E, t.bf16, &mut st.max[i], &mut st.sum[i], acc);
+        for (p, v) in row.iter().zip(v_rows.chunks_exact(width)) {
+            axpy(*p, v, acc);
+        }
+    }
+}
+
+fn attend_backward(t: &Block<'_>, u: &Upstream<'_>, g: &mut Gradients<'_>) {
+    t.check();
+    let width = t.width();
+    for i in 0..t.n {
+        for j in 0..t.seen(i) {
+            let p = (t.scale * score(t, t.q, t.k_panels, i, j) - u.lse[i]).exp();
+            let ds = operand(p * (score(t, u.dout, u.v_panels, i, j) - u.delta[i]), t.bf16);
+            let p = operand(p, t.bf16);
+            for d in 0..t.dim {
+                g.dv[j * width + d] += p * packed_query(u.dout, i, d);
+                g.dk[j * width + d] += ds * packed_query(t.q, i, d);
+                g.dq[i * width + d] += ds * u.k_rows[j * width + d];
+            }
+        }
+    }
+}
+
+fn attend_few(t: &Few<'_>, st: &mut Softmax<'_>) {
+    let width = t.dim.next_multiple_of(PAD);
+    for (r, &seen) in t.seen.iter().enumerate() {
+        let q = &t.q[r * t.dim..][..t.dim];
+        let acc = &mut st.acc[r * width..][..width];
+        for j in 0..seen.min(t.keys) {
+            let rounded = |x: &[f32]| x[j * t.stride..][..t.dim].iter().map(|x| operand(*x, t.bf16)).collect::<Vec<_>>();
+            let mut row = [dot(q, &rounded(t.k))];
+            let c = t.scale * std::f32::consts::LOG2_E;
+            softmax_row(&mut row, c, t.bf16, &mut st.max[r], &mut st.sum[r], acc);
+            axpy(row[0], &rounded(t.v), &mut acc[..t.dim]);
+        }
     }
 }

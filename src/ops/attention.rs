@@ -1,18 +1,31 @@
 //! Causal attention with grouped heads over several sequences in one buffer, without a score matrix.
 //!
-//! Forward: tiles of `TILE` queries by `TILE` keys with a running maximum and sum (Dao et al. 2022, algorithm 1); only the
-//! log-sum-exp of each query and head is kept. Backward (Dao 2023, algorithm 2): with P = exp(scale · q kᵀ - lse) and
-//! D = Σ dout ⊙ out, `dv = Pᵀ dout`, `dS = P ⊙ (dout vᵀ - D)`, `dq = scale · dS k`, `dk = scale · dSᵀ q`.
-//! K and V are read in place for all query heads of their group; a tile never leaves its sequence.
+//! K and V of each sequence and key-value head are packed once, and read by all query tiles and heads of the group. Forward: a
+//! task takes a tile of queries of all heads of a group and walks over the blocks of keys; only the log-sum-exp of each
+//! query and head is kept. Backward: a sequence is cut into blocks; a task takes one block of keys and one of queries, and
+//! adds to the gradients of both. Tasks run in rounds in which no block of keys and no block of queries comes up twice, so
+//! they share nothing, the order of every sum follows from the lengths alone, and one long sequence keeps many threads busy.
+//! A few queries (decoding) read keys and values where they lie, in ranges that are merged afterwards.
+//! The arithmetic of a tile stands in [`crate::kernels::attention`].
 
-use super::matmul::{BlockScratch, Gemm, Into, Operand, gemm_block};
-use super::{Buf, Ctx};
-use crate::kernels::tiles::split_grid;
+use super::{Buf, Ctx, Precision};
+use crate::kernels::attention::{
+    Block, FEW_KEYS, Few, Gradients, KEYS, PAD, QUERIES, Softmax, Upstream, pack_panels, pack_queries, pack_rows,
+    queries_len,
+};
+use crate::kernels::tiles::{TileMut, split_grid};
 use rayon::prelude::*;
 use std::cell::RefCell;
+use std::ops::Range;
 
-/// Queries and keys of one tile.
-const TILE: usize = 64;
+/// Up to this many queries of a sequence, keys and values are read where they lie.
+const FEW_QUERIES: usize = 4;
+/// Keys that one task of the path for few queries takes.
+const FEW_RANGE: usize = 256;
+/// Query heads of a group that a forward task takes at most.
+const HEADS_PER_TASK: usize = 4;
+/// Below this many floats of keys and values, the path for few queries stays on its thread.
+const SERIAL: usize = 65_536;
 
 /// The sizes of an attention layer.
 #[derive(Clone, Copy, Debug)]
@@ -38,6 +51,16 @@ impl Heads {
 
     fn scale(&self) -> f32 {
         1.0 / (self.head_dim as f32).sqrt()
+    }
+
+    /// Query heads of a key-value head.
+    fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    /// Width of packed rows.
+    fn padded(&self) -> usize {
+        self.head_dim.next_multiple_of(PAD)
     }
 }
 
@@ -73,17 +96,94 @@ pub fn segments<'a>(cu_seqlens: &[usize], kv_width: usize, k: &'a [f32], v: &'a 
 /// Scratch of one task.
 #[derive(Default)]
 struct Scratch {
+    q: Vec<f32>,
+    dout: Vec<f32>,
     scores: Vec<f32>,
     dscores: Vec<f32>,
     acc: Vec<f32>,
-    dq: Vec<f32>,
+    max: Vec<f32>,
+    sum: Vec<f32>,
     dk: Vec<f32>,
     dv: Vec<f32>,
-    block: BlockScratch,
 }
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// `buffer` as `len` copies of `value`.
+fn filled(buffer: &mut Vec<f32>, len: usize, value: f32) -> &mut [f32] {
+    buffer.clear();
+    buffer.resize(len, value);
+    buffer
+}
+
+/// `buffer` as `len` floats of unspecified value.
+fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    buffer.resize(len, 0.0);
+    buffer
+}
+
+/// How packed keys or values lie.
+#[derive(Clone, Copy, PartialEq)]
+enum Layout {
+    /// `[panel][head_dim][panel width]`.
+    Panels,
+    /// `[keys][padded head_dim]`.
+    Rows,
+}
+
+/// One of K and V of all segments, each (segment, key-value head) padded to whole panels.
+struct Packed {
+    data: Buf,
+    /// Padded keys before each segment.
+    starts: Vec<usize>,
+    kv_heads: usize,
+    /// Floats of one key.
+    per_key: usize,
+}
+
+impl Packed {
+    /// Packs `lengths[s]` rows of `[_, kv_width]` for each segment.
+    fn new(ctx: &Ctx, shape: Heads, matrices: &[&[f32]], layout: Layout) -> Self {
+        let (panel, dim) = (ctx.kernels.attention.panel, shape.head_dim);
+        let per_key = if layout == Layout::Panels { dim } else { shape.padded() };
+        let lengths: Vec<usize> = matrices.iter().map(|m| m.len() / shape.kv_width()).collect();
+        let mut starts = vec![0];
+        for len in &lengths {
+            starts.push(starts[starts.len() - 1] + len.next_multiple_of(panel));
+        }
+        let mut data = ctx.buf(starts[lengths.len()] * shape.kv_heads * per_key);
+        // (segment, head, first key, where it goes)
+        let mut tasks = Vec::new();
+        let mut rest = &mut data[..];
+        for (segment, len) in lengths.iter().enumerate() {
+            for head in 0..shape.kv_heads {
+                let (region, after) = rest.split_at_mut(len.next_multiple_of(panel) * per_key);
+                rest = after;
+                tasks.extend(region.chunks_mut(KEYS * per_key).enumerate().map(|(b, out)| (segment, head, b * KEYS, out)));
+            }
+        }
+        tasks.into_par_iter().for_each(|(segment, head, first, out)| {
+            let count = lengths[segment] - first;
+            let src = &matrices[segment][first * shape.kv_width() + head * dim..];
+            match layout {
+                Layout::Panels => pack_panels(src, shape.kv_width(), count, dim, panel, out),
+                Layout::Rows => pack_rows(src, shape.kv_width(), count, dim, per_key, out),
+            }
+            if ctx.precision == Precision::Bf16 {
+                (ctx.kernels.round_bf16)(out);
+            }
+        });
+        Self { data, starts, kv_heads: shape.kv_heads, per_key }
+    }
+
+    /// The packed block of keys from `first` on, of one segment and head.
+    fn block(&self, segment: usize, head: usize, first: usize) -> &[f32] {
+        let (start, end) = (self.starts[segment], self.starts[segment + 1]);
+        let at = start * self.kv_heads + head * (end - start) + first;
+        &self.data[at * self.per_key..][..(end - start - first).min(KEYS) * self.per_key]
+    }
 }
 
 /// Attention of all segments.
@@ -91,101 +191,224 @@ thread_local! {
 /// q: `[n_tokens, heads · head_dim]`, segments in the order of their rows and covering them.
 /// Returns out: `[n_tokens, heads · head_dim]` and lse: `[n_tokens, heads]`.
 pub fn forward(ctx: &Ctx, shape: Heads, q: &[f32], segments: &[Segment<'_>]) -> (Buf, Buf) {
-    let width = shape.q_width();
     let mut out = ctx.buf(q.len());
     let mut lse = ctx.buf(q.len() / shape.head_dim);
-    // A task is one tile of queries of one head.
-    let mut rows = vec![0];
-    let mut owner = Vec::new();
-    for (s, segment) in segments.iter().enumerate() {
-        for i in (0..segment.q_len).step_by(TILE) {
-            rows.push(segment.q_start + (i + TILE).min(segment.q_len));
-            owner.push(s);
-        }
-    }
-    let head_bounds: Vec<usize> = (0..=shape.heads).collect();
-    let col_bounds: Vec<usize> = head_bounds.iter().map(|h| h * shape.head_dim).collect();
-    let out_tiles = split_grid(&mut out, width, &rows, &col_bounds);
-    let lse_tiles = split_grid(&mut lse, shape.heads, &rows, &head_bounds);
-    out_tiles.into_par_iter().zip(lse_tiles).enumerate().for_each(|(task, (mut out, mut lse))| {
-        let segment = &segments[owner[task / shape.heads]];
-        let head = task % shape.heads;
-        SCRATCH.with_borrow_mut(|scratch| {
-            let Scratch { scores, acc, block, .. } = scratch;
-            let (dim, n) = (shape.head_dim, out.rows());
-            let q_tile = &q[out.row0 * width + head * dim..];
-            let kv_col = head / (shape.heads / shape.kv_heads) * dim;
-            // Position among the keys of the tile's first query.
-            let first = segment.kv_len - segment.q_len + out.row0 - segment.q_start;
-            scores.resize(TILE * TILE, 0.0);
-            acc.clear();
-            acc.resize(n * dim, 0.0);
-            let (mut max, mut sum) = ([f32::NEG_INFINITY; TILE], [0.0_f32; TILE]);
-            for k0 in (0..first + n).step_by(TILE) {
-                let keys = TILE.min(first + n - k0);
-                tile_scores(
-                    ctx,
-                    shape,
-                    q_tile,
-                    width,
-                    &segment.k[k0 * shape.kv_width() + kv_col..],
-                    (n, keys),
-                    scores,
-                    block,
-                );
-                for i in 0..n {
-                    let seen = (first + i + 1).saturating_sub(k0).min(keys);
-                    let row = &mut scores[i * TILE..i * TILE + keys];
-                    row[seen..].fill(0.0);
-                    if seen == 0 {
-                        continue;
-                    }
-                    let new_max = max[i].max((ctx.kernels.max_row)(&row[..seen]) * shape.scale());
-                    let shrink = (max[i] - new_max).exp();
-                    sum[i] = sum[i] * shrink + (ctx.kernels.exp_row)(&mut row[..seen], shape.scale(), new_max);
-                    if shrink != 1.0 {
-                        acc[i * dim..(i + 1) * dim].iter_mut().for_each(|o| *o *= shrink);
-                    }
-                    max[i] = new_max;
-                }
-                // acc += P v
-                let (a, b) =
-                    (Operand::rows(scores, TILE), kv_rows(&segment.v[k0 * shape.kv_width() + kv_col..], shape));
-                gemm_block(ctx, &Gemm { m: n, n: dim, k: keys, a, b, alpha: 1.0, into: Into::Add }, acc, dim, block);
-            }
-            for i in 0..n {
-                let inverse = 1.0 / sum[i];
-                for (o, a) in out.row(i).iter_mut().zip(&acc[i * dim..]) {
-                    *o = a * inverse;
-                }
-                lse.row(i)[0] = max[i] + sum[i].ln();
-            }
-        });
-    });
+    let (few, many): (Vec<_>, Vec<_>) = segments.iter().partition(|segment| segment.q_len <= FEW_QUERIES);
+    forward_many(ctx, shape, q, &many, (&mut out, &mut lse));
+    forward_few(ctx, shape, q, &few, (&mut out, &mut lse));
     (out, lse)
 }
 
-/// Rows of one key or value head.
-fn kv_rows(data: &[f32], shape: Heads) -> Operand<'_> {
-    Operand::Dense { data, row_stride: shape.kv_width(), col_stride: 1 }
+/// The forward by tiles of queries.
+fn forward_many(ctx: &Ctx, shape: Heads, q: &[f32], segments: &[&Segment<'_>], (out, lse): (&mut [f32], &mut [f32])) {
+    if segments.is_empty() {
+        return;
+    }
+    let (dim, group) = (shape.head_dim, shape.group());
+    let k_width = shape.kv_width();
+    let k: Vec<&[f32]> = segments.iter().map(|segment| &segment.k[..segment.kv_len * k_width]).collect();
+    let v: Vec<&[f32]> = segments.iter().map(|segment| &segment.v[..segment.kv_len * k_width]).collect();
+    let k = Packed::new(ctx, shape, &k, Layout::Panels);
+    let v = Packed::new(ctx, shape, &v, Layout::Rows);
+    // Row bounds of the tiles, and whose each band of rows is: some lie between segments.
+    let (mut rows, mut owner) = (vec![0], Vec::new());
+    for (s, segment) in segments.iter().enumerate() {
+        rows.push(segment.q_start);
+        owner.push(None);
+        for i in (0..segment.q_len).step_by(QUERIES) {
+            rows.push(segment.q_start + (i + QUERIES).min(segment.q_len));
+            owner.push(Some(s));
+        }
+    }
+    // A task takes up to HEADS_PER_TASK heads of one group.
+    let mut heads = vec![0];
+    for kv_head in 0..shape.kv_heads {
+        for h in (0..group).step_by(HEADS_PER_TASK) {
+            heads.push(kv_head * group + (h + HEADS_PER_TASK).min(group));
+        }
+    }
+    let cols: Vec<usize> = heads.iter().map(|h| h * dim).collect();
+    let bands = heads.len() - 1;
+    let tiles = split_grid(out, shape.q_width(), &rows, &cols).into_iter().zip(split_grid(lse, shape.heads, &rows, &heads));
+    let mut tasks: Vec<_> = tiles
+        .enumerate()
+        .filter_map(|(task, (out, lse))| owner[task / bands].map(|segment| (segment, out, lse)))
+        .collect();
+    // The last tiles of a sequence see the most keys: they go first.
+    tasks.reverse();
+    tasks.into_par_iter().with_max_len(1).for_each(|(segment, out, lse)| {
+        SCRATCH.with_borrow_mut(|scratch| forward_tile(ctx, shape, q, (segment, segments[segment]), (&k, &v), (out, lse), scratch));
+    });
 }
 
-/// `scores[i, j] = q_i · k_j`, unscaled, rows `TILE` apart.
-#[expect(clippy::too_many_arguments, reason = "one tile of two buffers with their strides")]
-fn tile_scores(
+/// A tile of queries of some heads of one group against all keys they see.
+fn forward_tile(
     ctx: &Ctx,
     shape: Heads,
     q: &[f32],
-    q_stride: usize,
-    k: &[f32],
-    (n, keys): (usize, usize),
-    scores: &mut [f32],
-    block: &mut BlockScratch,
+    (index, segment): (usize, &Segment<'_>),
+    (k, v): (&Packed, &Packed),
+    (mut out, mut lse): (TileMut<'_>, TileMut<'_>),
+    scratch: &mut Scratch,
 ) {
-    let a = Operand::Dense { data: q, row_stride: q_stride, col_stride: 1 };
-    let b = Operand::Dense { data: k, row_stride: 1, col_stride: shape.kv_width() };
-    let g = Gemm { m: n, n: keys, k: shape.head_dim, a, b, alpha: 1.0, into: Into::Store };
-    gemm_block(ctx, &g, scores, TILE, block);
+    let (dim, width, n) = (shape.head_dim, shape.padded(), out.rows());
+    let (head0, heads) = (lse.col0, lse.cols());
+    let kv_head = head0 / shape.group();
+    // Position among the keys of the tile's first query.
+    let first = segment.kv_len - segment.q_len + out.row0 - segment.q_start;
+    let queries = queries_len(dim);
+    let packed_q = sized(&mut scratch.q, heads * queries);
+    for (h, packed_q) in packed_q.chunks_exact_mut(queries).enumerate() {
+        pack_queries(&q[out.row0 * shape.q_width() + (head0 + h) * dim..], shape.q_width(), n, dim, packed_q);
+    }
+    if ctx.precision == Precision::Bf16 {
+        (ctx.kernels.round_bf16)(packed_q);
+    }
+    let acc = filled(&mut scratch.acc, heads * n * width, 0.0);
+    let max = filled(&mut scratch.max, heads * n, f32::NEG_INFINITY);
+    let sum = filled(&mut scratch.sum, heads * n, 0.0);
+    let scores = sized(&mut scratch.scores, QUERIES * KEYS);
+    for k0 in (0..first + n).step_by(KEYS) {
+        let (k_panels, v_rows) = (k.block(index, kv_head, k0), v.block(index, kv_head, k0));
+        for h in 0..heads {
+            let block = Block {
+                q: &packed_q[h * queries..][..queries],
+                k_panels,
+                n,
+                keys: KEYS.min(first + n - k0),
+                dim,
+                ahead: first as isize - k0 as isize,
+                scale: shape.scale(),
+                bf16: ctx.precision == Precision::Bf16,
+            };
+            let mut softmax = Softmax {
+                scores,
+                acc: &mut acc[h * n * width..][..n * width],
+                max: &mut max[h * n..][..n],
+                sum: &mut sum[h * n..][..n],
+            };
+            (ctx.kernels.attention.forward)(&block, v_rows, &mut softmax);
+        }
+    }
+    for i in 0..n {
+        let (out, lse) = (out.row(i), lse.row(i));
+        for h in 0..heads {
+            let at = h * n + i;
+            lse[h] = finish(&acc[at * width..][..dim], (max[at], sum[at]), &mut out[h * dim..][..dim]);
+        }
+    }
+}
+
+/// `out = acc / sum`; returns the log-sum-exp.
+fn finish(acc: &[f32], (max, sum): (f32, f32), out: &mut [f32]) -> f32 {
+    let inverse = 1.0 / sum;
+    for (o, a) in out.iter_mut().zip(acc) {
+        *o = a * inverse;
+    }
+    (max + sum.log2()) * std::f32::consts::LN_2
+}
+
+/// One task of the path for few queries: some keys of one segment and key-value head.
+struct FewTask<'a> {
+    segment: &'a Segment<'a>,
+    kv_head: usize,
+    keys: Range<usize>,
+}
+
+/// The forward of segments with few queries: each key and value is read once, for all heads of its group.
+fn forward_few(ctx: &Ctx, shape: Heads, q: &[f32], segments: &[&Segment<'_>], (out, lse): (&mut [f32], &mut [f32])) {
+    let (dim, group, width) = (shape.head_dim, shape.group(), shape.padded());
+    let mut tasks = Vec::new();
+    for &segment in segments.iter().filter(|segment| segment.q_len > 0) {
+        for kv_head in 0..shape.kv_heads {
+            for first in (0..segment.kv_len).step_by(FEW_RANGE) {
+                tasks.push(FewTask { segment, kv_head, keys: first..segment.kv_len.min(first + FEW_RANGE) });
+            }
+        }
+    }
+    // Of each task and row: the accumulator, the maximum and the sum.
+    let rows = FEW_QUERIES * group;
+    let mut parts = ctx.buf(tasks.len() * rows * (width + 2));
+    let run = |(task, part): (&FewTask<'_>, &mut [f32])| {
+        SCRATCH.with_borrow_mut(|scratch| few_keys(ctx, shape, q, task, part, scratch));
+    };
+    let floats: usize = segments.iter().map(|segment| 2 * segment.kv_len * shape.kv_width()).sum();
+    if floats < SERIAL {
+        tasks.iter().zip(parts.chunks_exact_mut(rows * (width + 2))).for_each(run);
+    } else {
+        tasks.par_iter().zip(parts.par_chunks_exact_mut(rows * (width + 2))).for_each(run);
+    }
+    // Ranges of the same segment and head stand one after the other.
+    let mut done = 0;
+    while done < tasks.len() {
+        let FewTask { segment, kv_head, .. } = tasks[done];
+        let ranges = segment.kv_len.div_ceil(FEW_RANGE);
+        let parts = &mut parts[done * rows * (width + 2)..][..ranges * rows * (width + 2)];
+        for row in 0..segment.q_len * group {
+            let (token, head) = (segment.q_start + row / group, kv_head * group + row % group);
+            let out = &mut out[token * shape.q_width() + head * dim..][..dim];
+            lse[token * shape.heads + head] = merge(parts, (rows, width), row, out);
+        }
+        done += ranges;
+    }
+}
+
+/// Merges one row's ranges; returns the log-sum-exp.  parts: `[ranges][rows · (width + 2)]`.
+fn merge(parts: &[f32], (rows, width): (usize, usize), row: usize, out: &mut [f32]) -> f32 {
+    let parts = || parts.chunks_exact(rows * (width + 2));
+    let state = |part: &[f32]| (part[rows * width + row], part[rows * (width + 1) + row]);
+    let max = parts().map(|part| state(part).0).fold(f32::NEG_INFINITY, f32::max);
+    let mut sum = 0.0;
+    out.fill(0.0);
+    for part in parts() {
+        let (part_max, part_sum) = state(part);
+        let weight = (part_max - max).exp2();
+        sum += weight * part_sum;
+        for (o, a) in out.iter_mut().zip(&part[row * width..]) {
+            *o += weight * a;
+        }
+    }
+    out.iter_mut().for_each(|o| *o /= sum);
+    (max + sum.log2()) * std::f32::consts::LN_2
+}
+
+/// The running softmax of one task's keys.  part: accumulators `[rows, width]`, maxima `[rows]`, sums `[rows]`.
+fn few_keys(ctx: &Ctx, shape: Heads, q: &[f32], task: &FewTask<'_>, part: &mut [f32], scratch: &mut Scratch) {
+    let (dim, group, width) = (shape.head_dim, shape.group(), shape.padded());
+    let FewTask { segment, kv_head, ref keys } = *task;
+    let (rows, capacity) = (segment.q_len * group, FEW_QUERIES * group);
+    let bf16 = ctx.precision == Precision::Bf16;
+    let packed_q = sized(&mut scratch.q, rows * dim);
+    for (i, q_rows) in packed_q.chunks_exact_mut(group * dim).enumerate() {
+        let at = (segment.q_start + i) * shape.q_width() + kv_head * group * dim;
+        q_rows.copy_from_slice(&q[at..][..group * dim]);
+    }
+    if bf16 {
+        (ctx.kernels.round_bf16)(packed_q);
+    }
+    // Query i sees all keys but the last q_len - 1 - i.
+    let seen: Vec<usize> = (0..rows)
+        .map(|row| (segment.kv_len - (segment.q_len - 1 - row / group)).clamp(keys.start, keys.end) - keys.start)
+        .collect();
+    part[..capacity * width].fill(0.0);
+    let (acc, state) = part.split_at_mut(capacity * width);
+    let (max, sum) = state.split_at_mut(capacity);
+    max.fill(f32::NEG_INFINITY);
+    sum.fill(0.0);
+    let at = keys.start * shape.kv_width() + kv_head * dim;
+    let few = Few {
+        q: packed_q,
+        k: &segment.k[at..],
+        v: &segment.v[at..],
+        stride: shape.kv_width(),
+        keys: keys.len(),
+        dim,
+        seen: &seen,
+        scale: shape.scale(),
+        bf16,
+    };
+    let scores = sized(&mut scratch.scores, (rows * FEW_KEYS).max(QUERIES * KEYS));
+    (ctx.kernels.attention.few)(&few, &mut Softmax { scores, acc, max, sum });
 }
 
 /// The forward's inputs and outputs, as its backward reads them.
@@ -203,96 +426,180 @@ pub struct Forward<'a> {
     pub lse: &'a [f32],
 }
 
+/// K and V as the backward reads them.
+struct PackedKv {
+    k_panels: Packed,
+    k_rows: Packed,
+    v_panels: Packed,
+}
+
+/// A block of keys and a block of queries of one sequence and key-value head.
+struct Cell<'a> {
+    segment: usize,
+    /// First row of the segment.
+    start: usize,
+    kv_head: usize,
+    dq: TileMut<'a>,
+    dk: TileMut<'a>,
+    dv: TileMut<'a>,
+}
+
 /// Gradients of q, k and v, in their shapes, from that of the output;  dout: `[n_tokens, heads · head_dim]`.
-///
-/// A task is one key-value head of one sequence with all its query heads, so no two tasks add to the same place.
 pub fn backward(ctx: &Ctx, shape: Heads, cu_seqlens: &[usize], f: Forward<'_>, dout: &[f32]) -> (Buf, Buf, Buf) {
-    let (mut dq, mut dk, mut dv) = (ctx.buf(f.q.len()), ctx.buf(f.k.len()), ctx.buf(f.v.len()));
-    let group = shape.heads / shape.kv_heads;
-    let bounds = |step: usize| (0..=shape.kv_heads).map(|h| h * step).collect::<Vec<_>>();
-    let kv_bounds = bounds(shape.head_dim);
-    let dq_tiles = split_grid(&mut dq, shape.q_width(), cu_seqlens, &bounds(group * shape.head_dim));
-    let dk_tiles = split_grid(&mut dk, shape.kv_width(), cu_seqlens, &kv_bounds);
-    let dv_tiles = split_grid(&mut dv, shape.kv_width(), cu_seqlens, &kv_bounds);
-    dq_tiles.into_par_iter().zip(dk_tiles).zip(dv_tiles).for_each(|((mut dq, mut dk), mut dv)| {
-        SCRATCH.with_borrow_mut(|scratch| {
-            let (start, len, dim) = (dk.row0, dk.rows(), shape.head_dim);
-            let first_head = dk.col0 / dim * group;
-            for buffer in [&mut scratch.dk, &mut scratch.dv] {
-                buffer.clear();
-                buffer.resize(len * dim, 0.0);
-            }
-            for head in first_head..first_head + group {
-                scratch.dq.clear();
-                scratch.dq.resize(len * dim, 0.0);
-                head_backward(ctx, shape, f, dout, start..start + len, head, scratch);
-                for i in 0..len {
-                    let at = (head - first_head) * dim;
-                    dq.row(i)[at..at + dim].copy_from_slice(&scratch.dq[i * dim..(i + 1) * dim]);
+    let (mut dq, mut dk, mut dv) = (ctx.zeros(f.q.len()), ctx.zeros(f.k.len()), ctx.zeros(f.v.len()));
+    let delta = deltas(ctx, shape, f.out, dout);
+    let of = |matrix| {
+        let segments = segments(cu_seqlens, shape.kv_width(), matrix, matrix);
+        segments.into_iter().map(|segment| segment.k).collect::<Vec<_>>()
+    };
+    let kv = PackedKv {
+        k_panels: Packed::new(ctx, shape, &of(f.k), Layout::Panels),
+        k_rows: Packed::new(ctx, shape, &of(f.k), Layout::Rows),
+        v_panels: Packed::new(ctx, shape, &of(f.v), Layout::Panels),
+    };
+    // Blocks of KEYS rows, none of which leaves its sequence; of each sequence its first row, first block and their number.
+    let (mut rows, mut sequences) = (vec![0], Vec::new());
+    for pair in cu_seqlens.windows(2) {
+        sequences.push((pair[0], rows.len() - 1, (pair[1] - pair[0]).div_ceil(KEYS)));
+        rows.extend((pair[0]..pair[1]).step_by(KEYS).map(|row| (row + KEYS).min(pair[1])));
+    }
+    let cols = |step: usize| (0..=shape.kv_heads).map(|h| h * step).collect::<Vec<_>>();
+    let rounds = sequences.iter().map(|(_, _, blocks)| *blocks).max().unwrap_or(0);
+    for round in 0..rounds {
+        let grid = |matrix, cols: &[usize]| {
+            let tiles = split_grid(matrix, cols[shape.kv_heads], &rows, cols);
+            tiles.into_iter().map(Some).collect::<Vec<_>>()
+        };
+        let mut dq = grid(&mut dq, &cols(shape.group() * shape.head_dim));
+        let (mut dk, mut dv) = (grid(&mut dk, &cols(shape.head_dim)), grid(&mut dv, &cols(shape.head_dim)));
+        let mut cells = Vec::new();
+        for (segment, &(start, block0, blocks)) in sequences.iter().enumerate() {
+            for (x, y) in pairs(blocks, round) {
+                for kv_head in 0..shape.kv_heads {
+                    let take = |tiles: &mut Vec<Option<_>>, block: usize| {
+                        tiles[(block0 + block) * shape.kv_heads + kv_head].take().expect("a block comes up once in a round")
+                    };
+                    let (dq, dk, dv) = (take(&mut dq, y), take(&mut dk, x), take(&mut dv, x));
+                    cells.push(Cell { segment, start, kv_head, dq, dk, dv });
                 }
             }
-            for i in 0..len {
-                dk.row(i).copy_from_slice(&scratch.dk[i * dim..(i + 1) * dim]);
-                dv.row(i).copy_from_slice(&scratch.dv[i * dim..(i + 1) * dim]);
-            }
+        }
+        cells.into_par_iter().with_max_len(1).for_each(|cell| {
+            SCRATCH.with_borrow_mut(|scratch| backward_cell(ctx, shape, f, (dout, &delta), &kv, cell, scratch));
         });
-    });
+    }
     (dq, dk, dv)
 }
 
-/// One query head of one sequence: sets `scratch.dq`, adds to `scratch.dk` and `scratch.dv`, all `[len, head_dim]`.
-fn head_backward(
+/// The pairs (block of keys, block of queries not before it) of one of `blocks` rounds: no block is twice on its side.
+///
+/// In round r stand the pairs whose sum is r modulo `blocks`, those on the diagonal, which are half as much work, last.
+fn pairs(blocks: usize, round: usize) -> Vec<(usize, usize)> {
+    let mut pairs = Vec::new();
+    if round < blocks {
+        let partner = |x: usize| (round + blocks - x) % blocks;
+        pairs.extend((0..blocks).map(|x| (x, partner(x))).filter(|(x, y)| x < y));
+        pairs.extend((0..blocks).map(|x| (x, partner(x))).filter(|(x, y)| x == y));
+    }
+    pairs
+}
+
+/// `delta = Σ dout ⊙ out` of each token and head, `[n_tokens, heads]`.
+fn deltas(ctx: &Ctx, shape: Heads, out: &[f32], dout: &[f32]) -> Buf {
+    let mut delta = ctx.buf(out.len() / shape.head_dim);
+    let task = super::rows_per_task(shape.head_dim);
+    delta.par_chunks_mut(task).enumerate().for_each(|(chunk, delta)| {
+        for (i, delta) in delta.iter_mut().enumerate() {
+            let at = (chunk * task + i) * shape.head_dim;
+            *delta = (ctx.kernels.dot)(&dout[at..][..shape.head_dim], &out[at..][..shape.head_dim]);
+        }
+    });
+    delta
+}
+
+/// Adds one cell's part to the gradients.
+fn backward_cell(
     ctx: &Ctx,
     shape: Heads,
     f: Forward<'_>,
-    dout: &[f32],
-    rows: std::ops::Range<usize>,
-    head: usize,
+    (dout, delta): (&[f32], &[f32]),
+    kv: &PackedKv,
+    mut cell: Cell<'_>,
     scratch: &mut Scratch,
 ) {
-    let Scratch { scores, dscores, dq, dk, dv, block, .. } = scratch;
-    let (dim, q_width, len, scale) = (shape.head_dim, shape.q_width(), rows.len(), shape.scale());
-    let q_at = |i: usize| (rows.start + i) * q_width + head * dim;
-    let kv_at = |j: usize| (rows.start + j) * shape.kv_width() + head / (shape.heads / shape.kv_heads) * dim;
-    scores.resize(TILE * TILE, 0.0);
-    dscores.resize(TILE * TILE, 0.0);
-    for q0 in (0..len).step_by(TILE) {
-        let n = TILE.min(len - q0);
-        let q_rows = Operand::Dense { data: &f.q[q_at(q0)..], row_stride: q_width, col_stride: 1 };
-        let dout_rows = Operand::Dense { data: &dout[q_at(q0)..], row_stride: q_width, col_stride: 1 };
-        let mut delta = [0.0; TILE];
-        for (i, delta) in delta[..n].iter_mut().enumerate() {
-            let at = q_at(q0 + i);
-            *delta = (ctx.kernels.dot)(&dout[at..at + dim], &f.out[at..at + dim]);
-        }
-        for k0 in (0..q0 + n).step_by(TILE) {
-            let keys = TILE.min(q0 + n - k0);
-            // P = exp(scale · q kᵀ - lse)
-            tile_scores(ctx, shape, &f.q[q_at(q0)..], q_width, &f.k[kv_at(k0)..], (n, keys), scores, block);
-            for i in 0..n {
-                let seen = (q0 + i + 1).saturating_sub(k0).min(keys);
-                let row = &mut scores[i * TILE..i * TILE + keys];
-                (ctx.kernels.exp_row)(&mut row[..seen], scale, f.lse[(rows.start + q0 + i) * shape.heads + head]);
-                row[seen..].fill(0.0);
+    let (dim, width, group, scale) = (shape.head_dim, shape.padded(), shape.group(), shape.scale());
+    let (k0, keys) = (cell.dk.row0 - cell.start, cell.dk.rows());
+    let bf16 = ctx.precision == Precision::Bf16;
+    let dk = filled(&mut scratch.dk, keys * width, 0.0);
+    let dv = filled(&mut scratch.dv, keys * width, 0.0);
+    let (p, ds) = (sized(&mut scratch.scores, QUERIES * KEYS), sized(&mut scratch.dscores, QUERIES * KEYS));
+    let (q, packed_dout) = (sized(&mut scratch.q, queries_len(dim)), sized(&mut scratch.dout, queries_len(dim)));
+    let (mut lse_tile, mut delta_tile) = ([0.0; QUERIES], [0.0; QUERIES]);
+    for i0 in (0..cell.dq.rows()).step_by(QUERIES) {
+        let n = QUERIES.min(cell.dq.rows() - i0);
+        let row0 = cell.dq.row0 + i0;
+        for h in 0..group {
+            let head = cell.kv_head * group + h;
+            let at = row0 * shape.q_width() + head * dim;
+            pack_queries(&f.q[at..], shape.q_width(), n, dim, q);
+            pack_queries(&dout[at..], shape.q_width(), n, dim, packed_dout);
+            if bf16 {
+                (ctx.kernels.round_bf16)(q);
+                (ctx.kernels.round_bf16)(packed_dout);
             }
-            // dP = dout vᵀ, then dS = P ⊙ (dP - D)
-            tile_scores(ctx, shape, &dout[q_at(q0)..], q_width, &f.v[kv_at(k0)..], (n, keys), dscores, block);
             for i in 0..n {
-                let p = &scores[i * TILE..i * TILE + keys];
-                for (ds, p) in dscores[i * TILE..i * TILE + keys].iter_mut().zip(p) {
-                    *ds = p * (*ds - delta[i]);
+                let at = (row0 + i) * shape.heads + head;
+                (lse_tile[i], delta_tile[i]) = (f.lse[at], delta[at]);
+            }
+            let dq = filled(&mut scratch.acc, n * width, 0.0);
+            let block = Block {
+                q,
+                k_panels: kv.k_panels.block(cell.segment, cell.kv_head, k0),
+                n,
+                keys,
+                dim,
+                ahead: (row0 - cell.start) as isize - k0 as isize,
+                scale,
+                bf16,
+            };
+            let upstream = Upstream {
+                dout: packed_dout,
+                v_panels: kv.v_panels.block(cell.segment, cell.kv_head, k0),
+                k_rows: kv.k_rows.block(cell.segment, cell.kv_head, k0),
+                lse: &lse_tile[..n],
+                delta: &delta_tile[..n],
+            };
+            (ctx.kernels.attention.backward)(&block, &upstream, &mut Gradients { p, ds, dq, dk, dv });
+            for (i, dq) in dq.chunks_exact(width).enumerate() {
+                (ctx.kernels.axpy)(scale, &dq[..dim], &mut cell.dq.row(i0 + i)[h * dim..][..dim]);
+            }
+        }
+    }
+    for (j, (dk, dv)) in dk.chunks_exact(width).zip(dv.chunks_exact(width)).enumerate() {
+        (ctx.kernels.axpy)(scale, &dk[..dim], cell.dk.row(j));
+        (ctx.kernels.axpy)(1.0, &dv[..dim], cell.dv.row(j));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounds_hold_every_pair_once_and_no_block_twice() {
+        for blocks in 0..12 {
+            let mut seen = std::collections::BTreeSet::new();
+            for round in 0..blocks + 2 {
+                let pairs = pairs(blocks, round);
+                for side in [|p: &(usize, usize)| p.0, |p: &(usize, usize)| p.1] {
+                    let distinct: std::collections::BTreeSet<_> = pairs.iter().map(side).collect();
+                    assert_eq!(distinct.len(), pairs.len(), "{blocks} blocks, round {round}: {pairs:?}");
+                }
+                for pair in pairs {
+                    assert!(pair.0 <= pair.1 && pair.1 < blocks && seen.insert(pair), "{blocks} blocks: {pair:?}");
                 }
             }
-            let (p_t, ds_t) = (Operand::transposed(scores, TILE), Operand::transposed(dscores, TILE));
-            // dv += Pᵀ dout
-            let g = Gemm { m: keys, n: dim, k: n, a: p_t, b: dout_rows, alpha: 1.0, into: Into::Add };
-            gemm_block(ctx, &g, &mut dv[k0 * dim..], dim, block);
-            // dk += scale · dSᵀ q
-            gemm_block(ctx, &Gemm { a: ds_t, b: q_rows, alpha: scale, ..g }, &mut dk[k0 * dim..], dim, block);
-            // dq += scale · dS k
-            let (a, b) = (Operand::rows(dscores, TILE), kv_rows(&f.k[kv_at(k0)..], shape));
-            let g = Gemm { m: n, n: dim, k: keys, a, b, alpha: scale, into: Into::Add };
-            gemm_block(ctx, &g, &mut dq[q0 * dim..], dim, block);
+            assert_eq!(seen.len(), blocks * (blocks + 1) / 2);
         }
     }
 }

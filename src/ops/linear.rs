@@ -3,7 +3,8 @@
 //! `y = x Wᵀ + bias + u Bᵀ` with `u = scale · D(x) Aᵀ`, D = dropout.  The backward is `dx = dy W + D(du A)`,
 //! `du = scale · dy B`, `dA = duᵀ D(x)`, `dB = dyᵀ u`; a frozen W never gets a gradient, and costs none.
 
-use super::dropout::{dropout, dropout_piece};
+use super::dropout::Dropout;
+use crate::kernels::elementwise::Masked;
 use super::matmul::{FEW_ROWS, Gemm, Into, Left, Mask, Operand, PackedA, Shape, Term, gemm, gemm_sum};
 use super::{Buf, Env, Grads, ParamId, Weight};
 use rayon::prelude::*;
@@ -177,18 +178,24 @@ impl Linear {
 
     /// D(x), or `None` where it is x itself.
     fn dropped(&self, env: &Env<'_>, lora: &Lora, x: &[f32]) -> Option<Buf> {
-        let key = env.dropout.filter(|_| lora.dropout > 0.0)?;
+        let dropout = self.dropout(env, lora)?;
         let mut out = env.ctx.buf(x.len());
-        dropout(key, lora.module, lora.dropout, env.tokens, self.inputs, x, &mut out);
+        dropout.copy(env.ctx, x, &mut out);
         Some(out)
+    }
+
+    /// The dropout of the adapter's input, if there is any.
+    fn dropout<'e>(&self, env: &Env<'e>, lora: &Lora) -> Option<Dropout<'e>> {
+        let key = env.dropout.filter(|_| lora.dropout > 0.0)?;
+        Some(Dropout { key, module: lora.module, p: lora.dropout, tokens: env.tokens, width: self.inputs })
     }
 
     /// What the gradient of D(x) goes through on its way to that of x.
     fn mask<'e>(&self, env: &'e Env<'e>) -> Option<impl Fn(usize, usize, &mut [f32]) + Sync + use<'e>> {
-        let lora = self.lora.as_ref().filter(|lora| lora.dropout > 0.0)?;
-        let (key, module, p, tokens) = (env.dropout?, lora.module, lora.dropout, env.tokens);
+        let dropout = self.dropout(env, self.lora.as_ref()?)?;
+        let kernels = env.ctx.kernels;
         Some(move |token: usize, first: usize, values: &mut [f32]| {
-            dropout_piece(key, module, p, tokens, token, first, values);
+            (kernels.dropout_row)(&dropout.mask(token, first), Masked::InPlace, values);
         })
     }
 

@@ -279,13 +279,13 @@ fn multiply(ctx: &Ctx, form: &Form, shape: Shape, sides: &[Side<'_>], mut tile: 
             for band in (0..rows).step_by(MC.next_multiple_of(mr)) {
                 let band_end = rows.min(band + MC.next_multiple_of(mr));
                 for (j, b_panel) in b_block.chunks_exact(depth * nr).enumerate() {
-                    for i in (band..band_end).step_by(mr) {
-                        let a_panel = &a_block[(row0 + i) * depth..][..depth * mr];
-                        let Some(mask) = term.mask else {
-                            let c = &mut tile;
-                            run(a_panel, b_panel, TileC { c, i, j: j * nr, alpha: shape.alpha, add });
-                            continue;
-                        };
+                    let strip = &a_block[(row0 + band) * depth..(row0 + band_end.next_multiple_of(mr)) * depth];
+                    let Some(mask) = term.mask else {
+                        let c = &mut tile;
+                        run(strip, b_panel, TileC { c, i: band, j: j * nr, alpha: shape.alpha, add });
+                        continue;
+                    };
+                    for (i, a_panel) in (band..band_end).step_by(mr).zip(strip.chunks_exact(depth * mr)) {
                         let (height, width) = (mr.min(rows - i), nr.min(cols - j * nr));
                         let piece = sized(piece, mr * nr);
                         let c = &mut TileMut::whole(piece, nr, height, width);
@@ -395,41 +395,6 @@ fn few_rows(ctx: &Ctx, shape: Shape, term: &Term<'_>, c: &mut [f32]) {
             }
         });
     });
-}
-
-/// A serial GEMM on small dense blocks, for use inside a task; the packed copies live in its [`BlockScratch`].
-///
-/// Operands are rounded as `ctx.precision` asks. `c` has rows `c_stride` apart.
-pub(crate) fn gemm_block(ctx: &Ctx, g: &Gemm<'_>, c: &mut [f32], c_stride: usize, scratch: &mut BlockScratch) {
-    let form = Form::of(ctx);
-    let GemmTile { mr, nr, run, panel_a } = form.tile;
-    let BlockScratch { a, b, words } = scratch;
-    let mut tile = TileMut::whole(c, c_stride, g.m, g.n);
-    let mut add = g.into == Into::Add;
-    for (_, ks) in form.blocks(g.k) {
-        let depth = form.depth(ks.len());
-        let a = sized(a, g.m.div_ceil(mr) * mr * depth);
-        for (panel, out) in a.chunks_exact_mut(depth * mr).enumerate() {
-            let rows = panel * mr..g.m.min((panel + 1) * mr);
-            pack_panel(ctx, &form, g.a, rows, ks.clone(), panel_a, out, words);
-        }
-        let b = sized(b, g.n.div_ceil(nr) * nr * depth);
-        pack_b(ctx, &form, g.b, ks, 0..g.n, b, words);
-        for (j, b_panel) in b.chunks_exact(depth * nr).enumerate() {
-            for (i, a_panel) in a.chunks_exact(depth * mr).enumerate() {
-                run(a_panel, b_panel, TileC { c: &mut tile, i: i * mr, j: j * nr, alpha: g.alpha, add });
-            }
-        }
-        add = true;
-    }
-}
-
-/// The packed copies of [`gemm_block`].
-#[derive(Default)]
-pub(crate) struct BlockScratch {
-    a: Lines,
-    b: Lines,
-    words: Lines,
 }
 
 #[cfg(test)]

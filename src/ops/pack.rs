@@ -12,6 +12,9 @@ use std::ops::Range;
 
 /// Words of k in a packed block: with 32 columns of B, 32 KiB.
 pub(super) const KC: usize = 256;
+/// Rows of a weight that are read before they are dealt out.
+const ROWS: usize = 16;
+
 /// The product in use.
 #[derive(Clone, Copy)]
 pub(super) struct Form {
@@ -112,6 +115,12 @@ pub(super) fn pack_panel(
         Operand::Dense { row_stride: 1, data, col_stride } => {
             let row = |k: usize| &data[rows.start + k * col_stride..][..count];
             match layout {
+                PanelA::Columns if form.pairs.is_none() => {
+                    let data = &data[rows.start + ks.start * col_stride..];
+                    let block = Rows { data, stride: col_stride, count: ks.len(), depth: count };
+                    (ctx.kernels.copy_rows)(block, out, width);
+                    form.round(ctx, out);
+                }
                 PanelA::Columns => {
                     for (out, k) in out.chunks_exact_mut(width).zip(ks.clone().step_by(form.k_per_word())) {
                         form.join(ctx, row, k, ks.end, &mut out[..count]);
@@ -171,14 +180,18 @@ fn pack_weight_rows(
         }
         return;
     }
-    let row = sized(words, count);
-    for (p, k) in ks.enumerate() {
-        weight.read(ctx.kernels, start(k), row);
-        if form.round {
-            (ctx.kernels.round_bf16)(row);
+    // Some rows at a time, so that each panel takes a block of them.
+    let block = sized(words, ROWS * count);
+    for (p, k) in ks.clone().step_by(ROWS).enumerate() {
+        let block = &mut block[..ROWS.min(ks.end - k) * count];
+        for (row, k) in block.chunks_exact_mut(count).zip(k..) {
+            weight.read(ctx.kernels, start(k), row);
         }
-        for (panel, part) in row.chunks(width).enumerate() {
-            out[panel * panel_len + p * width..][..part.len()].copy_from_slice(part);
+        form.round(ctx, block);
+        for (panel, first) in (0..count).step_by(width).enumerate() {
+            let depth = width.min(count - first);
+            let rows = Rows { data: &block[first..], stride: count, count: block.len() / count, depth };
+            (ctx.kernels.copy_rows)(rows, &mut out[panel * panel_len + p * ROWS * width..], width);
         }
     }
 }
@@ -195,9 +208,7 @@ impl Form {
             return (pairs.pack_row)(x, out);
         }
         out.copy_from_slice(x);
-        if self.round {
-            (ctx.kernels.round_bf16)(out);
-        }
+        self.round(ctx, out);
     }
 
     /// `k` consecutive elements of a weight to words.
@@ -209,8 +220,13 @@ impl Form {
             return;
         }
         weight.read(ctx.kernels, start, out);
+        self.round(ctx, out);
+    }
+
+    /// Rounds words that are f32 where the operands are to be bf16.
+    fn round(&self, ctx: &Ctx, words: &mut [f32]) {
         if self.round {
-            (ctx.kernels.round_bf16)(out);
+            (ctx.kernels.round_bf16)(words);
         }
     }
 
@@ -227,9 +243,7 @@ impl Form {
             return;
         }
         out.copy_from_slice(row(k));
-        if self.round {
-            (ctx.kernels.round_bf16)(out);
-        }
+        self.round(ctx, out);
     }
 }
 

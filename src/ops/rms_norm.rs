@@ -56,12 +56,10 @@ impl RmsNorm {
         });
         if let Gain::Trained(id) = self.gain {
             // dw[i] = Σ_t dy[t, i] · x[t, i] · rstd[t], summed over t in order
-            grads.get_mut(id).par_chunks_mut(64).enumerate().for_each(|(chunk, dw)| {
+            grads.get_mut(id).par_chunks_mut(128).enumerate().for_each(|(chunk, dw)| {
                 for (t, rstd) in saved.rstd.iter().enumerate() {
-                    let at = t * hidden + chunk * 64;
-                    for (i, dw) in dw.iter_mut().enumerate() {
-                        *dw += dy[at + i] * x[at + i] * rstd;
-                    }
+                    let part = t * hidden + chunk * 128..t * hidden + chunk * 128 + dw.len();
+                    (env.ctx.kernels.rms_norm_gain)(&x[part.clone()], *rstd, &dy[part], dw);
                 }
             });
         }

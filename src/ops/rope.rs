@@ -92,19 +92,11 @@ impl Angles {
     /// Rotates every head of every token in place;  x: `[n_tokens, heads · head_dim]`.
     pub fn rotate(&self, ctx: &Ctx, x: &mut [f32], width: usize, turn: Turn) {
         let (half, task) = (self.half, rows_per_task(width));
+        let sign = if turn == Turn::Forward { 1.0 } else { -1.0 };
         x.par_chunks_mut(task * width).enumerate().for_each(|(chunk, x)| {
-            let mut negated = [0.0; 256];
             for (r, row) in x.chunks_exact_mut(width).enumerate() {
                 let at = (chunk * task + r) * half;
-                let cos = &self.cos[at..at + half];
-                let mut sin = &self.sin[at..at + half];
-                if turn == Turn::Backward {
-                    negated[..half].iter_mut().zip(sin).for_each(|(n, s)| *n = -s);
-                    sin = &negated[..half];
-                }
-                for head in row.chunks_exact_mut(2 * half) {
-                    (ctx.kernels.rope_row)(head, cos, sin);
-                }
+                (ctx.kernels.rope_row)(row, &self.cos[at..at + half], &self.sin[at..at + half], sign);
             }
         });
     }

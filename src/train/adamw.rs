@@ -2,8 +2,10 @@
 
 use rayon::prelude::*;
 
-use super::optimizer::{AdamHyper, NamedState, Optimizer, ParamSlot, StepScalars, Stored, check_slots};
+use super::optimizer::{AdamHyper, NamedState, Optimizer, ParamSlot, Stored, adam_step, check_slots};
 use crate::error::Result;
+use crate::kernels::elementwise::AdamStep;
+use crate::kernels::{self, Kernels};
 
 /// Elements of a task: large enough to be worth handing to another thread.
 const CHUNK: usize = 16_384;
@@ -20,16 +22,14 @@ impl Moments {
         Self { exp_avg: vec![0.0; len], exp_avg_sq: vec![0.0; len] }
     }
 
-    /// `param`, `grad`: as long as the moments. `keep`: what decay leaves of a parameter.
-    pub(super) fn update(&mut self, param: &mut [f32], grad: &[f32], scalars: &StepScalars, keep: f32) {
+    /// `param`, `grad`: as long as the moments.
+    pub(super) fn update(&mut self, kernels: &Kernels, param: &mut [f32], grad: &[f32], step: &AdamStep) {
         param
             .par_chunks_mut(CHUNK)
             .zip(grad.par_chunks(CHUNK))
             .zip(self.exp_avg.par_chunks_mut(CHUNK).zip(self.exp_avg_sq.par_chunks_mut(CHUNK)))
             .for_each(|((param, grad), (exp_avg, exp_avg_sq))| {
-                for ((p, &g), (m, v)) in param.iter_mut().zip(grad).zip(exp_avg.iter_mut().zip(exp_avg_sq)) {
-                    (*m, *v) = scalars.update(p, *m, *v, g, keep);
-                }
+                (kernels.adamw_row)(step, param, grad, exp_avg, exp_avg_sq);
             });
     }
 
@@ -71,13 +71,14 @@ impl AdamW {
 }
 
 impl Optimizer for AdamW {
-    fn step(&mut self, params: &mut [ParamSlot<'_>], lr: f64) -> Result<()> {
+    fn step(&mut self, params: &mut [ParamSlot<'_>], lr: f64, grad_scale: f32) -> Result<()> {
         check_slots(params, self.tensors.iter().map(|(name, moments)| (name.as_str(), moments.len())))?;
         self.steps += 1;
-        let scalars = StepScalars::new(&self.hyper, self.steps, lr);
+        let step = adam_step(&self.hyper, self.steps, lr, grad_scale);
+        let kernels = kernels::active()?;
         params.par_iter_mut().zip(&mut self.tensors).for_each(|(slot, (_, moments))| {
-            let keep = if slot.decay { scalars.keep } else { 1.0 };
-            moments.update(slot.data, slot.grad, &scalars, keep);
+            let step = AdamStep { keep: if slot.decay { step.keep } else { 1.0 }, ..step };
+            moments.update(kernels, slot.data, slot.grad, &step);
         });
         Ok(())
     }

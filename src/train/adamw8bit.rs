@@ -10,8 +10,10 @@
 use rayon::prelude::*;
 
 use super::adamw::Moments;
-use super::optimizer::{AdamHyper, NamedState, Optimizer, ParamSlot, StepScalars, Stored, check_slots};
+use super::optimizer::{AdamHyper, NamedState, Optimizer, ParamSlot, Stored, adam_step, check_slots};
 use crate::error::Result;
+use crate::kernels::elementwise::AdamStep;
+use crate::kernels::{self, Kernels};
 use crate::quant::DynamicMap;
 
 /// Elements that share a scale.
@@ -44,7 +46,7 @@ impl Codes {
         Self { state1: vec![0; len], absmax1: vec![0.0; blocks], state2: vec![0; len], absmax2: vec![0.0; blocks] }
     }
 
-    fn update(&mut self, param: &mut [f32], grad: &[f32], scalars: &StepScalars, keep: f32) {
+    fn update(&mut self, kernels: &Kernels, param: &mut [f32], grad: &[f32], step: &AdamStep) {
         let task = BLOCKS * BLOCK;
         param
             .par_chunks_mut(task)
@@ -56,7 +58,7 @@ impl Codes {
                 let first = state1.chunks_mut(BLOCK).zip(absmax1);
                 let second = state2.chunks_mut(BLOCK).zip(absmax2);
                 for (((param, grad), (codes1, absmax1)), (codes2, absmax2)) in blocks.zip(first).zip(second) {
-                    update_block(param, grad, (codes1, absmax1), (codes2, absmax2), scalars, keep);
+                    update_block(kernels, param, grad, (codes1, absmax1), (codes2, absmax2), step);
                 }
             });
     }
@@ -64,12 +66,12 @@ impl Codes {
 
 /// One block: decode both moments, update, code them again.
 fn update_block(
+    kernels: &Kernels,
     param: &mut [f32],
     grad: &[f32],
     (codes1, absmax1): (&mut [u8], &mut f32),
     (codes2, absmax2): (&mut [u8], &mut f32),
-    scalars: &StepScalars,
-    keep: f32,
+    step: &AdamStep,
 ) {
     let (signed, unsigned) = (DynamicMap::signed(), DynamicMap::unsigned());
     let (mut m, mut v) = ([0f32; BLOCK], [0f32; BLOCK]);
@@ -80,9 +82,7 @@ fn update_block(
     for (v, &code) in v.iter_mut().zip(&*codes2) {
         *v = unsigned.decode(code) * *absmax2;
     }
-    for ((p, &g), (m, v)) in param.iter_mut().zip(grad).zip(m.iter_mut().zip(v.iter_mut())) {
-        (*m, *v) = scalars.update(p, *m, *v, g, keep);
-    }
+    (kernels.adamw_row)(step, param, grad, m, v);
     *absmax1 = encode_block(m, signed, codes1);
     *absmax2 = encode_block(v, unsigned, codes2);
 }
@@ -134,15 +134,16 @@ impl AdamW8bit {
 }
 
 impl Optimizer for AdamW8bit {
-    fn step(&mut self, params: &mut [ParamSlot<'_>], lr: f64) -> Result<()> {
+    fn step(&mut self, params: &mut [ParamSlot<'_>], lr: f64, grad_scale: f32) -> Result<()> {
         check_slots(params, self.tensors.iter().map(|(name, state)| (name.as_str(), state.len())))?;
         self.steps += 1;
-        let scalars = StepScalars::new(&self.hyper, self.steps, lr);
+        let step = adam_step(&self.hyper, self.steps, lr, grad_scale);
+        let kernels = kernels::active()?;
         params.par_iter_mut().zip(&mut self.tensors).for_each(|(slot, (_, state))| {
-            let keep = if slot.decay { scalars.keep } else { 1.0 };
+            let step = AdamStep { keep: if slot.decay { step.keep } else { 1.0 }, ..step };
             match state {
-                State::Small(moments) => moments.update(slot.data, slot.grad, &scalars, keep),
-                State::Large(codes) => codes.update(slot.data, slot.grad, &scalars, keep),
+                State::Small(moments) => moments.update(kernels, slot.data, slot.grad, &step),
+                State::Large(codes) => codes.update(kernels, slot.data, slot.grad, &step),
             }
         });
         Ok(())

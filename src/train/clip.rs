@@ -39,13 +39,6 @@ pub fn clip_factor(norm: f64, max_norm: f64) -> f32 {
     if factor > 1.0 { 1.0 } else { factor as f32 }
 }
 
-/// Multiplies a gradient by `factor`.
-pub fn scale(grad: &mut [f32], factor: f32) {
-    if factor != 1.0 {
-        grad.par_chunks_mut(CHUNK).for_each(|chunk| chunk.iter_mut().for_each(|g| *g *= factor));
-    }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
@@ -85,8 +78,5 @@ mod tests {
         assert_eq!(clip_factor(4.0, 1.0), (1.0 / 4.000_001) as f32);
         assert_eq!(clip_factor(0.0, 1.0), 1.0);
         assert!(clip_factor(f64::NAN, 1.0).is_nan());
-        let mut grad = vec![2.0; 10_000];
-        scale(&mut grad, 0.25);
-        assert!(grad.iter().all(|&g| g == 0.5));
     }
 }

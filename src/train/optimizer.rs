@@ -6,6 +6,7 @@ use super::adamw::AdamW;
 use super::adamw8bit::AdamW8bit;
 pub use crate::config::{AdamHyper, OptimizerKind};
 use crate::error::{Error, Result};
+use crate::kernels::elementwise::AdamStep;
 
 /// One trainable tensor as a step sees it.
 #[derive(Debug)]
@@ -14,7 +15,7 @@ pub struct ParamSlot<'a> {
     pub name: &'a str,
     /// Its values, updated in place.
     pub data: &'a mut [f32],
-    /// The gradient of the loss, already clipped; as long as `data`.
+    /// The gradient of the loss; as long as `data`.
     pub grad: &'a [f32],
     /// Whether weight decay applies (not for norms and biases).
     pub decay: bool,
@@ -52,11 +53,12 @@ impl<'a> NamedState<'a> {
 pub trait Optimizer: Send + Sync {
     /// Updates every parameter once; the bits do not depend on the number of threads.
     ///
-    /// Gradients must be finite: the loop checks their norm first.
+    /// Gradients must be finite: the loop checks their norm first. They are multiplied by `grad_scale`, the factor of
+    /// clipping, as they are read.
     ///
     /// # Errors
     /// [`Error::Shape`] if `params` are not the tensors the optimizer was made for, in their order.
-    fn step(&mut self, params: &mut [ParamSlot<'_>], lr: f64) -> Result<()>;
+    fn step(&mut self, params: &mut [ParamSlot<'_>], lr: f64, grad_scale: f32) -> Result<()>;
 
     /// Steps taken.
     fn steps(&self) -> u64;
@@ -82,49 +84,19 @@ pub fn build(kind: OptimizerKind, hyper: AdamHyper, sizes: &[(String, usize)]) -
     }
 }
 
-/// The scalars of one step, the same for every element.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct StepScalars {
-    pub(super) beta1: f32,
-    pub(super) one_minus_beta1: f32,
-    pub(super) beta2: f32,
-    pub(super) one_minus_beta2: f32,
-    pub(super) eps: f32,
-    /// `sqrt(1 - beta2^t)`
-    pub(super) correction2_sqrt: f32,
-    /// `-lr / (1 - beta1^t)`
-    pub(super) step_size: f32,
-    /// `1 - lr * weight_decay`
-    pub(super) keep: f32,
-}
-
-impl StepScalars {
-    /// Step `t` counts from 1. Computed in f64 and rounded once, as PyTorch does with Python floats.
-    pub(super) fn new(hyper: &AdamHyper, t: u64, lr: f64) -> Self {
-        let t = t as f64;
-        Self {
-            beta1: hyper.beta1 as f32,
-            one_minus_beta1: (1.0 - hyper.beta1) as f32,
-            beta2: hyper.beta2 as f32,
-            one_minus_beta2: (1.0 - hyper.beta2) as f32,
-            eps: hyper.eps as f32,
-            correction2_sqrt: (1.0 - hyper.beta2.powf(t)).sqrt() as f32,
-            step_size: (-lr / (1.0 - hyper.beta1.powf(t))) as f32,
-            keep: (1.0 - lr * hyper.weight_decay) as f32,
-        }
-    }
-
-    /// One element: new moments from the old ones and the gradient, and the parameter updated with them.
-    ///
-    /// Loshchilov and Hutter 2019, algorithm 2, in the order of `torch.optim.AdamW`: decay first, epsilon outside the
-    /// root of the corrected second moment.
-    #[inline(always)]
-    pub(super) fn update(&self, p: &mut f32, m: f32, v: f32, g: f32, keep: f32) -> (f32, f32) {
-        let m = m * self.beta1 + self.one_minus_beta1 * g;
-        let v = v * self.beta2 + self.one_minus_beta2 * g * g;
-        let denominator = v.sqrt() / self.correction2_sqrt + self.eps;
-        *p = *p * keep + self.step_size * m / denominator;
-        (m, v)
+/// The scalars of step `t`, which counts from 1. Computed in f64 and rounded once, as PyTorch does with Python floats.
+pub(super) fn adam_step(hyper: &AdamHyper, t: u64, lr: f64, grad_scale: f32) -> AdamStep {
+    let t = t as f64;
+    AdamStep {
+        beta1: hyper.beta1 as f32,
+        one_minus_beta1: (1.0 - hyper.beta1) as f32,
+        beta2: hyper.beta2 as f32,
+        one_minus_beta2: (1.0 - hyper.beta2) as f32,
+        eps: hyper.eps as f32,
+        correction2_sqrt: (1.0 - hyper.beta2.powf(t)).sqrt() as f32,
+        step_size: (-lr / (1.0 - hyper.beta1.powf(t))) as f32,
+        keep: (1.0 - lr * hyper.weight_decay) as f32,
+        grad_scale,
     }
 }
 
@@ -235,7 +207,7 @@ mod tests {
                 .zip(SIZES)
                 .map(|((data, grad), (name, _))| ParamSlot { name, data, grad, decay: name != "b" })
                 .collect();
-            optimizer.step(&mut slots, 1e-3).unwrap();
+            optimizer.step(&mut slots, 1e-3, 1.0).unwrap();
         }
     }
 
@@ -320,7 +292,7 @@ mod tests {
                 ParamSlot { name: "large", data: &mut large, grad: &grad8, decay: true },
                 ParamSlot { name: "small", data: &mut small, grad: &grad32, decay: true },
             ];
-            optimizer.step(&mut slots, 1e-3).unwrap();
+            optimizer.step(&mut slots, 1e-3, 1.0).unwrap();
             if ![1, 2, 10].contains(&step) {
                 continue;
             }
@@ -363,11 +335,11 @@ mod tests {
     fn sizes_and_names_are_checked() {
         for kind in [OptimizerKind::AdamW, OptimizerKind::AdamW8bit] {
             let mut optimizer = make(kind);
-            assert!(optimizer.step(&mut [], 1e-3).unwrap_err().to_string().contains("3 tensors"));
+            assert!(optimizer.step(&mut [], 1e-3, 1.0).unwrap_err().to_string().contains("3 tensors"));
             let (mut data, grad) = (vec![0.0; 700], vec![0.0; 699]);
             let slots = &mut [ParamSlot { name: "a", data: &mut data, grad: &grad, decay: true }];
             let mut one = build(kind, HYPER, &[("a".to_owned(), 700)]);
-            assert!(one.step(slots, 1e-3).unwrap_err().to_string().contains("tensor a of 700"));
+            assert!(one.step(slots, 1e-3, 1.0).unwrap_err().to_string().contains("tensor a of 700"));
             assert_eq!(one.steps(), 0);
 
             let good = owned(optimizer.state());

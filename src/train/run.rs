@@ -4,7 +4,7 @@
 //! a step is the sum of its token losses over the number of its trained tokens, however they are split into micro-batches.
 
 use super::checkpoint;
-use super::clip::{clip_factor, global_norm, scale};
+use super::clip::{clip_factor, global_norm};
 use super::optimizer::{Optimizer, ParamSlot, build};
 use super::schedule::Schedule;
 use super::step::{MicroBatch, Recompute, StepOptions, forward_backward};
@@ -446,12 +446,8 @@ impl<'a, 'o> Run<'a, 'o> {
         let norm = with_pool(|| Ok(global_norm(&grads.all().iter().map(Vec::as_slice).collect::<Vec<_>>())))?;
         self.grad_norm = norm;
         self.diverged("grad_norm", norm)?;
-        let (optimizer, grads, model) = (&mut self.optimizer, &mut self.grads, &mut *self.job.model);
+        let (optimizer, grads, model) = (&mut self.optimizer, &self.grads, &mut *self.job.model);
         with_pool(|| {
-            if s.train.max_grad_norm > 0.0 {
-                let factor = clip_factor(norm, s.train.max_grad_norm);
-                grads.all_mut().iter_mut().for_each(|grad| scale(grad, factor));
-            }
             let mut slots: Vec<_> = model
                 .params
                 .all_mut()
@@ -459,7 +455,7 @@ impl<'a, 'o> Run<'a, 'o> {
                 .zip(grads.all())
                 .map(|(p, grad)| ParamSlot { name: &p.name, data: &mut p.data, grad, decay: p.decay })
                 .collect();
-            optimizer.step(&mut slots, lr)
+            optimizer.step(&mut slots, lr, clip_factor(norm, s.train.max_grad_norm))
         })
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ settings.load_profile("rustune")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell starts background jobs deaf to Ctrl-C; the tests that press it need Python's own handler.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[_LEFT_OUT] = config.stash[_WITHOUT_PEERS] = 0
 
 

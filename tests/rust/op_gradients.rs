@@ -5,6 +5,7 @@ use crate::llama_golden::relative;
 use candle_core::{D, DType, Device, Tensor, Var};
 use rustune::kernels::{self, philox::philox4x32_10};
 use rustune::ops::attention::{self, Forward, Heads, segments};
+use rustune::ops::dropout::Dropout;
 use rustune::ops::linear::{Bias, Linear, Lora, Matrix};
 use rustune::ops::rms_norm::{Gain, RmsNorm};
 use rustune::ops::rope::{Rope, RopeScaling, Turn};
@@ -241,7 +242,7 @@ fn lora_linear_over_every_storage() {
                     // The mask, as the op itself draws it on ones.
                     let mut mask = vec![1.0; x.len()];
                     if let Some(key) = dropout {
-                        rustune::ops::dropout::dropout_in_place(key, 9, 0.25, &tokens, inputs, &mut mask);
+                        Dropout { key, module: 9, p: 0.25, tokens: &tokens, width: inputs }.in_place(ctx, &mut mask);
                         assert!(mask.contains(&0.0), "{what}: nothing was dropped");
                     }
                     let (tx, ta) = (var(&x, &[n, inputs]), var(&a, &[rank, inputs]));

@@ -11,11 +11,11 @@
 //!
 //! With a depth of 256 words the B panel is 32 KiB and stays in the first-level cache while the A panels stream past it.
 //! The intrinsics are not stable, so the loop is written in assembly. The tile state is configured and released in each
-//! call: a context switch between calls then has nothing to save, and a thread of somebody else's keeps what it had.
+//! call, which takes a whole column strip: a context switch between calls has nothing to save.
 
 use super::avx512bf16;
 use crate::kernels::Kernels;
-use crate::kernels::gemm::{GemmTile, PairKernels, PanelA, TileC};
+use crate::kernels::gemm::{GemmTile, PairKernels, PanelA, TileC, check_strip};
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 
@@ -93,38 +93,59 @@ static CONFIG: Config = Config {
 struct Scratch([f32; SIDE * SIDE]);
 
 fn tile(a: &[f32], b: &[f32], out: TileC<'_, '_>) {
-    let depth = b.len() / SIDE;
-    assert!(a.len() == b.len() && b.len() == depth * SIDE && depth.is_multiple_of(STEP), "gemm tile: depths differ");
+    let depth = check_strip(a, b, SIDE, SIDE);
+    assert!(depth.is_multiple_of(STEP), "gemm tile: a depth of {depth} words");
     let TileC { c, i, j, alpha, add } = out;
-    let (rows, cols) = ((c.rows() - i).min(SIDE), (c.cols() - j).min(SIDE));
-    if rows == SIDE && cols == SIDE && alpha == 1.0 {
-        let stride = c.stride();
-        let first = c.pointer(i, j);
-        // SAFETY: rows i .. i + 32 and columns j .. j + 32 lie in the tile, which is this call's alone.
-        unsafe { product(a, b, first, stride, add) };
-        return;
-    }
-    let mut scratch = Scratch([0.0; SIDE * SIDE]);
-    // SAFETY: the scratch is 32 x 32.
-    unsafe { product(a, b, scratch.0.as_mut_ptr(), SIDE, false) };
-    for (r, values) in scratch.0.chunks_exact(SIDE).take(rows).enumerate() {
-        let row = &mut c.row(i + r)[j..j + cols];
-        for (out, value) in row.iter_mut().zip(values) {
-            *out = if add { *out + alpha * value } else { alpha * value };
+    let cols = (c.cols() - j).min(SIDE);
+    let _tiles = Configured::new();
+    for (panel, a) in a.chunks_exact(SIDE * depth).enumerate() {
+        let i = i + panel * SIDE;
+        let rows = (c.rows() - i).min(SIDE);
+        if rows == SIDE && cols == SIDE && alpha == 1.0 {
+            let stride = c.stride();
+            // SAFETY: rows i .. i + 32 and columns j .. j + 32 lie in the tile, which is this call's alone.
+            unsafe { product(a, b, c.pointer(i, j), stride, add) };
+            continue;
         }
+        let mut scratch = Scratch([0.0; SIDE * SIDE]);
+        // SAFETY: the scratch is 32 x 32.
+        unsafe { product(a, b, scratch.0.as_mut_ptr(), SIDE, false) };
+        for (r, values) in scratch.0.chunks_exact(SIDE).take(rows).enumerate() {
+            let row = &mut c.row(i + r)[j..j + cols];
+            for (out, value) in row.iter_mut().zip(values) {
+                *out = if add { *out + alpha * value } else { alpha * value };
+            }
+        }
+    }
+}
+
+/// While it lives, this thread's tile registers have their shapes.
+struct Configured(());
+
+impl Configured {
+    fn new() -> Self {
+        // SAFETY: the table that leads here is handed out after detection only.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG, options(nostack, readonly, preserves_flags)) };
+        Self(())
+    }
+}
+
+impl Drop for Configured {
+    fn drop(&mut self) {
+        // SAFETY: as in `new`.
+        unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) };
     }
 }
 
 /// `c (+)= a · b`, 32 x 32 at `c` with rows `stride` floats apart.
 ///
 /// # Safety
-/// The table that leads here is handed out after detection only; `c` is writable at 32 rows of 32 floats.
+/// The tiles are configured; `c` is writable at 32 rows of 32 floats.
 unsafe fn product(a: &[f32], b: &[f32], c: *mut f32, stride: usize, add: bool) {
     let steps = b.len() / (STEP * SIDE);
     // SAFETY: panels hold `steps` pieces of 2 KiB each; prefetches may point anywhere.
     unsafe {
         asm!(
-            "ldtilecfg [{config}]",
             "test {add:e}, {add:e}",
             "jz 2f",
             "tileloadd tmm0, [{c} + {row_c}*1]",
@@ -163,8 +184,6 @@ unsafe fn product(a: &[f32], b: &[f32], c: *mut f32, stride: usize, add: bool) {
             "tilestored [{c} + {row_c}*1 + 64], tmm1",
             "tilestored [{c2} + {row_c}*1], tmm2",
             "tilestored [{c2} + {row_c}*1 + 64], tmm3",
-            "tilerelease",
-            config = in(reg) &raw const CONFIG,
             add = in(reg) u32::from(add),
             a = inout(reg) a.as_ptr() => _,
             b = inout(reg) b.as_ptr() => _,

@@ -1,6 +1,7 @@
 //! AVX2 + FMA: 8 lanes of f32. GEMM tile 6 x 16: 12 accumulators, 2 of B, 1 broadcast of A fill 15 of 16 registers.
 //! bf16 rounding adds 0x7FFF + the lowest kept bit; NF4 looks eight indices up in two 8-entry registers and blends.
 
+use crate::kernels::gemm::Rows as Matrix;
 use crate::kernels::generic::Simd;
 use std::arch::x86_64::*;
 
@@ -15,6 +16,7 @@ impl Avx2 {
 }
 
 instantiate!("avx2", Avx2, "avx2,fma", 6 x 2);
+instantiate!(attention Avx2, "avx2,fma", 6);
 
 /// A lane mask with the first `n` lanes set.
 #[inline(always)]
@@ -127,6 +129,10 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
+    fn sqrt(self, a: __m256) -> __m256 {
+        intrinsic!(_mm256_sqrt_ps(a))
+    }
+    #[inline(always)]
     fn nf4_lookup(self, packed: &[u8], code: &[f32; 16]) -> __m256 {
         assert!(packed.len() >= 4);
         let word = i32::from_le_bytes([packed[0], packed[1], packed[2], packed[3]]);
@@ -140,6 +146,53 @@ impl Simd for Avx2 {
             _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index)))
         })
     }
+
+    type U = __m256i;
+
+    #[inline(always)]
+    fn splat_u32(self, x: u32) -> __m256i {
+        intrinsic!(_mm256_set1_epi32(x as i32))
+    }
+    #[inline(always)]
+    fn xor(self, a: __m256i, b: __m256i) -> __m256i {
+        intrinsic!(_mm256_xor_si256(a, b))
+    }
+    #[inline(always)]
+    fn mul_wide(self, a: __m256i, b: u32) -> (__m256i, __m256i) {
+        intrinsic!({
+            let b = _mm256_set1_epi64x(i64::from(b));
+            // Products of the even and of the odd lanes, 64 bits each.
+            let even = _mm256_mul_epu32(a, b);
+            let odd = _mm256_mul_epu32(_mm256_srli_epi64::<32>(a), b);
+            let high = _mm256_blend_epi32::<0b1010_1010>(_mm256_srli_epi64::<32>(even), odd);
+            (high, _mm256_blend_epi32::<0b1010_1010>(even, _mm256_slli_epi64::<32>(odd)))
+        })
+    }
+    #[inline(always)]
+    fn philox_blocks(self, first: u32) -> __m256i {
+        intrinsic!(_mm256_add_epi32(_mm256_set1_epi32(first as i32), _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)))
+    }
+    #[inline(always)]
+    fn interleave(self, [a, b, c, d]: [__m256i; 4]) -> [__m256i; 4] {
+        intrinsic!({
+            let (ab, ab2) = (_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+            let (cd, cd2) = (_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+            [
+                _mm256_unpacklo_epi64(ab, cd),
+                _mm256_unpackhi_epi64(ab, cd),
+                _mm256_unpacklo_epi64(ab2, cd2),
+                _mm256_unpackhi_epi64(ab2, cd2),
+            ]
+        })
+    }
+    #[inline(always)]
+    fn keep(self, a: __m256, words: __m256i, threshold: u32) -> __m256 {
+        intrinsic!({
+            // words >= threshold, unsigned: the larger of the two is the word.
+            let larger = _mm256_max_epu32(words, _mm256_set1_epi32(threshold as i32));
+            _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_cmpeq_epi32(larger, words)))
+        })
+    }
     #[inline(always)]
     fn load_bf16(self, x: &[u16]) -> __m256 {
         assert!(x.len() >= 8);
@@ -149,7 +202,8 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
-    fn transpose(self, src: &[f32], stride: usize, rows: usize, depth: usize, out: &mut [f32], width: usize) {
+    fn transpose(self, rows: Matrix<'_>, out: &mut [f32], width: usize, spill: bool) {
+        let Matrix { data: src, stride, count: rows, depth } = rows;
         assert!(rows <= 8 && depth <= 8);
         let mut r = [self.splat(0.0); 8];
         for (i, r) in r.iter_mut().enumerate() {
@@ -182,7 +236,11 @@ impl Simd for Avx2 {
         for (p, column) in columns.iter().enumerate() {
             if p < depth {
                 let out = &mut out[p * width..];
-                if rows == 8 { self.store(*column, out) } else { self.store_tail(*column, &mut out[..rows]) }
+                if rows == 8 || (spill && out.len() >= 8) {
+                    self.store(*column, out);
+                } else {
+                    self.store_tail(*column, &mut out[..rows]);
+                }
             }
         }
     }

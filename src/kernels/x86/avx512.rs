@@ -1,6 +1,7 @@
 //! AVX-512 F/BW/DQ/VL: 16 lanes of f32. GEMM tile 12 x 32: 24 accumulators, 2 of B, broadcasts of A from memory.
 //! The 16-entry NF4 table is one register, looked up with `vpermps`.
 
+use crate::kernels::gemm::Rows as Matrix;
 use crate::kernels::generic::Simd;
 use std::arch::x86_64::*;
 
@@ -20,6 +21,7 @@ impl Avx512 {
 }
 
 instantiate!("avx512", Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma", 12 x 2);
+instantiate!(attention Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma", 12);
 
 /// A lane mask with the first `n` lanes set.
 #[inline(always)]
@@ -122,6 +124,10 @@ impl Simd for Avx512 {
         })
     }
     #[inline(always)]
+    fn sqrt(self, a: __m512) -> __m512 {
+        intrinsic!(_mm512_sqrt_ps(a))
+    }
+    #[inline(always)]
     fn nf4_lookup(self, packed: &[u8], code: &[f32; 16]) -> __m512 {
         assert!(packed.len() >= 8);
         intrinsic!({
@@ -134,6 +140,52 @@ impl Simd for Avx512 {
             _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(twice), _mm512_loadu_ps(code.as_ptr()))
         })
     }
+
+    type U = __m512i;
+
+    #[inline(always)]
+    fn splat_u32(self, x: u32) -> __m512i {
+        intrinsic!(_mm512_set1_epi32(x as i32))
+    }
+    #[inline(always)]
+    fn xor(self, a: __m512i, b: __m512i) -> __m512i {
+        intrinsic!(_mm512_xor_si512(a, b))
+    }
+    #[inline(always)]
+    fn mul_wide(self, a: __m512i, b: u32) -> (__m512i, __m512i) {
+        intrinsic!({
+            let b = _mm512_set1_epi64(i64::from(b));
+            // Products of the even and of the odd lanes, 64 bits each.
+            let even = _mm512_mul_epu32(a, b);
+            let odd = _mm512_mul_epu32(_mm512_srli_epi64::<32>(a), b);
+            let high = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64::<32>(even), odd);
+            (high, _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64::<32>(odd)))
+        })
+    }
+    #[inline(always)]
+    fn philox_blocks(self, first: u32) -> __m512i {
+        intrinsic!({
+            let lanes = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            _mm512_add_epi32(_mm512_set1_epi32(first as i32), lanes)
+        })
+    }
+    #[inline(always)]
+    fn interleave(self, [a, b, c, d]: [__m512i; 4]) -> [__m512i; 4] {
+        intrinsic!({
+            let (ab, ab2) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+            let (cd, cd2) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+            [
+                _mm512_unpacklo_epi64(ab, cd),
+                _mm512_unpackhi_epi64(ab, cd),
+                _mm512_unpacklo_epi64(ab2, cd2),
+                _mm512_unpackhi_epi64(ab2, cd2),
+            ]
+        })
+    }
+    #[inline(always)]
+    fn keep(self, a: __m512, words: __m512i, threshold: u32) -> __m512 {
+        intrinsic!(_mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(words, _mm512_set1_epi32(threshold as i32)), a))
+    }
     #[inline(always)]
     fn load_bf16(self, x: &[u16]) -> __m512 {
         assert!(x.len() >= 16);
@@ -143,7 +195,8 @@ impl Simd for Avx512 {
         })
     }
     #[inline(always)]
-    fn transpose(self, src: &[f32], stride: usize, rows: usize, depth: usize, out: &mut [f32], width: usize) {
+    fn transpose(self, rows: Matrix<'_>, out: &mut [f32], width: usize, spill: bool) {
+        let Matrix { data: src, stride, count: rows, depth } = rows;
         assert!(rows <= 16 && depth <= 16);
         let mut r = [self.splat(0.0); 16];
         for (i, r) in r.iter_mut().enumerate() {
@@ -185,7 +238,11 @@ impl Simd for Avx512 {
         for (p, column) in columns.iter().enumerate() {
             if p < depth {
                 let out = &mut out[p * width..];
-                if rows == 16 { self.store(*column, out) } else { self.store_tail(*column, &mut out[..rows]) }
+                if rows == 16 || (spill && out.len() >= 16) {
+                    self.store(*column, out);
+                } else {
+                    self.store_tail(*column, &mut out[..rows]);
+                }
             }
         }
     }

@@ -4,6 +4,7 @@
 /// function that carries the `target_feature`.
 macro_rules! instantiate {
     ($isa:literal, $token:ident, $features:literal, $mr:literal x $nv:literal) => {
+        use crate::kernels::elementwise::{self, AdamStep, Mask, Masked};
         use crate::kernels::gemm::{self, GemmTile, PanelA, Rows, TileC};
         use crate::kernels::{Kernels, generic};
 
@@ -19,6 +20,7 @@ macro_rules! instantiate {
                 },
                 pairs: None,
                 transpose: |rows, out, width, first| instantiate!(@enter $token, transpose(rows, out, width, first)),
+                copy_rows: |rows, out, width| instantiate!(@enter $token, copy_rows(rows, out, width)),
                 nf4_blocks: |packed, scales, block, code, round, out| {
                     instantiate!(@enter $token, nf4_blocks(packed, scales, block, code, round, out))
                 },
@@ -35,8 +37,12 @@ macro_rules! instantiate {
                 },
                 max_row: |x| instantiate!(@enter $token, max_row(x)),
                 exp_row: |x, scale, shift| instantiate!(@enter $token, exp_row(x, scale, shift)),
-                rope_row: |x, cos, sin| instantiate!(@enter $token, rope_row(x, cos, sin)),
                 round_bf16: |x| instantiate!(@enter $token, round_bf16(x)),
+                attention: attention(),
+                rope_row: |x, cos, sin, sign| instantiate!(@enter $token, rope_row(x, cos, sin, sign)),
+                rms_norm_gain: |x, rstd, dy, dw| instantiate!(@enter $token, rms_norm_gain(x, rstd, dy, dw)),
+                dropout_row: |mask, how, y| instantiate!(@enter $token, dropout_row(mask, how, y)),
+                adamw_row: |step, p, g, m, v| instantiate!(@enter $token, adamw_row(step, p, g, m, v)),
             })
         }
 
@@ -45,8 +51,15 @@ macro_rules! instantiate {
             gemm::tile::<$token, $mr, $nv>(s, |a, b, sum| generic::Simd::fma(s, a, b, sum), a, b, c);
         }
 
+        instantiate!(@functions elementwise, $token, $features,
+            rope_row(x: &mut [f32], cos: &[f32], sin: &[f32], sign: f32) -> ();
+            rms_norm_gain(x: &[f32], rstd: f32, dy: &[f32], dw: &mut [f32]) -> ();
+            dropout_row(mask: &Mask, how: Masked<'_>, y: &mut [f32]) -> ();
+            adamw_row(step: &AdamStep, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) -> ();
+        );
         instantiate!(@functions gemm, $token, $features,
             transpose(rows: Rows<'_>, out: &mut [f32], width: usize, first: usize) -> ();
+            copy_rows(rows: Rows<'_>, out: &mut [f32], width: usize) -> ();
             nf4_blocks(packed: &[u8], scales: &[f32], block: usize, code: &[f32; 16], round: bool, out: &mut [f32]) -> ();
             widen(x: &[u16], out: &mut [f32]) -> ();
         );
@@ -59,9 +72,36 @@ macro_rules! instantiate {
             swiglu_row_backward(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]) -> ();
             max_row(x: &[f32]) -> f32;
             exp_row(x: &mut [f32], scale: f32, shift: f32) -> f32;
-            rope_row(x: &mut [f32], cos: &[f32], sin: &[f32]) -> ();
             round_bf16(x: &mut [f32]) -> ();
         );
+    };
+    // The attention kernels, on a tile of $mr rows.
+    (attention $token:ident, $features:literal, $mr:literal) => {
+        use crate::kernels::attention::{self, Attention, Block, Few, Gradients, Softmax, Upstream};
+
+        fn attention() -> Attention {
+            Attention {
+                panel: 2 * <$token as generic::Simd>::LANES,
+                forward: |t, v_rows, softmax| instantiate!(@enter $token, attend(t, v_rows, softmax)),
+                backward: |t, upstream, gradients| instantiate!(@enter $token, attend_backward(t, upstream, gradients)),
+                few: |t, softmax| instantiate!(@enter $token, attend_few(t, softmax)),
+            }
+        }
+
+        #[target_feature(enable = $features)]
+        fn attend(s: $token, t: &Block<'_>, v_rows: &[f32], softmax: &mut Softmax<'_>) {
+            attention::forward::<$token, $mr>(s, t, v_rows, softmax);
+        }
+
+        #[target_feature(enable = $features)]
+        fn attend_backward(s: $token, t: &Block<'_>, upstream: &Upstream<'_>, gradients: &mut Gradients<'_>) {
+            attention::backward::<$token, $mr>(s, t, upstream, gradients);
+        }
+
+        #[target_feature(enable = $features)]
+        fn attend_few(s: $token, t: &Few<'_>, softmax: &mut Softmax<'_>) {
+            attention::few(s, t, softmax);
+        }
     };
     (@enter $token:ident, $name:ident($($arg:ident),*)) => {
         // SAFETY: only `table` hands this function out, after `detect` has seen the instruction set.
