@@ -36,6 +36,9 @@ class Batch:
             self.mask = present & (self.ids != pad_token_id)
         for row in np.flatnonzero(~self.mask.any(axis=1)):
             raise DataError(f"row {row} of input_ids: has no token that is not padding")
+        real = self.ids[self.mask]
+        if real.min() < 0 or real.max() >= 2**32:
+            raise DataError(f"input_ids: holds {real.min() if real.min() < 0 else real.max()}: expected ids of tokens")
 
     def rows(self, values: NDArray[np.int64] | None = None) -> list[list[int]]:
         """The real entries of each row."""

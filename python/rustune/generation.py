@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from rustune import checks
 from rustune._native import ConfigError
 from rustune.config import unknown_argument
 
@@ -69,6 +70,21 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "assistant_model": (),
     "max_time": (),
 }
+_KINDS: Final = {
+    "max_new_tokens": checks.WHOLE,
+    "max_length": checks.WHOLE,
+    "do_sample": checks.BOOL,
+    "temperature": checks.NUMBER,
+    "top_k": checks.WHOLE,
+    "top_p": checks.NUMBER,
+    "min_p": checks.NUMBER,
+    "repetition_penalty": checks.NUMBER,
+    "num_return_sequences": checks.WHOLE,
+    "eos_token_id": checks.WHOLES,
+    "pad_token_id": checks.WHOLE,
+    "stop_strings": checks.TEXTS,
+    "seed": checks.NATURAL,
+}
 _KNOWN: Final = frozenset({*_ENGINE, *_IGNORED, *_NEUTRAL})
 
 
@@ -122,8 +138,7 @@ def merge_settings(configs: tuple[Any, ...], arguments: Mapping[str, Any]) -> di
     for config in configs:
         if config is None:
             continue
-        to_dict = getattr(config, "to_dict", None)
-        written = config if isinstance(config, Mapping) else to_dict() if to_dict else vars(config)
+        written = _written(config)
         # 20 is what older transformers put there when nothing was written.
         settings |= {
             name: value
@@ -135,12 +150,29 @@ def merge_settings(configs: tuple[Any, ...], arguments: Mapping[str, Any]) -> di
             raise unknown_argument("generate", name, _KNOWN)
     settings |= arguments
     for name, neutral in _NEUTRAL.items():
-        value = settings.get(name)
-        if value is not None and value not in neutral and not (hasattr(value, "__len__") and len(value) == 0):
+        value: Any = _plain(settings.get(name))
+        empty = hasattr(value, "__len__") and len(value) == 0
+        if value is not None and not empty and value not in neutral:
             raise ConfigError(f"{name} = {value!r}: not there yet; leave it out")
-    return {name: _scalar(settings[name]) for name in (*_ENGINE, "max_length") if settings.get(name) is not None}
+    kept = {name: _plain(settings[name]) for name in (*_ENGINE, "max_length") if settings.get(name) is not None}
+    checks.check(_KINDS, kept)
+    for name in ("eos_token_id", "pad_token_id"):
+        if any(not 0 <= id_ < 2**32 for id_ in checks.listed(kept.get(name, []))):
+            raise ConfigError(f"{name} = {kept[name]!r}: expected ids of tokens")
+    return kept
 
 
-def _scalar(value: Any) -> Any:
-    """A numpy or torch number as Python's; other things as they are."""
-    return value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else value
+def _written(config: Any) -> Mapping[str, Any]:
+    """What a config object or a mapping holds."""
+    if isinstance(config, Mapping):
+        return config
+    to_dict = getattr(config, "to_dict", None)
+    written = to_dict() if to_dict else getattr(config, "__dict__", None)
+    if not isinstance(written, Mapping):
+        raise ConfigError(f"generation_config = {config!r}: expected an object or a dict of settings")
+    return written
+
+
+def _plain(value: Any) -> Any:
+    """A number or an array of numpy or torch as Python's; other things as they are."""
+    return value.tolist() if hasattr(value, "tolist") else value

@@ -12,9 +12,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from rustune import _native, hub
+from rustune import _native, checks, hub
 from rustune._native import ConfigError, DataError
-from rustune.batches import Batch, plain_array, rectangle
+from rustune.batches import Batch, rectangle
 from rustune.description import Device, ModelConfig, Parameter, weight_shapes
 from rustune.generation import GenerationConfig, merge_settings
 from rustune.notices import sort_arguments
@@ -185,6 +185,8 @@ class Model:
         targets, _ = rectangle("labels", labels, -100)
         if targets.shape != batch.ids.shape:
             raise DataError(f"labels: expected the shape {batch.ids.shape} of input_ids, got {targets.shape}")
+        if np.abs(targets).max() >= 2**31:
+            raise DataError(f"labels: holds {targets.flat[np.abs(targets).argmax()]}: expected ids of tokens, or -100")
         kept = batch.rows(targets)
         n_trained = sum(label != -100 for row in kept for label in row[1:])
         if n_trained == 0:
@@ -231,7 +233,7 @@ class Model:
         settings = merge_settings((self.generation_config, generation_config), kwargs)
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
         eos = settings.get("eos_token_id")
-        settings["eos_token_id"] = self._eos_ids(tokenizer) if eos is None else np.atleast_1d(plain_array(eos)).tolist()
+        settings["eos_token_id"] = self._eos_ids(tokenizer) if eos is None else checks.listed(eos)
         pad = self._pad_id(settings, tokenizer)
         settings["pad_token_id"] = pad
         batch = self._batch(inputs if input_ids is None else input_ids, attention_mask)
@@ -241,7 +243,7 @@ class Model:
                 raise ConfigError(f"max_length = {limit}: the prompt has {batch.ids.shape[1]} tokens already")
         settings.pop("max_length", None)
         stops = settings.get("stop_strings")
-        settings["stop_strings"] = [stops] if isinstance(stops, str) else stops
+        settings["stop_strings"] = None if stops is None else checks.listed(stops)
         if stops and tokenizer is None:
             raise ConfigError("stop_strings: needs the tokenizer; pass tokenizer=")
         n_each = settings.get("num_return_sequences") or 1

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from rustune import _native, hub
+from rustune import _native, checks, hub
 from rustune._native import ConfigError
 from rustune.config import unknown_argument
 from rustune.model import Model as Model
@@ -45,6 +45,37 @@ _IDLE: Final = (
     "use_flash_attention_2",
     "use_safetensors",
 )
+_LOADING_KINDS: Final = {
+    "max_seq_length": checks.WHOLE,
+    "load_in_4bit": checks.BOOL,
+    "load_in_8bit": checks.BOOL,
+    "load_in_16bit": checks.BOOL,
+    "full_finetuning": checks.BOOL,
+    "token": checks.SWITCH,
+    "use_gradient_checkpointing": checks.SWITCH,
+    "revision": checks.TEXT,
+    "local_files_only": checks.BOOL,
+}
+_ADAPTER_KINDS: Final = {
+    "target_modules": checks.TEXTS,
+    "lora_alpha": checks.NUMBER,
+    "lora_dropout": checks.NUMBER,
+    "bias": checks.TEXT,
+    "layers_to_transform": checks.WHOLES,
+    "layers_pattern": checks.TEXTS,
+    "finetune_last_n_layers": checks.WHOLE,
+    "use_gradient_checkpointing": checks.SWITCH,
+    "random_state": checks.WHOLE,
+    "max_seq_length": checks.WHOLE,
+    "use_rslora": checks.BOOL,
+    "use_dora": checks.BOOL,
+    "modules_to_save": checks.TEXTS,
+    "init_lora_weights": checks.SWITCH,
+    "loftq_config": checks.TABLE,
+    "rank_pattern": checks.WHOLE_TABLE,
+    "alpha_pattern": checks.NUMBER_TABLE,
+}
+_MAX_RANK: Final = 2**16  # beyond every matrix there is; a slip of the keyboard must not eat the memory
 _ALL_LINEAR: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -117,10 +148,11 @@ class FastLanguageModel:
         usual = {"device_map": ("sequential", "auto", None), "fix_tokenizer": (True,), "random_state": (random_state,)}
         sort_arguments(
             "from_pretrained",
-            {**{name: value for name, value in idle.items() if value not in usual[name]}, **others},
+            {**{name: value for name, value in idle.items() if not _is_one_of(value, usual[name])}, **others},
             (*_IDLE, *idle),
             _arguments(FastLanguageModel.from_pretrained),
         )
+        checks.check(_LOADING_KINDS, locals())
         if rope_scaling is not None:
             raise ConfigError(f"rope_scaling = {rope_scaling}: not there yet; that of config.json applies")
         if resize_model_vocab is not None:
@@ -141,7 +173,7 @@ class FastLanguageModel:
         )
         name = os.fspath(model_name)
 
-        find = partial(hub.resolve, token=secret, cache_dir=cache_dir, local_files_only=local_files_only)
+        find = partial(hub.resolve, token=secret, cache_dir=cache_dir, local_files_only=bool(local_files_only))
         folder = find(name, revision=revision)
         adapter_folder = folder if (Path(folder) / "adapter_config.json").is_file() else None
         if adapter_folder is not None:
@@ -234,8 +266,12 @@ class FastLanguageModel:
             raise unknown_argument("get_peft_model", name, _arguments(FastLanguageModel.get_peft_model))
         if not isinstance(model, Model):
             raise ConfigError(f"model = {type(model).__name__}: expected what from_pretrained returns")
-        if isinstance(r, bool) or not isinstance(r, (int, np.integer)) or r < 1:
-            raise ConfigError(f"r = {r!r}: expected a whole number, at least 1")
+        if not checks.WHOLE.fits(r) or not 1 <= r <= _MAX_RANK:
+            raise ConfigError(f"r = {r!r}: expected a whole number from 1 to {_MAX_RANK}")
+        for name, value in (("lora_alpha", lora_alpha), ("lora_dropout", lora_dropout)):
+            if value is None:
+                raise ConfigError(f"{name} = None: expected {checks.NUMBER.expected}")
+        checks.check(_ADAPTER_KINDS, locals())
         if layers_pattern not in (None, "layers", ["layers"]):
             raise ConfigError(f"layers_pattern = {layers_pattern}: expected None or layers, the only list of layers")
         if loftq_config:
@@ -243,12 +279,14 @@ class FastLanguageModel:
         if use_gradient_checkpointing is not None:
             model.recompute = bool(use_gradient_checkpointing)
         if max_seq_length is not None:
+            if max_seq_length < 1:
+                raise ConfigError(f"max_seq_length = {max_seq_length}: expected at least 1")
             model.max_seq_length = int(max_seq_length)
         if model.native.is_fully_trained:
             warnings.warn("get_peft_model: the model was loaded with full_finetuning=True; no adapter", stacklevel=2)
             return model
-        targets = list(target_modules) if target_modules and not isinstance(target_modules, str) else target_modules
-        layers = layers_to_transform
+        targets = target_modules if target_modules in (None, "all-linear") else checks.listed(target_modules)
+        layers = None if layers_to_transform is None else checks.listed(layers_to_transform)
         written = {
             "r": int(r),
             "lora_alpha": float(lora_alpha),
@@ -257,13 +295,13 @@ class FastLanguageModel:
             "bias": bias,
             "use_rslora": use_rslora,
             "use_dora": use_dora,
-            "layers_to_transform": list(layers) if isinstance(layers, Iterable) else layers,
+            "layers_to_transform": None if layers is None else [int(layer) for layer in layers],
             "finetune_last_n_layers": finetune_last_n_layers,
-            "modules_to_save": None if modules_to_save is None else list(modules_to_save),
+            "modules_to_save": None if modules_to_save is None else checks.listed(modules_to_save),
             "init_lora_weights": init_lora_weights,
             "rank_pattern": dict(rank_pattern or {}),
             "alpha_pattern": dict(alpha_pattern or {}),
-            "random_state": random_state,
+            "random_state": None if random_state is None else int(random_state) % 2**64,
         }
         if model.native.has_adapter:
             _same_adapter(model.adapter or {}, written)
@@ -342,7 +380,7 @@ def _same_adapter(present: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 def _dtype_name(dtype: Any) -> str | None:
     """`float32`, `bfloat16` or None, from a name or from torch's or numpy's type."""
-    if dtype is None or dtype == "auto":
+    if _is_one_of(dtype, (None, "auto")):
         return None
     name = str(dtype if isinstance(dtype, str) else getattr(dtype, "__name__", dtype)).removeprefix("torch.")
     if name in ("float16", "half"):
@@ -351,6 +389,11 @@ def _dtype_name(dtype: Any) -> str | None:
     if name not in ("float32", "bfloat16"):
         raise ConfigError(f"dtype = {name}: expected None (what this machine does best), float32 or bfloat16")
     return name
+
+
+def _is_one_of(value: Any, usual: tuple[Any, ...]) -> bool:
+    """Whether a value, of whatever kind, is one of some plain ones."""
+    return any(value is one or (isinstance(value, type(one)) and value == one) for one in usual)
 
 
 def _arguments(function: Callable[..., Any]) -> list[str]:

@@ -133,13 +133,11 @@ def get_peft_model(model: Model, peft_config: Any, adapter_name: str = "default"
     # PEFT's sets come in no order, and its empty settings as empty containers.
     if isinstance(given.get("target_modules"), set):
         given["target_modules"] = sorted(given["target_modules"])
-    others = {name: value for name, value in written.items() if name not in ours and value and name not in _PEFT_IDLE}
+    others = {name: value for name, value in written.items() if name not in ours and name not in _PEFT_IDLE and value}
     if others:
         name, value = next(iter(others.items()))
         raise ConfigError(f"peft_config.{name} = {value!r}: not there yet; leave it out")
-    if not given.get("loftq_config"):
-        given.pop("loftq_config", None)
-    return FastLanguageModel.get_peft_model(model, given.pop("r"), use_gradient_checkpointing=None, **given)
+    return FastLanguageModel.get_peft_model(model, given.pop("r", 8), use_gradient_checkpointing=None, **given)
 
 
 # Fields of PEFT's LoraConfig that change no number here.
