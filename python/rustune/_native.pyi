@@ -26,8 +26,10 @@ __all__ = [
     "TokenizerError",
     "WeightsError",
     "__version__",
+    "estimate_memory",
     "info",
     "mark_forked_child",
+    "measure_peak",
     "newest_checkpoint",
     "num_threads",
     "resolve_model",
@@ -173,6 +175,7 @@ class Rows:
     def n_trained(self) -> int: ...
     @property
     def longest(self) -> int: ...
+    def n_packed(self, max_length: int) -> int: ...
     def train_on_responses_only(
         self, tokenizer: Tokenizer, instruction_part: str | None, response_part: str | None
     ) -> tuple[Rows, str, str, int]: ...
@@ -225,12 +228,13 @@ class Model:
         train: Rows,
         eval: Rows | None,
         options: str,
-        recompute: bool = True,
+        checkpointing: str = "unsloth",
         resume: str | PathLike[str] | None = None,
         observer: object | None = None,
         tokenizer: Tokenizer | None = None,
         base_model: str | None = None,
     ) -> str: ...
+    def training_memory(self, train: Rows, options: str, checkpointing: str) -> str: ...
     def evaluate(self, rows: Rows, batch_size: int, observer: object | None = None) -> tuple[float, int]: ...
     def parameters(self) -> dict[str, NDArray[np.float32]]: ...
 
@@ -239,6 +243,17 @@ def mark_forked_child() -> None: ...
 def set_num_threads(n_threads: int) -> None: ...
 def num_threads() -> int: ...
 def info() -> str: ...
+def measure_peak(dtype: str) -> str: ...
+def estimate_memory(
+    folder: str | PathLike[str],
+    quantization: str,
+    lora: str,
+    n_tokens: int,
+    dtype: str | None = None,
+    optim: str = "adamw_8bit",
+    checkpointing: str = "unsloth",
+    available: int | None = None,
+) -> str: ...
 def newest_checkpoint(output_dir: str | PathLike[str]) -> tuple[Path | None, list[tuple[Path, str]]]: ...
 def resolve_model(
     name: str,

@@ -233,7 +233,7 @@ class TrainingArguments:
     length_column_name: str = "length"
     auto_find_batch_size: bool = False
     full_determinism: bool = False
-    gradient_checkpointing: bool | None = None
+    gradient_checkpointing: bool | str | None = None
     gradient_checkpointing_kwargs: Any = None
     report_to: Any = None
     run_name: str | None = None
@@ -297,6 +297,8 @@ class TrainingArguments:
             raise ConfigError(
                 f"hub_strategy = {self.hub_strategy!r}: expected end: the result is uploaded once, at the end"
             )
+        if self.packing and self.packing_strategy != "bfd":
+            raise ConfigError(f"packing_strategy = {self.packing_strategy!r}: not there yet; expected 'bfd'")
         if self.fp16 and self.bf16:
             raise ConfigError("fp16 = True: contradicts bf16 = True; dtype of from_pretrained chooses the arithmetic")
         self._check_report_to()
@@ -438,6 +440,11 @@ def settings_from(args: Any) -> TrainingArguments:
     reporters = written.pop("report_to", None)
     if reporters and reporters not in ("none", ["none"], "all"):
         warnings.warn(f"report_to = {reporters}: not there yet; nothing is reported", stacklevel=3)
+    # Their default, and not a wish to keep every layer: what the model was loaded with decides.
+    if written.get("gradient_checkpointing") is False:
+        del written["gradient_checkpointing"]
+    if written.pop("train_sampling_strategy", None) == "group_by_length":
+        written["group_by_length"] = True
     known = {entry.name for entry in fields(TrainingArguments)}
     return TrainingArguments(**{name: value for name, value in written.items() if name in known})
 

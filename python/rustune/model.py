@@ -80,6 +80,25 @@ class ModelOutput:
         yield self.logits
 
 
+def checkpointing_name(asked: bool | str) -> str:
+    """Returns the engine's name of `use_gradient_checkpointing`.
+
+    Args:
+        asked: `unsloth`, True or False.
+
+    Returns:
+        `unsloth`, `true` or `false`.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
+    if asked in (True, False):
+        return "true" if asked else "false"
+    if asked != "unsloth":
+        raise ConfigError(f'use_gradient_checkpointing = {asked!r}: expected "unsloth", True or False')
+    return "unsloth"
+
+
 def native_tokenizer(tokenizer: Any) -> _native.Tokenizer | None:
     """Returns the compiled tokenizer behind a tokenizer object.
 
@@ -133,14 +152,14 @@ class Model:
         *,
         name_or_path: str = "",
         max_seq_length: int = 2048,
-        recompute: bool = True,
+        checkpointing: str = "unsloth",
         adapter: dict[str, Any] | None = None,
     ) -> None:
         self.native = native
         self.tokenizer = tokenizer
         self.name_or_path = name_or_path
         self.max_seq_length = max_seq_length
-        self.recompute = recompute
+        self.checkpointing = checkpointing
         self.adapter = adapter
         self.config = ModelConfig(json.loads(native.config), name_or_path)
         self.generation_config: Any = GenerationConfig()
@@ -523,13 +542,13 @@ class Model:
         """Makes ready for training.
 
         Args:
-            use_gradient_checkpointing: Whether layers are recomputed in the backward; None leaves it.
+            use_gradient_checkpointing: `unsloth`, True or False, as in `from_pretrained`; None leaves it.
 
         Returns:
             The model.
         """
         if use_gradient_checkpointing is not None:
-            self.recompute = bool(use_gradient_checkpointing)
+            self.checkpointing = checkpointing_name(use_gradient_checkpointing)
         return self.train()
 
     def train(self, mode: bool = True) -> Model:
@@ -568,11 +587,11 @@ class Model:
         Args:
             gradient_checkpointing_kwargs: Makes no difference.
         """
-        self.recompute = True
+        self.checkpointing = "true"
 
     def gradient_checkpointing_disable(self) -> None:
         """Keeps all activations for the backward, which takes more memory."""
-        self.recompute = False
+        self.checkpointing = "false"
 
     def enable_input_require_grads(self) -> None:
         """Does nothing: gradients reach every adapter as it is."""

@@ -17,6 +17,7 @@ from rustune import _native, checks, hub
 from rustune._native import ConfigError
 from rustune.config import unknown_argument
 from rustune.model import Model as Model
+from rustune.model import checkpointing_name as checkpointing_name
 from rustune.model import native_tokenizer as native_tokenizer
 from rustune.notices import sort_arguments, tell_once
 from rustune.tokenizer import Tokenizer
@@ -121,7 +122,8 @@ class FastLanguageModel:
             rope_scaling: Not there yet: that of the files applies.
             fix_tokenizer: Makes no difference: a pad token is always found.
             trust_remote_code: Makes no difference: no code of a repository is ever run.
-            use_gradient_checkpointing: Whether layers are recomputed in the backward; False takes more memory.
+            use_gradient_checkpointing: How many layers are computed again in the backward: `unsloth`, as few as the
+                memory there is allows; True, every layer; False, none. The results are the same.
             resize_model_vocab: Not there yet.
             revision: Branch, tag or commit on the hub.
             random_state: Makes no difference: loading draws no numbers.
@@ -197,8 +199,14 @@ class FastLanguageModel:
                 f"max_seq_length = {length}: the model was made for {native.max_position_embeddings} tokens at most",
                 stacklevel=2,
             )
-        recompute = bool(use_gradient_checkpointing)
-        model = Model(native, tokenizer, name_or_path=name, max_seq_length=length, recompute=recompute, adapter=adapter)
+        model = Model(
+            native,
+            tokenizer,
+            name_or_path=name,
+            max_seq_length=length,
+            checkpointing=checkpointing_name(use_gradient_checkpointing),
+            adapter=adapter,
+        )
         return model, tokenizer
 
     @staticmethod
@@ -239,7 +247,7 @@ class FastLanguageModel:
             layers_to_transform: A layer's number, or several; all if not given.
             layers_pattern: `layers`, which is what the list of layers is called.
             finetune_last_n_layers: Instead of `layers_to_transform`.
-            use_gradient_checkpointing: Whether layers are recomputed in the backward; None leaves it as loaded.
+            use_gradient_checkpointing: `unsloth`, True or False, as in `from_pretrained`; None leaves it as loaded.
             random_state: Seed of the adapter's first weights.
             max_seq_length: Longest row in training; None leaves it as loaded.
             use_rslora: Scale by `lora_alpha / sqrt(r)`.
@@ -277,7 +285,7 @@ class FastLanguageModel:
         if loftq_config:
             raise ConfigError(f"loftq_config = {dict(loftq_config)}: not there yet; leave it empty")
         if use_gradient_checkpointing is not None:
-            model.recompute = bool(use_gradient_checkpointing)
+            model.checkpointing = checkpointing_name(use_gradient_checkpointing)
         if max_seq_length is not None:
             if max_seq_length < 1:
                 raise ConfigError(f"max_seq_length = {max_seq_length}: expected at least 1")
@@ -328,7 +336,7 @@ class FastLanguageModel:
 
         Args:
             model: The model.
-            use_gradient_checkpointing: Whether layers are recomputed in the backward; None leaves it.
+            use_gradient_checkpointing: `unsloth`, True or False, as in `from_pretrained`; None leaves it.
 
         Returns:
             The same model.

@@ -8,7 +8,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -17,7 +17,7 @@ from rustune._native import ConfigError, DataError
 from rustune.callbacks import CallbackHandler, Observer, TrainerControl, TrainerState
 from rustune.config import SFTConfig, TrainingArguments, settings_from, unknown_argument
 from rustune.data import iter_columns
-from rustune.model import Model, native_tokenizer
+from rustune.model import Model, checkpointing_name, native_tokenizer
 
 # Collators that only pad and copy ids to labels: rows are put together in the engine, which does neither need.
 _PLAIN_COLLATORS: Final = (
@@ -107,7 +107,7 @@ class SFTTrainer:
         max_seq_length: Longest row in tokens; `args.max_length`, then the model's, if not given.
         data_collator: A collator of transformers; it changes nothing.
         dataset_num_proc: Makes no difference: all threads tokenise.
-        packing: Not there yet; rows are never padded anyway.
+        packing: Put rows together to packed rows of up to `max_seq_length` tokens, as `args.packing`.
         formatting_func: Turns a row, or a batch of columns, into text.
         peft_config: A `LoraConfig` for a model that has no adapter yet.
         compute_metrics: Not there yet.
@@ -154,8 +154,6 @@ class SFTTrainer:
             raise ConfigError(
                 f"model = {type(model).__name__}: expected what FastLanguageModel.from_pretrained returns"
             )
-        if packing:
-            raise ConfigError("packing = True: not there yet; rows are batched without padding anyway")
         if compute_metrics is not None:
             raise ConfigError("compute_metrics: not there yet; leave it out")
         if any(part is not None for part in optimizers or ()):
@@ -168,6 +166,8 @@ class SFTTrainer:
             model = get_peft_model(model, peft_config)
         self.model = model
         self.args = settings_from(args)
+        if packing is not None and packing != self.args.packing:
+            self.args = replace(self.args, packing=bool(packing))
         chosen = tokenizer if processing_class is None else processing_class
         self.processing_class: Any = model.tokenizer if chosen is None else chosen
         self._native_tokenizer = native_tokenizer(self.processing_class)
@@ -221,7 +221,8 @@ class SFTTrainer:
         resume = self._checkpoint(
             self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         )
-        plan = self.args.plan(len(self.train_dataset))
+        rows = self.train_dataset.rows
+        plan = self.args.plan(rows.n_packed(self.max_seq_length) if self.args.packing else len(rows))
         self._begin(plan, resume)
         shown = progress.choose(self.args.disable_tqdm)
         shown.banner(self._banner(plan))
@@ -229,10 +230,10 @@ class SFTTrainer:
         try:
             outcome = json.loads(
                 self.model.native.train(
-                    self.train_dataset.rows,
+                    rows,
                     eval_rows,
                     self._engine_options(),
-                    self._recompute(),
+                    self._checkpointing(),
                     resume,
                     Observer(self._handler, self._watcher(shown)),
                     self._native_tokenizer,
@@ -436,11 +437,12 @@ class SFTTrainer:
             setattr(state, entry.name, getattr(fresh, entry.name))
 
     def _engine_options(self) -> str:
-        return self.args.engine_options()
+        options = json.loads(self.args.engine_options())
+        return json.dumps({**options, "max_length": self.max_seq_length})
 
-    def _recompute(self) -> bool:
+    def _checkpointing(self) -> str:
         asked = self.args.gradient_checkpointing
-        return self.model.recompute if asked is None else bool(asked)
+        return self.model.checkpointing if asked is None else checkpointing_name(asked)
 
     def _watcher(self, shown: progress.Progress) -> Callable[[str, Any], None]:
         """Passes events on to the display."""
@@ -488,7 +490,31 @@ class SFTTrainer:
             f"rows are cut after {self.max_seq_length:,} tokens: {100 * cut / rows:.1f} % of them"
             + (f", {dataset.report.get('tokens_lost', 0):,} tokens lost" if cut else "")
         )
+        if args.packing:
+            lines.append(f"packed to {dataset.rows.n_packed(self.max_seq_length):,} rows")
+        lines.append(self._memory_line())
         return "\n".join(lines)
+
+    def _memory_line(self) -> str:
+        """What the run will take of the memory there is."""
+        if self.train_dataset is None:
+            return ""
+        memory = json.loads(
+            self.model.native.training_memory(self.train_dataset.rows, self._engine_options(), self._checkpointing())
+        )
+        parts, available, gib = memory["estimate"], memory["available"], 2.0**30
+        kept, in_part, again = parts["layers"]
+        line = (
+            f"memory: about {(memory['peak'] or parts['model']) / gib:.1f} GiB at most"
+            f" (model {parts['model'] / gib:.2f},"
+            f" optimizer and gradients {(parts['optimizer'] + parts['gradients']) / gib:.2f},"
+            f" activations {(parts['kept'] + parts['workspace']) / gib:.2f}"
+            f" for {parts['n_tokens']:,} tokens: {kept} layers kept, {in_part} in part, {again} recomputed)"
+        )
+        if available is None:
+            return line
+        enough = "" if memory["fits"] else ": NOT ENOUGH; take smaller batches or shorter rows"
+        return f"{line}; {available / gib:.1f} GiB are free{enough}"
 
 
 _LEFT_OUT: Final = (("empty", "without text"), ("untrained", "without a trained token"))

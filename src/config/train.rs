@@ -157,9 +157,10 @@ pub struct TrainOptions {
     pub output_dir: Option<PathBuf>,
     /// Longest row in tokens, cut beyond; default: what the model was loaded with.
     pub max_length: Option<i64>,
-    /// Not there yet.
+    /// Whether rows are put together to packed rows of up to `max_length` tokens, each of which counts as a row; default
+    /// false.
     pub packing: Option<bool>,
-    /// Not there yet.
+    /// Whether the rows of a step are of about the same length; default false.
     pub group_by_length: Option<bool>,
     /// Not there yet.
     pub neftune_noise_alpha: Option<f64>,
@@ -284,6 +285,10 @@ pub struct Train {
     pub output_dir: PathBuf,
     /// Longest row in tokens; `None` for the model's.
     pub max_length: Option<usize>,
+    /// Whether rows are put together to packed rows of up to `max_length` tokens (of the longest row, without one).
+    pub packing: bool,
+    /// Whether the rows of a step are of about the same length.
+    pub group_by_length: bool,
 }
 
 impl TrainOptions {
@@ -359,17 +364,12 @@ impl TrainOptions {
                 None => None,
                 Some(_) => Some(at_least_one("max_length", self.max_length, 1)?),
             },
+            packing: self.packing.unwrap_or(false),
+            group_by_length: self.group_by_length.unwrap_or(false),
         })
     }
 
     fn refuse_what_is_missing(&self) -> Result<()> {
-        refuse_if(self.packing == Some(true), "packing", true, "rows are batched without padding anyway")?;
-        refuse_if(
-            self.group_by_length == Some(true),
-            "group_by_length",
-            true,
-            "rows are batched without padding anyway",
-        )?;
         refuse_if(
             self.load_best_model_at_end == Some(true),
             "load_best_model_at_end",
@@ -401,7 +401,7 @@ impl TrainOptions {
 }
 
 impl Train {
-    /// The steps of a run over `n_rows` rows, counted as transformers' `Trainer` counts them.
+    /// The steps of a run over `n_rows` rows (packed ones, with packing), counted as transformers' `Trainer` counts them.
     ///
     /// # Errors
     /// [`Error::Data`] if there are no rows.
@@ -553,8 +553,6 @@ mod tests {
             (json!({"optim": "lion_8bit"}), "optim = lion_8bit: not there; expected adamw_8bit"),
             (json!({"lr_scheduler_type": "polynomial"}), "lr_scheduler_type = polynomial: not there"),
             (json!({"max_length": 0}), "max_length = 0"),
-            (json!({"packing": true}), "packing = true: not there yet"),
-            (json!({"group_by_length": true}), "group_by_length = true"),
             (json!({"neftune_noise_alpha": 5}), "neftune_noise_alpha = 5"),
             (json!({"embedding_learning_rate": 1e-5}), "embedding_learning_rate"),
             (json!({"load_best_model_at_end": true}), "load_best_model_at_end"),

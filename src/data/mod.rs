@@ -5,6 +5,7 @@ pub mod collate;
 pub mod masking;
 pub mod nearest;
 pub mod order;
+pub mod packing;
 pub mod rows;
 #[cfg(test)]
 mod testing;

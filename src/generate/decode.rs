@@ -1,11 +1,15 @@
-//! The decode loop: prefill all prompts at once, then one token a sequence and step, with a KV cache.
+//! The decode loop: prefill all prompts in chunks, then one token a sequence and step, with a KV cache.
 //!
 //! Prompts of different lengths stand one after the other without padding, so a sequence's tokens do not depend on its
-//! neighbours. A finished sequence takes no more work.
+//! neighbours. A finished sequence takes no more work. Up to [`MAX_ROWS`] sequences decode straight from packed weights.
 
 use crate::error::{Error, Result};
 use crate::model::{KvCache, Model};
-use crate::ops::Tokens;
+use crate::ops::gemv::MAX_ROWS;
+use crate::ops::{Buf, Tokens};
+
+/// Tokens of prompts that go through the model at a time.
+const PREFILL_TOKENS: usize = 512;
 
 /// What the caller decides at each token.
 pub trait Chooser {
@@ -43,47 +47,94 @@ pub fn decode(
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0) + max_new_tokens;
     let mut cache = KvCache::new(config.num_layers, prompts.len(), longest, config.num_kv_heads * config.head_dim);
     let mut ids = prompts.to_vec();
+    ids.iter_mut().for_each(|ids| ids.reserve_exact(max_new_tokens));
     let mut done = vec![max_new_tokens == 0; prompts.len()];
-    // What each sequence feeds the model next: first its prompt, then its last token, nothing once it is done.
-    let mut next: Vec<Vec<u32>> = prompts.to_vec();
+    let mut tokens = Tokens::default();
     let mut n_new = 0;
     while done.iter().any(|done| !done) {
         poll()?;
-        let tokens = feed(&next, &cache);
-        let env = model.env(&tokens);
-        let hidden = model.llama.forward(&env, Some(&mut cache));
-        let active: Vec<usize> = (0..ids.len()).filter(|&seq| !done[seq]).collect();
-        // Only the last token of each active sequence needs logits.
-        let width = config.hidden_size;
-        let mut last = model.ctx.buf(active.len() * width);
-        for (row, &seq) in last.chunks_exact_mut(width).zip(&active) {
-            let at = tokens.cu_seqlens[seq + 1] - 1;
-            row.copy_from_slice(&hidden[at * width..(at + 1) * width]);
-        }
-        let mut logits = model.llama.logits(&env, &last);
-        for (logits, &seq) in logits.chunks_exact_mut(config.vocab_size).zip(&active) {
+        let active = (0..ids.len()).filter(|&seq| !done[seq]);
+        let mut logits = if n_new == 0 {
+            prefill(model, prompts, &mut cache, poll)?
+        } else {
+            // Each active sequence feeds its last token.
+            feed(&mut tokens, &cache, |seq| if done[seq] { &[] } else { &ids[seq][ids[seq].len() - 1..] });
+            next_logits(model, &tokens, &mut cache)
+        };
+        let mut finished = Vec::new();
+        for (logits, seq) in logits.chunks_exact_mut(config.vocab_size).zip(active) {
             let token = chooser.choose(seq, &ids[seq], n_new, logits);
             ids[seq].push(token);
-            done[seq] = chooser.accept(seq, token, &ids[seq][prompts[seq].len()..])? || n_new + 1 == max_new_tokens;
-        }
-        for (seq, next) in next.iter_mut().enumerate() {
-            next.clear();
-            if !done[seq] {
-                next.extend(ids[seq].last());
+            if chooser.accept(seq, token, &ids[seq][prompts[seq].len()..])? || n_new + 1 == max_new_tokens {
+                finished.push(seq);
             }
         }
+        finished.into_iter().for_each(|seq| done[seq] = true);
         n_new += 1;
     }
     Ok(ids.iter().zip(prompts).map(|(ids, prompt)| ids[prompt.len()..].to_vec()).collect())
 }
 
-/// The next tokens of all sequences as one batch, at their positions.
-fn feed(next: &[Vec<u32>], cache: &KvCache) -> Tokens {
-    let mut tokens = Tokens::from_sequences(next.iter().map(|ids| &ids[..]));
-    for (seq, pair) in tokens.cu_seqlens.windows(2).enumerate() {
-        for position in &mut tokens.positions[pair[0]..pair[1]] {
-            *position += cache.len(seq) as u32;
+/// Runs the prompts, one after the other and at most [`PREFILL_TOKENS`] tokens at a time, so that a long prompt takes no more
+/// memory than a chunk. Returns the logits of each prompt's last token, `[n_prompts, vocab]`.
+fn prefill(
+    model: &Model,
+    prompts: &[Vec<u32>],
+    cache: &mut KvCache,
+    poll: &(dyn Fn() -> Result<()> + Sync),
+) -> Result<Buf> {
+    let width = model.config.hidden_size;
+    let mut last = model.ctx.buf(prompts.len() * width);
+    let mut tokens = Tokens::default();
+    let mut fed = vec![0; prompts.len()];
+    while fed.iter().zip(prompts).any(|(&fed, prompt)| fed < prompt.len()) {
+        poll()?;
+        let mut room = PREFILL_TOKENS;
+        let ends: Vec<usize> = fed
+            .iter()
+            .zip(prompts)
+            .map(|(&fed, prompt)| {
+                let take = room.min(prompt.len() - fed);
+                room -= take;
+                fed + take
+            })
+            .collect();
+        feed(&mut tokens, cache, |seq| &prompts[seq][fed[seq]..ends[seq]]);
+        let hidden = model.llama.forward(&model.env(&tokens), Some(cache));
+        for (seq, row) in last.chunks_exact_mut(width).enumerate() {
+            if fed[seq] < ends[seq] {
+                let at = tokens.cu_seqlens[seq + 1] - 1;
+                row.copy_from_slice(&hidden[at * width..(at + 1) * width]);
+            }
         }
+        fed = ends;
     }
-    tokens
+    Ok(model.llama.logits(&model.env(&tokens), &last))
+}
+
+/// Logits after one more token of each active sequence: `[n_tokens, vocab]`.
+fn next_logits(model: &Model, tokens: &Tokens, cache: &mut KvCache) -> Buf {
+    let env = model.env(tokens);
+    if tokens.len() <= MAX_ROWS {
+        return model.llama.decode(&env, cache);
+    }
+    let hidden = model.llama.forward(&env, Some(cache));
+    model.llama.logits(&env, &hidden)
+}
+
+/// The next tokens of all sequences as one batch, at their positions.
+fn feed<'a>(tokens: &mut Tokens, cache: &KvCache, next: impl Fn(usize) -> &'a [u32]) {
+    let Tokens { ids, positions, rows, cu_seqlens } = tokens;
+    ids.clear();
+    positions.clear();
+    rows.clear();
+    cu_seqlens.clear();
+    cu_seqlens.push(0);
+    for seq in 0..cache.n_seqs() {
+        let (new, seen) = (next(seq), cache.len(seq) as u32);
+        ids.extend_from_slice(new);
+        positions.extend(seen..seen + new.len() as u32);
+        rows.extend(new.iter().map(|_| seq as u32));
+        cu_seqlens.push(ids.len());
+    }
 }

@@ -5,11 +5,15 @@
 //! header; tensors come by positioned reads and not through a memory map, so that their pages never count as this
 //! process's own memory and a file that shrinks gives an error instead of a signal.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use half::bf16;
+use half::vec::HalfBitsVecExt;
+use rayon::prelude::*;
 use serde::de::{DeserializeSeed, Error as _, MapAccess, Visitor};
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serializer};
@@ -26,8 +30,13 @@ const MAX_HEADER_BYTES: u64 = 100_000_000;
 const LENGTH_BYTES: u64 = 8;
 /// The key of the header that is no tensor.
 const METADATA_KEY: &str = "__metadata__";
-/// How much is read at once when elements are converted; no tensor is ever in memory in two types.
-const CONVERT_BYTES: usize = 1 << 20;
+/// How much a thread reads at once; when elements are converted, no more than that is in memory in two types.
+const READ_BYTES: usize = 256 << 10;
+
+thread_local! {
+    /// What a thread has read and not yet converted.
+    static BYTES: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
 
 /// The one-file form of a model's weights.
 const SINGLE_FILE: &str = "model.safetensors";
@@ -149,15 +158,18 @@ impl TensorFile {
         }
     }
 
-    /// Reads a tensor's bytes into `buf`, which afterwards is exactly as long; a buffer used again is not reallocated.
+    /// Reads a tensor's bytes into `buf`, on all threads; afterwards it is exactly as long. A buffer used again is not
+    /// reallocated.
     ///
     /// # Errors
     /// [`Error::Weights`] when there is none of this name or no memory for it, [`Error::Io`] when reading fails.
     pub fn read_bytes(&self, name: &str, buf: &mut Vec<u8>) -> Result<()> {
         let entry = self.entry(name)?;
-        self.reserve(entry, buf, entry.info.nbytes)?;
+        if buf.capacity() < entry.info.nbytes {
+            *buf = self.zeros(entry, entry.info.nbytes)?;
+        }
         buf.resize(entry.info.nbytes, 0);
-        self.read_at(entry, 0, buf)
+        in_parts(buf, READ_BYTES, |start, part| self.read_at(entry, start, part))
     }
 
     /// Fills `out` with a tensor's bytes from `start_byte` on: for reading a large tensor row by row.
@@ -177,41 +189,76 @@ impl TensorFile {
         self.read_at(entry, start_byte, out)
     }
 
-    /// Reads a tensor of type F32, F16 or BF16 as `f32`, exactly.
+    /// Reads a tensor of type F32, F16 or BF16 as `f32`, exactly, on all threads.
     ///
     /// # Errors
     /// [`Error::Weights`] when there is none of this name, it has another type or there is no memory for it,
     /// [`Error::Io`] when reading fails.
     pub fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
         let entry = self.entry(name)?;
-        let convert: fn(&[u8], &mut Vec<f32>) = match entry.info.dtype {
-            Dtype::F32 => |bytes, out| out.extend(bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b))),
-            Dtype::F16 => {
-                |bytes, out| out.extend(bytes.as_chunks::<2>().0.iter().map(|&b| half::f16::from_le_bytes(b).to_f32()))
-            }
-            Dtype::BF16 => {
-                |bytes, out| out.extend(bytes.as_chunks::<2>().0.iter().map(|&b| half::bf16::from_le_bytes(b).to_f32()))
-            }
-            other => {
-                return Err(Error::weights(&self.path, name, format!("expected F32, F16 or BF16, got {other}")));
-            }
-        };
-        let mut values = Vec::new();
-        self.reserve(entry, &mut values, entry.info.nbytes * 8 / entry.info.dtype.bitsize())?;
-        let mut chunk = vec![0; entry.info.nbytes.min(CONVERT_BYTES)];
-        for start in (0..entry.info.nbytes).step_by(CONVERT_BYTES) {
-            let length = CONVERT_BYTES.min(entry.info.nbytes - start);
-            self.read_at(entry, start, &mut chunk[..length])?;
-            convert(&chunk[..length], &mut values);
-        }
+        self.float_bytes(entry)?;
+        let mut values = self.zeros(entry, entry.info.nbytes * 8 / entry.info.dtype.bitsize())?;
+        in_parts(&mut values, READ_BYTES / 4, |start, part| self.read_f32_slice(name, start, part))?;
         Ok(values)
     }
 
-    fn reserve<T>(&self, entry: &Entry, buf: &mut Vec<T>, length: usize) -> Result<()> {
-        buf.try_reserve_exact(length.saturating_sub(buf.len())).map_err(|_| {
+    /// Fills `out` with the elements from `start` on of a tensor of type F32, F16 or BF16, exactly, on this thread.
+    ///
+    /// # Errors
+    /// Those of [`TensorFile::read_f32`], and [`Error::Shape`] when the tensor ends before `out` is full.
+    pub fn read_f32_slice(&self, name: &str, start: usize, out: &mut [f32]) -> Result<()> {
+        let entry = self.entry(name)?;
+        let width = self.float_bytes(entry)?;
+        BYTES.with_borrow_mut(|bytes| {
+            bytes.resize(out.len() * width, 0);
+            self.read_slice(name, start * width, bytes)?;
+            match entry.info.dtype {
+                Dtype::F32 => convert(bytes, out, f32::from_le_bytes),
+                Dtype::F16 => convert(bytes, out, |b| half::f16::from_le_bytes(b).to_f32()),
+                _ => convert(bytes, out, |b: [u8; 2]| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
+            }
+            Ok(())
+        })
+    }
+
+    /// Reads a tensor of type BF16 as it is stored, on all threads: an embedding table is the largest tensor there is.
+    ///
+    /// # Errors
+    /// As [`TensorFile::read_f32`].
+    pub fn read_bf16(&self, name: &str) -> Result<Vec<bf16>> {
+        let entry = self.entry(name)?;
+        if entry.info.dtype != Dtype::BF16 {
+            return Err(Error::weights(&self.path, name, format!("expected BF16, got {}", entry.info.dtype)));
+        }
+        let mut values: Vec<u16> = self.zeros(entry, entry.info.nbytes / 2)?;
+        in_parts(&mut values, READ_BYTES / 2, |start, part| {
+            BYTES.with_borrow_mut(|bytes| {
+                bytes.resize(2 * part.len(), 0);
+                self.read_at(entry, 2 * start, bytes)?;
+                convert(bytes, part, u16::from_le_bytes);
+                Ok(())
+            })
+        })?;
+        Ok(values.reinterpret_into())
+    }
+
+    /// Bytes of an element of a float tensor.
+    fn float_bytes(&self, entry: &Entry) -> Result<usize> {
+        match entry.info.dtype {
+            Dtype::F32 => Ok(4),
+            Dtype::F16 | Dtype::BF16 => Ok(2),
+            other => Err(Error::weights(&self.path, &entry.name, format!("expected F32, F16 or BF16, got {other}"))),
+        }
+    }
+
+    /// Zeros that take no memory before they are written, so that the threads that read share the page faults, too.
+    fn zeros<T: Clone + Default>(&self, entry: &Entry, length: usize) -> Result<Vec<T>> {
+        // `vec!` would abort the process where there is no memory: ask first.
+        Vec::<T>::new().try_reserve_exact(length).map_err(|_| {
             let bytes = length.saturating_mul(size_of::<T>());
             Error::weights(&self.path, &entry.name, format!("no memory for its {bytes} bytes"))
-        })
+        })?;
+        Ok(vec![T::default(); length])
     }
 
     fn read_at(&self, entry: &Entry, start_byte: usize, out: &mut [u8]) -> Result<()> {
@@ -222,6 +269,24 @@ impl TensorFile {
             }
             _ => Error::io(&self.path, source),
         })
+    }
+}
+
+/// Calls `work(start, part)` for parts of `len` elements on all threads; the error is the earliest part's.
+fn in_parts<T: Send>(out: &mut [T], len: usize, work: impl Fn(usize, &mut [T]) -> Result<()> + Sync) -> Result<()> {
+    if out.len() <= len {
+        return work(0, out);
+    }
+    os::with_pool(|| {
+        let parts = out.par_chunks_mut(len).enumerate();
+        parts.find_map_first(|(i, part)| work(i * len, part).err()).map_or(Ok(()), Err)
+    })
+}
+
+/// `out[i] = from(the i-th N bytes)`.
+fn convert<T, const N: usize>(bytes: &[u8], out: &mut [T], from: impl Fn([u8; N]) -> T) {
+    for (out, &bytes) in out.iter_mut().zip(bytes.as_chunks::<N>().0) {
+        *out = from(bytes);
     }
 }
 
@@ -464,6 +529,22 @@ impl ModelFiles {
         self.file_of(name)?.read_f32(name)
     }
 
+    /// As [`TensorFile::read_f32_slice`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn read_f32_slice(&self, name: &str, start: usize, out: &mut [f32]) -> Result<()> {
+        self.file_of(name)?.read_f32_slice(name, start, out)
+    }
+
+    /// As [`TensorFile::read_bf16`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn read_bf16(&self, name: &str) -> Result<Vec<bf16>> {
+        self.file_of(name)?.read_bf16(name)
+    }
+
     /// Calls `each(name, info, bytes)` for every tensor, front to back, holding one tensor at a time.
     ///
     /// # Errors
@@ -599,8 +680,8 @@ impl SafetensorsWriter {
     /// As [`SafetensorsWriter::write`].
     pub fn write_f32(&mut self, name: &str, values: &[f32]) -> Result<()> {
         let mut position = self.begin(name, values.len() * 4)?;
-        let mut chunk = Vec::with_capacity(values.len().min(CONVERT_BYTES / 4) * 4);
-        for part in values.chunks(CONVERT_BYTES / 4) {
+        let mut chunk = Vec::with_capacity(values.len().min(READ_BYTES / 4) * 4);
+        for part in values.chunks(READ_BYTES / 4) {
             chunk.clear();
             chunk.extend(part.iter().flat_map(|value| value.to_le_bytes()));
             self.write_at(&chunk, position)?;

@@ -342,7 +342,15 @@ fn row_scale<S: Simd>(s: S, x: &mut [f32], factor: f32) {
 
 /// The running softmax of one row: its scores become powers, its accumulator shrinks if the maximum grew.
 #[inline(always)]
-fn softmax_row<S: Simd>(s: S, row: &mut [f32], seen: usize, bf16: bool, c: f32, old: (f32, f32), acc: &mut [f32]) -> (f32, f32) {
+fn softmax_row<S: Simd>(
+    s: S,
+    row: &mut [f32],
+    seen: usize,
+    bf16: bool,
+    c: f32,
+    old: (f32, f32),
+    acc: &mut [f32],
+) -> (f32, f32) {
     let padded = seen.next_multiple_of(S::LANES);
     row[seen..padded].fill(f32::NEG_INFINITY);
     let (old_max, old_sum) = old;

@@ -43,8 +43,8 @@ impl<T: Copy> Guarded<T> {
             Flush::End => page + inner - size_of_val(values),
         };
         // SAFETY: the pages between the first and the last lie in the mapping.
-        let opened = inner == 0
-            || unsafe { libc::mprotect(map.byte_add(page), inner, libc::PROT_READ | libc::PROT_WRITE) } == 0;
+        let opened =
+            inner == 0 || unsafe { libc::mprotect(map.byte_add(page), inner, libc::PROT_READ | libc::PROT_WRITE) } == 0;
         assert!(opened, "mprotect of {inner} bytes");
         // SAFETY: `offset` lies in the mapping; it is aligned, as pages and sizes are multiples of the alignment.
         let data = unsafe { map.byte_add(offset) }.cast::<T>();
@@ -147,7 +147,11 @@ fn tiles_stay_in_bounds() {
             for add in [false, true] {
                 let mut c = floats(rows * cols);
                 let c = &mut TileMut::whole(&mut c, cols, rows, cols);
-                (tile.run)(&floats(depth * tile.mr), &floats(depth * tile.nr), TileC { c, i: 0, j: 0, alpha: 1.0, add });
+                (tile.run)(
+                    &floats(depth * tile.mr),
+                    &floats(depth * tile.nr),
+                    TileC { c, i: 0, j: 0, alpha: 1.0, add },
+                );
             }
         }
         let (count, width) = (k.min(20), 23);

@@ -7,6 +7,7 @@
 pub mod attention;
 pub mod elementwise;
 pub mod gemm;
+pub mod gemv;
 mod generic;
 #[cfg(all(test, unix))]
 mod guard;
@@ -14,6 +15,7 @@ pub mod lines;
 #[cfg(test)]
 mod parity;
 pub mod philox;
+pub mod quantize;
 pub mod reference;
 pub mod tiles;
 #[cfg(target_arch = "x86_64")]
@@ -80,6 +82,22 @@ pub struct Kernels {
     pub dropout_row: fn(mask: &Mask, how: Masked<'_>, y: &mut [f32]),
     /// One AdamW step of parameters `p` with gradients `g` and moments `m`, `v`; the bits of [`AdamStep::update`].
     pub adamw_row: AdamRow,
+    // Matrix times a few vectors (gemv.rs); x: `[n_x, cols]`, out: `[rows, n_x]`, n_x at most `gemv::MAX_X`.
+    /// x in the order in which this table's `nf4_gemv` meets the weights of a block;  x, out: `[n · 64]`.
+    pub nf4_order: fn(x: &[f32], out: &mut [f32]),
+    /// `out[j, i] = Σ_p w[j, p] · x[i, p]`, `w = round(code[index] · scale)`, x brought into order by `nf4_order`.
+    pub nf4_gemv: gemv::Nf4Gemv,
+    /// `out[j, i] = Σ_p w[j, p] · x[i, p]`;  w: bits of bf16, `[rows, cols]`.
+    pub bf16_gemv: fn(w: &[u16], cols: usize, x: &[f32], out: &mut [f32]),
+    /// `out[j, i] = Σ_p w[j, p] · x[i, p]`;  w: `[rows, cols]`.
+    pub f32_gemv: fn(w: &[f32], cols: usize, x: &[f32], out: &mut [f32]),
+    /// `out[j, i] = Σ_p scales[j, p / 64] · w[j, p] · x[i, p]`;  w: `[rows, cols]`, scales: `[rows, cols / 64]`.
+    pub i8_gemv: fn(w: &[i8], scales: &[f32], cols: usize, x: &[f32], out: &mut [f32]),
+    // Quantizing (quantize.rs).
+    /// One block to NF4: `code[i]` = number of thresholds strictly below `x[i] · (1 / absmax)`, two codes a byte, the first
+    /// in the high nibble; returns absmax, the largest magnitude. If that is NaN or infinite, `out` is unspecified.
+    /// x: `[n · 32]`, thresholds ascending, out: `[n · 16]`.
+    pub nf4_quantize: fn(x: &[f32], thresholds: &[f32; 15], out: &mut [u8]) -> f32,
 }
 
 impl Kernels {

@@ -6,6 +6,7 @@ use super::attention::{
 };
 use super::elementwise::{AdamStep, Mask, Masked};
 use super::gemm::{GemmTile, PairKernels, PanelA, Rows, TileC};
+use super::gemv::{Nf4Rows, Round};
 use super::tiles::TileMut;
 use super::{Kernels, available, philox::philox4x32_10, reference, tables};
 
@@ -238,9 +239,8 @@ fn dropout_masks_are_the_scalar_generators_to_the_bit() {
         let x = floats(n, 33);
         for (first, threshold) in [(0, 0), (0, 1 << 30), (8, 3 << 30), (0x7FFF_FFF0, u32::MAX)] {
             let mask = Mask { key: [3407, 17], counter: [u32::MAX, 5, 9], first, threshold, scale: 1.25 };
-            let word = |i: usize| {
-                philox4x32_10([(first as usize / 4 + i / 4) as u32, u32::MAX, 5, 9], [3407, 17])[i % 4]
-            };
+            let word =
+                |i: usize| philox4x32_10([(first as usize / 4 + i / 4) as u32, u32::MAX, 5, 9], [3407, 17])[i % 4];
             let want: Vec<f32> = (0..n).map(|i| if word(i) >= threshold { x[i] * 1.25 } else { 0.0 }).collect();
             let (mut copied, mut in_place, mut added) = (vec![9.0; n], x.clone(), vec![1.0; n]);
             (table.dropout_row)(&mask, Masked::Copy(&x), &mut copied);
@@ -437,6 +437,132 @@ fn attention_of_few_queries() {
                     let tolerance = if bf16 { 1e-2 } else { 1e-5 };
                     assert_close(got, &want, tolerance, &format!("{} dim={dim} rows={rows} bf16={bf16}", table.isa));
                 }
+            }
+        }
+    }
+}
+
+/// Random NF4 rows: packed bytes and scales, the smallest of which makes half-precision denormals.
+fn nf4_rows(rows: usize, cols: usize) -> (Vec<u8>, Vec<f32>) {
+    let packed = (0..rows * cols / 2).map(|i| philox4x32_10([i as u32, 5, 5, 5], [2, 2])[0] as u8).collect();
+    let scales = floats(rows * cols / 64, 21).into_iter().enumerate().map(|(i, s)| s.abs() * [1.0, 0.02, 1e-5][i % 3]);
+    (packed, scales.collect())
+}
+
+const ROUNDS: [Round; 4] = [Round::F32, Round::Bf16, Round::F16, Round::F16ThenBf16];
+
+#[test]
+fn gemv_weights_are_exact() {
+    // Against the rows of the identity, every product is one weight: exactly the rounded value.
+    let code: [f32; 16] = std::array::from_fn(|i| (i as f32 / 7.5 - 1.0).powi(3) + 0.013);
+    let (rows, cols) = (3, 128);
+    let (packed, scales) = nf4_rows(rows, cols);
+    let reference = reference::table();
+    for table in available() {
+        for round in ROUNDS {
+            let w = Nf4Rows { packed: &packed, scales: &scales, cols, round };
+            for p in 0..cols {
+                let mut x = vec![0.0; cols];
+                x[p] = 1.0;
+                let mut ordered = x.clone();
+                (table.nf4_order)(&x, &mut ordered);
+                let (mut got, mut want) = (vec![7.0; rows], vec![7.0; rows]);
+                (table.nf4_gemv)(w, &code, &ordered, &mut got);
+                (reference.nf4_gemv)(w, &code, &x, &mut want);
+                assert_eq!(got, want, "{} {round:?} column {p}", table.isa);
+            }
+        }
+    }
+}
+
+#[test]
+fn gemv() {
+    let code: [f32; 16] = std::array::from_fn(|i| i as f32 / 7.5 - 1.0);
+    let (rows, reference) = (5, reference::table());
+    for table in available() {
+        for n_x in [1, 2, 3, 4, 5, 7, 8] {
+            for cols in [64, 128, 576] {
+                let x = floats(n_x * cols, 22);
+                let mut ordered = x.clone();
+                (table.nf4_order)(&x, &mut ordered);
+                let (packed, scales) = nf4_rows(rows, cols);
+                let (mut got, mut want) = (vec![7.0; rows * n_x], vec![7.0; rows * n_x]);
+                for round in ROUNDS {
+                    let w = Nf4Rows { packed: &packed, scales: &scales, cols, round };
+                    (table.nf4_gemv)(w, &code, &ordered, &mut got);
+                    (reference.nf4_gemv)(w, &code, &x, &mut want);
+                    // f32 sums of up to 576 products.
+                    assert_close(&got, &want, 2e-6, &format!("{} nf4 {round:?} {cols} x {n_x}", table.isa));
+                }
+                let w: Vec<i8> = packed.iter().chain(&packed).map(|byte| *byte as i8).collect();
+                (table.i8_gemv)(&w, &scales, cols, &x, &mut got);
+                (reference.i8_gemv)(&w, &scales, cols, &x, &mut want);
+                assert_close(&got, &want, 2e-6, &format!("{} i8 {cols} x {n_x}", table.isa));
+            }
+            for cols in LENGTHS {
+                let (x, w) = (floats(n_x * cols, 23), floats(rows * cols, 24));
+                let (mut got, mut want) = (vec![7.0; rows * n_x], vec![7.0; rows * n_x]);
+                (table.f32_gemv)(&w, cols, &x, &mut got);
+                (reference.f32_gemv)(&w, cols, &x, &mut want);
+                assert_close(&got, &want, 4e-6, &format!("{} f32 {cols} x {n_x}", table.isa));
+                let w: Vec<u16> = w.iter().map(|w| half::bf16::from_f32(*w).to_bits()).collect();
+                (table.bf16_gemv)(&w, cols, &x, &mut got);
+                (reference.bf16_gemv)(&w, cols, &x, &mut want);
+                assert_close(&got, &want, 4e-6, &format!("{} bf16 {cols} x {n_x}", table.isa));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_of_x_does_not_see_its_neighbours() {
+    let code: [f32; 16] = std::array::from_fn(|i| i as f32 / 7.5 - 1.0);
+    let (rows, cols) = (3, 192);
+    let (packed, scales) = nf4_rows(rows, cols);
+    let x = floats(8 * cols, 25);
+    let bf16: Vec<_> = floats(rows * cols, 26).iter().map(|w| half::bf16::from_f32(*w).to_bits()).collect();
+    let w = Nf4Rows { packed: &packed, scales: &scales, cols, round: Round::Bf16 };
+    for table in available() {
+        let (mut nf4, mut dense) = (vec![0.0; rows * 8], vec![0.0; rows * 8]);
+        (table.nf4_gemv)(w, &code, &x, &mut nf4);
+        (table.bf16_gemv)(&bf16, cols, &x, &mut dense);
+        for i in 0..8 {
+            let x = &x[i * cols..(i + 1) * cols];
+            let (mut one_nf4, mut one_dense) = (vec![0.0; rows], vec![0.0; rows]);
+            (table.nf4_gemv)(w, &code, x, &mut one_nf4);
+            (table.bf16_gemv)(&bf16, cols, x, &mut one_dense);
+            for j in 0..rows {
+                assert_eq!((one_nf4[j], one_dense[j]), (nf4[j * 8 + i], dense[j * 8 + i]), "{} row {i}", table.isa);
+            }
+        }
+    }
+}
+
+#[test]
+fn nf4_quantize_is_exact() {
+    let thresholds: [f32; 15] = std::array::from_fn(|i| (i as f32 - 7.0) / 8.0);
+    let reference = reference::table();
+    for table in available() {
+        for n in [32, 64, 128, 4096] {
+            let mut x = floats(n, 27);
+            // On thresholds exactly, just above them, and a zero of either sign.
+            for (i, threshold) in thresholds.iter().enumerate() {
+                x[2 * i] = 3.0 * threshold;
+                x[2 * i + 1] = 3.0 * threshold.next_up();
+            }
+            x[30] = 3.0;
+            x[31] = -0.0;
+            let cases =
+                [x.clone(), vec![0.0; n], x.iter().map(|x| x * 1e-39).collect(), x.iter().map(|x| -x).collect()];
+            for (case, x) in cases.iter().enumerate() {
+                let (mut got, mut want) = (vec![7; n / 2], vec![7; n / 2]);
+                let absmax = (table.nf4_quantize)(x, &thresholds, &mut got);
+                assert_eq!(absmax, (reference.nf4_quantize)(x, &thresholds, &mut want), "{} case {case}", table.isa);
+                assert_eq!(got, want, "{} n={n} case {case}", table.isa);
+            }
+            for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                x[n - 3] = bad;
+                assert!(!(table.nf4_quantize)(&x, &thresholds, &mut vec![0; n / 2]).is_finite(), "{} {bad}", table.isa);
             }
         }
     }

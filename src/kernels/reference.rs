@@ -3,9 +3,11 @@
 //! Sums run in f64, left to right, except the GEMM tile, whose f32 sum over p is left to right as well.
 
 use super::Kernels;
+use super::attention::{Attention, Block, DIMS, Few, Gradients, KEYS, PAD, QUERIES, QUERY_STRIDE, Softmax, Upstream};
 use super::elementwise::{adamw_row_scalar, dropout_row_scalar};
-use super::attention::{Attention, Block, Few, Gradients, KEYS, Softmax, Upstream, PAD, DIMS, QUERIES, QUERY_STRIDE};
 use super::gemm::{GemmTile, PairKernels, PanelA, reference as twin};
+use super::gemv::{BLOCK, Nf4Rows, check_x};
+use super::quantize::{INFINITY_BITS, MIN_ABSMAX};
 
 const TILE: GemmTile = GemmTile { mr: twin::MR, nr: twin::NR, panel_a: PanelA::Columns, run: twin::tile_f32 };
 
@@ -40,6 +42,14 @@ pub(super) fn table() -> Kernels {
         rms_norm_gain,
         dropout_row: dropout_row_scalar,
         adamw_row: adamw_row_scalar,
+        nf4_order: |x, out| out.copy_from_slice(x),
+        nf4_gemv,
+        bf16_gemv: |w, cols, x, out| gemv(w.len() / cols, cols, x, out, |at| f32::from_bits(u32::from(w[at]) << 16)),
+        f32_gemv: |w, cols, x, out| gemv(w.len() / cols, cols, x, out, |at| w[at]),
+        i8_gemv: |w, scales, cols, x, out| {
+            gemv(w.len() / cols, cols, x, out, |at| f32::from(w[at]) * scales[at / BLOCK]);
+        },
+        nf4_quantize,
     }
 }
 
@@ -207,11 +217,47 @@ fn attend_few(t: &Few<'_>, st: &mut Softmax<'_>) {
         let q = &t.q[r * t.dim..][..t.dim];
         let acc = &mut st.acc[r * width..][..width];
         for j in 0..seen.min(t.keys) {
-            let rounded = |x: &[f32]| x[j * t.stride..][..t.dim].iter().map(|x| operand(*x, t.bf16)).collect::<Vec<_>>();
+            let rounded =
+                |x: &[f32]| x[j * t.stride..][..t.dim].iter().map(|x| operand(*x, t.bf16)).collect::<Vec<_>>();
             let mut row = [dot(q, &rounded(t.k))];
             let c = t.scale * std::f32::consts::LOG2_E;
             softmax_row(&mut row, c, t.bf16, &mut st.max[r], &mut st.sum[r], acc);
             axpy(row[0], &rounded(t.v), &mut acc[..t.dim]);
         }
     }
+}
+
+fn nf4_gemv(w: Nf4Rows<'_>, code: &[f32; 16], x: &[f32], out: &mut [f32]) {
+    let (rows, _) = w.check(x, out);
+    gemv(rows, w.cols, x, out, |at| {
+        let byte = w.packed[at / 2];
+        let index = if at % 2 == 0 { byte >> 4 } else { byte & 15 };
+        w.round.apply(code[usize::from(index)] * w.scales[at / BLOCK])
+    });
+}
+
+/// `out[j, i] = Σ_p weight(j · cols + p) · x[i, p]`.
+fn gemv(rows: usize, cols: usize, x: &[f32], out: &mut [f32], weight: impl Fn(usize) -> f32) {
+    let n_x = check_x("gemv", rows, cols, x, out);
+    for j in 0..rows {
+        for i in 0..n_x {
+            let products = (0..cols).map(|p| f64::from(weight(j * cols + p)) * f64::from(x[i * cols + p]));
+            out[j * n_x + i] = products.sum::<f64>() as f32;
+        }
+    }
+}
+
+fn nf4_quantize(x: &[f32], thresholds: &[f32; 15], out: &mut [u8]) -> f32 {
+    assert_eq!(out.len(), x.len().div_ceil(2), "nf4_quantize: lengths differ");
+    // The magnitude bits of floats sort like the floats, with infinity and NaN on top.
+    let largest = x.iter().map(|x| x.abs().to_bits()).fold(0, u32::max);
+    let absmax = f32::from_bits(largest);
+    if largest < INFINITY_BITS {
+        let inverse = 1.0 / absmax.max(MIN_ABSMAX);
+        let code = |x: f32| thresholds.iter().filter(|&&threshold| x * inverse > threshold).count() as u8;
+        for (pair, byte) in x.chunks(2).zip(out) {
+            *byte = code(pair[0]) << 4 | code(pair.get(1).copied().unwrap_or(0.0));
+        }
+    }
+    absmax
 }

@@ -13,14 +13,24 @@ pub struct KvCache {
 pub struct LayerCache {
     keys: Vec<Vec<f32>>,
     values: Vec<Vec<f32>>,
+    /// Floats a buffer never needs more than.
+    most: usize,
 }
 
+/// Tokens by which a buffer grows at least.
+const GROWTH: usize = 256;
+
 impl KvCache {
-    /// An empty cache for `n_seqs` sequences of at most `max_len` tokens, allocated once.
+    /// An empty cache for `n_seqs` sequences of at most `max_len` tokens; it grows with them, by half each time.
     pub fn new(n_layers: usize, n_seqs: usize, max_len: usize, kv_width: usize) -> Self {
-        let buffers = || (0..n_seqs).map(|_| Vec::with_capacity(max_len * kv_width)).collect::<Vec<_>>();
-        let layers = (0..n_layers).map(|_| LayerCache { keys: buffers(), values: buffers() }).collect();
-        Self { layers, lengths: vec![0; n_seqs] }
+        let buffers = || vec![Vec::new(); n_seqs];
+        let layer = |_| LayerCache { keys: buffers(), values: buffers(), most: max_len * kv_width };
+        Self { layers: (0..n_layers).map(layer).collect(), lengths: vec![0; n_seqs] }
+    }
+
+    /// Number of sequences.
+    pub fn n_seqs(&self) -> usize {
+        self.lengths.len()
     }
 
     /// Tokens of sequence `seq` seen so far.
@@ -51,8 +61,14 @@ impl LayerCache {
     pub fn append(&mut self, cu_seqlens: &[usize], kv_width: usize, k: &[f32], v: &[f32]) {
         for (seq, pair) in cu_seqlens.windows(2).enumerate() {
             let rows = pair[0] * kv_width..pair[1] * kv_width;
-            self.keys[seq].extend_from_slice(&k[rows.clone()]);
-            self.values[seq].extend_from_slice(&v[rows]);
+            for (buffer, new) in [(&mut self.keys[seq], &k[rows.clone()]), (&mut self.values[seq], &v[rows])] {
+                let needed = buffer.len() + new.len();
+                if needed > buffer.capacity() {
+                    let grown = (buffer.len() + buffer.len() / 2).max(needed + GROWTH * kv_width);
+                    buffer.reserve_exact(grown.min(self.most).max(needed) - buffer.len());
+                }
+                buffer.extend_from_slice(new);
+            }
         }
     }
 

@@ -7,10 +7,12 @@
 use super::kv_cache::{KvCache, LayerCache};
 use crate::ops::attention::{self, Forward, Heads};
 use crate::ops::linear::{self, Linear, Matrix};
+use crate::ops::matmul::Into;
 use crate::ops::rms_norm::{self, RmsNorm};
 use crate::ops::rope::{Angles, Rope, Turn};
 use crate::ops::{Buf, Ctx, Env, Grads, embedding, head, rows_per_task, swiglu};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// The decoder.
 pub struct Llama {
@@ -54,28 +56,77 @@ pub struct Layer {
     pub down: Linear,
 }
 
+/// How much of a layer's forward is kept for its backward beside its input; the rest is computed again, to the same bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Keep {
+    /// Nothing: the layer runs again, up to its last product.
+    Input,
+    /// What the attention's products gave; the MLP runs again, up to its last product.
+    Attention,
+    /// What all products gave; norms and the gated activation run again.
+    Products,
+    /// Everything.
+    Everything,
+}
+
 /// What a layer's backward needs beside its input.
 pub struct Saved {
-    norm1: rms_norm::Saved,
-    h1: Buf,
+    attention: AttentionSaved,
+    /// One for each chunk of tokens, or none where the MLP runs again.
+    mlp: Vec<MlpSaved>,
+}
+
+/// Whether anything before a layer is trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Below {
+    /// Something is: the input's gradient is needed.
+    Trained,
+    /// Nothing is.
+    Nothing,
+}
+
+/// A norm's output and what its backward needs.
+type Normed = (Buf, rms_norm::Saved);
+
+/// What the backward of `mid = x + o(attention(...))` needs.
+struct AttentionSaved {
+    normed: Option<Normed>,
     q: Buf,
     k: Buf,
     v: Buf,
-    lin_q: linear::Saved,
-    lin_k: linear::Saved,
-    lin_v: linear::Saved,
+    lin_qkv: [linear::Saved; 3],
     attended: Buf,
     lse: Buf,
     lin_o: linear::Saved,
     mid: Buf,
-    norm2: rms_norm::Saved,
-    h2: Buf,
+}
+
+/// What the backward of `down(silu(gate(h)) · up(h))` needs.
+struct MlpSaved {
+    gated: Gated,
+    lin_down: linear::Saved,
+}
+
+/// The MLP up to its last product.
+struct Gated {
+    normed: Option<Normed>,
     gate: Buf,
     up: Buf,
-    lin_gate: linear::Saved,
-    lin_up: linear::Saved,
-    active: Buf,
-    lin_down: linear::Saved,
+    lin_gate_up: [linear::Saved; 2],
+    active: Option<Buf>,
+}
+
+/// Floats of one `[tokens, ffn]` buffer beyond which the MLP takes its tokens in chunks.
+const MLP_FLOATS: usize = 8 << 20;
+
+/// The tokens of each chunk of the MLP: as few chunks as keep a `[tokens, ffn]` buffer small, of multiples of 64 tokens.
+///
+/// The chunks follow from the shapes alone, whatever is kept and however many threads there are: what is summed over
+/// tokens (dA, dB, dW) is summed chunk after chunk in every run.
+pub fn mlp_chunks(n_tokens: usize, ffn: usize) -> impl ExactSizeIterator<Item = Range<usize>> {
+    let most = (MLP_FLOATS / ffn).max(64);
+    let chunk = n_tokens.div_ceil(n_tokens.div_ceil(most).max(1)).next_multiple_of(64);
+    (0..n_tokens.div_ceil(chunk.max(1))).map(move |i| i * chunk..n_tokens.min((i + 1) * chunk))
 }
 
 /// The linear layers of a decoder layer by their Hugging Face names, in the order of [`Layer::linears`].
@@ -106,14 +157,54 @@ impl Layer {
             || [&self.input_norm, &self.post_norm].iter().any(|norm| matches!(norm.gain, rms_norm::Gain::Trained(_)))
     }
 
-    /// x: `[n_tokens, hidden]` -> `[n_tokens, hidden]`. With a cache, the new tokens see what their sequence has seen.
-    pub fn forward(&self, env: &Env<'_>, rope: &Angles, x: &[f32], cache: Option<&mut LayerCache>) -> (Buf, Saved) {
-        let (ctx, heads) = (env.ctx, self.heads);
-        let cu_seqlens = &env.tokens.cu_seqlens;
-        let (h1, norm1) = self.input_norm.forward(env, x);
-        let (mut q, lin_q) = self.q.forward(env, &h1);
-        let (mut k, lin_k) = self.k.forward(env, &h1);
-        let (v, lin_v) = self.v.forward(env, &h1);
+    /// Whether the norm before the attention or its products have anything to train.
+    fn is_attention_trained(&self) -> bool {
+        matches!(self.input_norm.gain, rms_norm::Gain::Trained(_))
+            || [&self.q, &self.k, &self.v, &self.o].iter().any(|linear| linear.is_trained())
+    }
+
+    /// x: `[n_tokens, hidden]` -> `[n_tokens, hidden]`, and what `keep` asks for beside x itself ([`Keep::Input`]: nothing).
+    ///
+    /// With a cache, the new tokens see what their sequence has seen.
+    pub fn forward(
+        &self,
+        env: &Env<'_>,
+        rope: &Angles,
+        x: &[f32],
+        cache: Option<&mut LayerCache>,
+        keep: Keep,
+    ) -> (Buf, Option<Saved>) {
+        let mut attention = self.attend(env, rope, x, cache);
+        // out = mid + down(...): out starts as mid
+        let (mut out, attention) = if keep == Keep::Input {
+            (attention.mid, None)
+        } else {
+            attention.normed.take_if(|_| keep < Keep::Everything);
+            (env.ctx.copy(&attention.mid), Some(attention))
+        };
+        let mut mlp = Vec::new();
+        self.for_mlp_chunks(env, |env, rows| {
+            let out = &mut out[rows];
+            let (mut gated, active) = self.activate(env, out);
+            let (part, lin_down) = self.down.forward(env, &active);
+            add(env.ctx, out, &part);
+            if keep == Keep::Everything {
+                gated.active = Some(active);
+            } else {
+                gated.normed = None;
+            }
+            if keep >= Keep::Products {
+                mlp.push(MlpSaved { gated, lin_down });
+            }
+        });
+        (out, attention.map(|attention| Saved { attention, mlp }))
+    }
+
+    /// `mid = x + o(attention(rope(q(h)), rope(k(h)), v(h)))` with `h = norm(x)`;  x: `[n_tokens, hidden]`.
+    fn attend(&self, env: &Env<'_>, rope: &Angles, x: &[f32], cache: Option<&mut LayerCache>) -> AttentionSaved {
+        let (ctx, heads, cu_seqlens) = (env.ctx, self.heads, &env.tokens.cu_seqlens);
+        let (h, norm) = self.input_norm.forward(env, x);
+        let [(mut q, lin_q), (mut k, lin_k), (v, lin_v)] = linear::forward_all(env, [&self.q, &self.k, &self.v], &h);
         rope.rotate(ctx, &mut q, heads.q_width(), Turn::Forward);
         rope.rotate(ctx, &mut k, heads.kv_width(), Turn::Forward);
         let (attended, lse) = match cache {
@@ -124,68 +215,126 @@ impl Layer {
             }
         };
         let (mut mid, lin_o) = self.o.forward(env, &attended);
-        add(ctx, &mut mid, x); // mid = x + o(attended)
-        let (h2, norm2) = self.post_norm.forward(env, &mid);
-        let (gate, lin_gate) = self.gate.forward(env, &h2);
-        let (up, lin_up) = self.up.forward(env, &h2);
-        let active = swiglu::forward(ctx, &gate, &up);
-        let (mut out, lin_down) = self.down.forward(env, &active);
-        add(ctx, &mut out, &mid); // out = mid + down(active)
-        let saved = Saved {
-            norm1,
-            h1,
-            q,
-            k,
-            v,
-            lin_q,
-            lin_k,
-            lin_v,
-            attended,
-            lse,
-            lin_o,
-            mid,
-            norm2,
-            h2,
-            gate,
-            up,
-            lin_gate,
-            lin_up,
-            active,
-            lin_down,
-        };
-        (out, saved)
+        add(ctx, &mut mid, x);
+        let lin_qkv = [lin_q, lin_k, lin_v];
+        AttentionSaved { normed: Some((h, norm)), q, k, v, lin_qkv, attended, lse, lin_o, mid }
+    }
+
+    /// `silu(gate(h)) · up(h)` with `h = norm(mid)`;  mid: `[chunk, hidden]` -> `[chunk, ffn]`.
+    fn activate(&self, env: &Env<'_>, mid: &[f32]) -> (Gated, Buf) {
+        let (h, norm) = self.post_norm.forward(env, mid);
+        let [(gate, lin_gate), (up, lin_up)] = linear::forward_all(env, [&self.gate, &self.up], &h);
+        let active = swiglu::forward(env.ctx, &gate, &up);
+        let lin_gate_up = [lin_gate, lin_up];
+        (Gated { normed: Some((h, norm)), gate, up, lin_gate_up, active: None }, active)
+    }
+
+    /// Calls `work(environment, elements)` for each chunk of [`mlp_chunks`]: the environment is that of the chunk's tokens,
+    /// the elements are those of the chunk in a `[n_tokens, hidden]` buffer.
+    fn for_mlp_chunks(&self, env: &Env<'_>, mut work: impl FnMut(&Env<'_>, Range<usize>)) {
+        let (n_tokens, hidden) = (env.tokens.len(), self.down.outputs);
+        for rows in mlp_chunks(n_tokens, self.down.inputs) {
+            let elements = rows.start * hidden..rows.end * hidden;
+            if rows.len() == n_tokens {
+                work(env, elements);
+            } else {
+                work(&Env { tokens: &env.tokens.rows(rows), ..*env }, elements);
+            }
+        }
     }
 
     /// From the gradient of the output to that of the input;  x: the forward's input, dout: `[n_tokens, hidden]`.
-    pub fn backward(&self, env: &Env<'_>, rope: &Angles, x: &[f32], s: &Saved, dout: Buf, grads: &mut Grads) -> Buf {
-        let ctx = env.ctx;
-        // out = mid + down(silu(gate(h2)) · up(h2)): dmid starts as dout
-        let mut dactive = ctx.zeros(s.active.len());
-        self.down.backward(env, &s.active, &s.lin_down, &dout, Some(&mut dactive), grads);
-        let (dgate, dup) = swiglu::backward(ctx, &s.gate, &s.up, &dactive);
-        drop(dactive);
-        let mut dh2 = ctx.zeros(s.h2.len());
-        self.gate.backward(env, &s.h2, &s.lin_gate, &dgate, Some(&mut dh2), grads);
-        self.up.backward(env, &s.h2, &s.lin_up, &dup, Some(&mut dh2), grads);
-        drop((dgate, dup));
+    ///
+    /// What was not saved is computed again. Returns `None` where nothing below needs a gradient.
+    pub fn backward(
+        &self,
+        env: &Env<'_>,
+        rope: &Angles,
+        x: &[f32],
+        saved: Option<Saved>,
+        dout: Buf,
+        below: Below,
+        grads: &mut Grads,
+    ) -> Option<Buf> {
+        let Saved { mut attention, mlp } =
+            saved.unwrap_or_else(|| Saved { attention: self.attend(env, rope, x, None), mlp: Vec::new() });
+        // out = mid + mlp(mid): dmid starts as dout
         let mut dmid = dout;
-        self.post_norm.backward(env, &s.mid, &s.norm2, &dh2, &mut dmid, grads);
-        drop(dh2);
+        let mut mlp = mlp.into_iter();
+        self.for_mlp_chunks(env, |env, rows| {
+            self.mlp_backward(env, &attention.mid[rows.clone()], mlp.next(), &mut dmid[rows], grads);
+        });
+        attention.mid = Buf::default();
+        if below == Below::Nothing && !self.is_attention_trained() {
+            return None;
+        }
+        self.attend_backward(env, rope, x, attention, dmid, below, grads)
+    }
+
+    /// Adds the part of the gradient that comes through the MLP;  mid: `[chunk, hidden]`, dmid: the same, starts as dout.
+    fn mlp_backward(&self, env: &Env<'_>, mid: &[f32], saved: Option<MlpSaved>, dmid: &mut [f32], grads: &mut Grads) {
+        let ctx = env.ctx;
+        let (gated, active, lin_down) = match saved {
+            None => {
+                let (gated, active) = self.activate(env, mid);
+                let lin_down = self.down.recompute(env, &active);
+                (gated, active, lin_down)
+            }
+            Some(MlpSaved { mut gated, lin_down }) => {
+                let active = gated.active.take();
+                let active = active.unwrap_or_else(|| swiglu::forward(ctx, &gated.gate, &gated.up));
+                (gated, active, lin_down)
+            }
+        };
+        let Gated { normed, gate, up, lin_gate_up: [lin_gate, lin_up], .. } = gated;
+        let mut dactive = ctx.buf(active.len());
+        let parts = [(&self.down, &lin_down, &*dmid)];
+        linear::backward_all(env, &active, &parts, Some((&mut dactive, Into::Store)), grads);
+        drop(active);
+        let (dgate, dup) = swiglu::backward(ctx, &gate, &up, &dactive);
+        drop((dactive, gate, up));
+        let (h, norm) = normed.unwrap_or_else(|| self.post_norm.forward(env, mid));
+        let mut dh = ctx.buf(h.len());
+        let parts = [(&self.gate, &lin_gate, &*dgate), (&self.up, &lin_up, &*dup)];
+        linear::backward_all(env, &h, &parts, Some((&mut dh, Into::Store)), grads);
+        drop((dgate, dup, h));
+        self.post_norm.backward(env, mid, &norm, &dh, dmid, grads);
+    }
+
+    /// From the gradient of `mid` to that of x.
+    #[expect(clippy::too_many_arguments, reason = "the backward of one equation, apart from the MLP's")]
+    fn attend_backward(
+        &self,
+        env: &Env<'_>,
+        rope: &Angles,
+        x: &[f32],
+        saved: AttentionSaved,
+        dmid: Buf,
+        below: Below,
+        grads: &mut Grads,
+    ) -> Option<Buf> {
+        let (ctx, heads) = (env.ctx, self.heads);
+        let AttentionSaved { normed, q, k, v, lin_qkv: [lin_q, lin_k, lin_v], attended, lse, lin_o, mid: _ } = saved;
         // mid = x + o(attended): dx starts as dmid
-        let mut dattended = ctx.zeros(s.attended.len());
-        self.o.backward(env, &s.attended, &s.lin_o, &dmid, Some(&mut dattended), grads);
-        let f = Forward { q: &s.q, k: &s.k, v: &s.v, out: &s.attended, lse: &s.lse };
-        let (mut dq, mut dk, dv) = attention::backward(ctx, self.heads, &env.tokens.cu_seqlens, f, &dattended);
-        drop(dattended);
-        rope.rotate(ctx, &mut dq, self.heads.q_width(), Turn::Backward);
-        rope.rotate(ctx, &mut dk, self.heads.kv_width(), Turn::Backward);
-        let mut dh1 = ctx.zeros(s.h1.len());
-        self.q.backward(env, &s.h1, &s.lin_q, &dq, Some(&mut dh1), grads);
-        self.k.backward(env, &s.h1, &s.lin_k, &dk, Some(&mut dh1), grads);
-        self.v.backward(env, &s.h1, &s.lin_v, &dv, Some(&mut dh1), grads);
+        let mut dattended = ctx.buf(attended.len());
+        let parts = [(&self.o, &lin_o, &*dmid)];
+        linear::backward_all(env, &attended, &parts, Some((&mut dattended, Into::Store)), grads);
+        let f = Forward { q: &q, k: &k, v: &v, out: &attended, lse: &lse };
+        let (mut dq, mut dk, dv) = attention::backward(ctx, heads, &env.tokens.cu_seqlens, f, &dattended);
+        drop((dattended, q, k, v, attended, lse));
+        rope.rotate(ctx, &mut dq, heads.q_width(), Turn::Backward);
+        rope.rotate(ctx, &mut dk, heads.kv_width(), Turn::Backward);
+        let (h, norm) = normed.unwrap_or_else(|| self.input_norm.forward(env, x));
+        // The gain's gradient needs dh even where x needs none.
+        let through = below == Below::Trained || matches!(self.input_norm.gain, rms_norm::Gain::Trained(_));
+        let mut dh = through.then(|| ctx.buf(h.len()));
+        let parts = [(&self.q, &lin_q, &*dq), (&self.k, &lin_k, &*dk), (&self.v, &lin_v, &*dv)];
+        linear::backward_all(env, &h, &parts, dh.as_deref_mut().map(|dh| (dh, Into::Store)), grads);
+        drop((dq, dk, dv, h));
+        let dh = dh?;
         let mut dx = dmid;
-        self.input_norm.backward(env, x, &s.norm1, &dh1, &mut dx, grads);
-        dx
+        self.input_norm.backward(env, x, &norm, &dh, &mut dx, grads);
+        Some(dx)
     }
 }
 
@@ -196,7 +345,7 @@ impl Llama {
         let mut x = embedding::forward(env, &self.embed, self.hidden_size);
         for (layer_idx, layer) in self.layers.iter().enumerate() {
             let cache = cache.as_deref_mut().map(|cache| cache.layer(layer_idx));
-            (x, _) = layer.forward(env, &rope, &x, cache);
+            (x, _) = layer.forward(env, &rope, &x, cache, Keep::Input);
         }
         if let Some(cache) = cache {
             cache.advance(env.tokens);

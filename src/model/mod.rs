@@ -1,9 +1,12 @@
 //! Decoders, one readable file per family, and what they share: config, weights, KV cache.
 
 pub mod config;
+pub mod decode;
 pub mod kv_cache;
 pub mod llama;
 pub mod save;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod weights;
 
 pub use config::ModelConfig;

@@ -11,6 +11,7 @@ use crate::ops::rope::Rope;
 use crate::ops::{ParamStore, Precision, Weight};
 use crate::quant::{BnbAbsmax, BnbParts, FloatKind, Nf4Tensor};
 use half::{bf16, f16};
+use rayon::prelude::*;
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -34,7 +35,8 @@ pub struct LoadOptions {
     pub full_finetuning: bool,
 }
 
-/// Reads the decoder of `folder`; trained tensors go to `params`. Memory: the result and one tensor.
+/// Reads the decoder of `folder`; trained tensors go to `params`. Memory: the result and a few
+/// megabytes; all threads read and quantize.
 ///
 /// # Errors
 /// [`Error::Weights`] for a missing, surplus, misshapen or non-finite tensor; [`Error::Io`].
@@ -128,15 +130,22 @@ impl Loader<'_> {
         let dtype = self.check(name, &[rows, cols])?;
         let bf16_run = self.options.precision == Precision::Bf16;
         if let Some(Quantize { block_size, double_quant }) = quantize {
-            let mut values = self.dense(name, &[rows, cols])?;
             let kind = if bf16_run { FloatKind::Bf16 } else { FloatKind::F32 };
-            if bf16_run {
-                for value in &mut values {
-                    *value = kind.round(*value);
+            let kernels = crate::kernels::active()?;
+            let read = |start: usize, out: &mut [f32]| {
+                self.files.read_f32_slice(name, start, out)?;
+                if bf16_run && dtype != Dtype::BF16 {
+                    (kernels.round_bf16)(out);
                 }
-            }
-            let tensor = Nf4Tensor::quantize(&values, &[rows, cols], kind, block_size, double_quant);
-            return Ok(Matrix::Frozen(Weight::nf4(tensor.map_err(|e| self.error(name, e.to_string()))?)?));
+                Ok(())
+            };
+            let tensor = Nf4Tensor::quantize_from(&[rows, cols], kind, block_size, double_quant, read);
+            let tensor = tensor.map_err(|error| match error {
+                // Found by the block's scale; reading it again finds the element as it stands in the file.
+                Error::Data { .. } => self.dense(name, &[rows, cols]).err().unwrap_or(error),
+                other => other,
+            });
+            return Ok(Matrix::Frozen(Weight::nf4(tensor?)?));
         }
         if dtype == Dtype::BF16 {
             return Ok(Matrix::Frozen(Weight::bf16(self.dense_bf16(name)?, rows, cols)?));
@@ -152,7 +161,7 @@ impl Loader<'_> {
     fn dense(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         self.check(name, shape)?;
         let values = self.files.read_f32(name)?;
-        match values.iter().position(|v| !v.is_finite()) {
+        match first_not_finite(&values, |v| v.to_bits(), f32::INFINITY.to_bits()) {
             None => Ok(values),
             Some(i) => Err(self.not_finite(name, i, values[i])),
         }
@@ -160,10 +169,8 @@ impl Loader<'_> {
 
     /// A checked bf16 tensor as it is stored, never widened: an embedding table is the largest tensor there is.
     fn dense_bf16(&self, name: &str) -> Result<Vec<bf16>> {
-        let mut bytes = Vec::new();
-        self.files.read_bytes(name, &mut bytes)?;
-        let values: Vec<bf16> = bytes.as_chunks::<2>().0.iter().map(|pair| bf16::from_le_bytes(*pair)).collect();
-        match values.iter().position(|v| !v.is_finite()) {
+        let values = self.files.read_bf16(name)?;
+        match first_not_finite(&values, |v| u32::from(v.to_bits()), u32::from(bf16::INFINITY.to_bits())) {
             None => Ok(values),
             Some(i) => Err(self.not_finite(name, i, values[i].to_f32())),
         }
@@ -223,7 +230,7 @@ impl Loader<'_> {
             nested_quant_map: nested_map.map(floats),
             quant_state,
         };
-        let mut tensor = Nf4Tensor::from_bnb_parts(parts).map_err(|e| self.error(name, e.to_string()))?;
+        let tensor = Nf4Tensor::from_bnb_parts(parts).map_err(|e| self.error(name, e.to_string()))?;
         if tensor.shape != [rows, cols] {
             let problem = format!("has shape {:?}, but config.json says [{rows}, {cols}]", tensor.shape);
             return Err(self.error(name, problem));
@@ -233,7 +240,6 @@ impl Loader<'_> {
                 self.error(name, "has a scale that is not a number: the checkpoint is damaged; download it again")
             );
         }
-        tensor.denest();
         Weight::nf4(tensor)
     }
 
@@ -249,6 +255,17 @@ impl Loader<'_> {
             }
         }
     }
+}
+
+/// The first number whose exponent is that of `infinity`. Looked for by chunks, whose maximum is quick to take.
+fn first_not_finite<T: Sync>(values: &[T], bits: impl Fn(&T) -> u32 + Sync, infinity: u32) -> Option<usize> {
+    const CHUNK: usize = 64 << 10;
+    let exponent = |value: &T| bits(value) & infinity;
+    values.par_chunks(CHUNK).enumerate().find_map_first(|(chunk, values)| {
+        let largest = values.iter().map(exponent).fold(0, u32::max);
+        let at = (largest == infinity).then(|| values.iter().position(|v| exponent(v) == infinity))??;
+        Some(chunk * CHUNK + at)
+    })
 }
 
 /// The bytes of `values` in a 16- or 32-bit dtype.

@@ -161,7 +161,9 @@ impl Packed {
             for head in 0..shape.kv_heads {
                 let (region, after) = rest.split_at_mut(len.next_multiple_of(panel) * per_key);
                 rest = after;
-                tasks.extend(region.chunks_mut(KEYS * per_key).enumerate().map(|(b, out)| (segment, head, b * KEYS, out)));
+                tasks.extend(
+                    region.chunks_mut(KEYS * per_key).enumerate().map(|(b, out)| (segment, head, b * KEYS, out)),
+                );
             }
         }
         tasks.into_par_iter().for_each(|(segment, head, first, out)| {
@@ -229,7 +231,8 @@ fn forward_many(ctx: &Ctx, shape: Heads, q: &[f32], segments: &[&Segment<'_>], (
     }
     let cols: Vec<usize> = heads.iter().map(|h| h * dim).collect();
     let bands = heads.len() - 1;
-    let tiles = split_grid(out, shape.q_width(), &rows, &cols).into_iter().zip(split_grid(lse, shape.heads, &rows, &heads));
+    let tiles =
+        split_grid(out, shape.q_width(), &rows, &cols).into_iter().zip(split_grid(lse, shape.heads, &rows, &heads));
     let mut tasks: Vec<_> = tiles
         .enumerate()
         .filter_map(|(task, (out, lse))| owner[task / bands].map(|segment| (segment, out, lse)))
@@ -237,7 +240,9 @@ fn forward_many(ctx: &Ctx, shape: Heads, q: &[f32], segments: &[&Segment<'_>], (
     // The last tiles of a sequence see the most keys: they go first.
     tasks.reverse();
     tasks.into_par_iter().with_max_len(1).for_each(|(segment, out, lse)| {
-        SCRATCH.with_borrow_mut(|scratch| forward_tile(ctx, shape, q, (segment, segments[segment]), (&k, &v), (out, lse), scratch));
+        SCRATCH.with_borrow_mut(|scratch| {
+            forward_tile(ctx, shape, q, (segment, segments[segment]), (&k, &v), (out, lse), scratch)
+        });
     });
 }
 
@@ -477,7 +482,9 @@ pub fn backward(ctx: &Ctx, shape: Heads, cu_seqlens: &[usize], f: Forward<'_>, d
             for (x, y) in pairs(blocks, round) {
                 for kv_head in 0..shape.kv_heads {
                     let take = |tiles: &mut Vec<Option<_>>, block: usize| {
-                        tiles[(block0 + block) * shape.kv_heads + kv_head].take().expect("a block comes up once in a round")
+                        tiles[(block0 + block) * shape.kv_heads + kv_head]
+                            .take()
+                            .expect("a block comes up once in a round")
                     };
                     let (dq, dk, dv) = (take(&mut dq, y), take(&mut dk, x), take(&mut dv, x));
                     cells.push(Cell { segment, start, kv_head, dq, dk, dv });

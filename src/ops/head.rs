@@ -21,6 +21,21 @@ const LOGITS: usize = 4 << 20;
 /// Rows of W in a block, at least: fewer would add `dh` up too often.
 const MIN_BLOCK: usize = 1024;
 
+/// Floats of logits that exist at a time when `n` tokens have a target.
+pub fn logits_at_a_time(n: usize, vocab: usize, head_trained: bool) -> usize {
+    if head_trained { n.min(rows_at_a_time(vocab)) * vocab } else { n * block_rows(n, vocab) }
+}
+
+/// Rows of W in a block.
+fn block_rows(n: usize, vocab: usize) -> usize {
+    (LOGITS / n.max(1)).max(MIN_BLOCK).next_multiple_of(64).min(vocab)
+}
+
+/// Tokens that go through a trained head together.
+fn rows_at_a_time(vocab: usize) -> usize {
+    (LOGITS / vocab.max(1)).max(256)
+}
+
 /// Hidden states -> logits `[n, vocab]`;  h: `[n, hidden]`, head: `[vocab, hidden]`.
 pub fn logits(env: &Env<'_>, head: &Matrix, vocab: usize, hidden: usize, h: &[f32]) -> Buf {
     let mut out = env.ctx.buf(h.len() / hidden * vocab);
@@ -150,7 +165,7 @@ impl<'a> Pass<'a> {
         if n == 0 {
             return (self.seen, sums);
         }
-        let block = (LOGITS / n).max(MIN_BLOCK).next_multiple_of(64).min(self.vocab);
+        let block = block_rows(n, self.vocab);
         let mut scores = ctx.buf(n * block);
         for first in (0..self.vocab).step_by(block) {
             let ids = first..self.vocab.min(first + block);
@@ -188,7 +203,7 @@ fn trained_loss_and_grad(
     let hidden = h.len() / targets.len().max(1);
     let mut dh = env.ctx.zeros(h.len());
     let mut sum = 0.0;
-    for rows in trained(targets).chunks((LOGITS / vocab.max(1)).max(256)) {
+    for rows in trained(targets).chunks(rows_at_a_time(vocab)) {
         let h = gather(env.ctx, h, hidden, rows);
         let mut dlogits = logits(env, head, vocab, hidden, &h);
         sum += cross_entropy(env.ctx, vocab, &mut dlogits, rows, targets, weight);

@@ -4,9 +4,9 @@
 //! `du = scale · dy B`, `dA = duᵀ D(x)`, `dB = dyᵀ u`; a frozen W never gets a gradient, and costs none.
 
 use super::dropout::Dropout;
-use crate::kernels::elementwise::Masked;
 use super::matmul::{FEW_ROWS, Gemm, Into, Left, Mask, Operand, PackedA, Shape, Term, gemm, gemm_sum};
 use super::{Buf, Env, Grads, ParamId, Weight};
+use crate::kernels::elementwise::Masked;
 use rayon::prelude::*;
 
 /// The matrix of a layer, `[out, in]`.
@@ -206,11 +206,11 @@ impl Linear {
 }
 
 /// The forwards of layers that share their input, which is packed once.
-pub fn forward_all(env: &Env<'_>, linears: &[&Linear], x: &[f32]) -> Vec<(Buf, Saved)> {
+pub fn forward_all<const N: usize>(env: &Env<'_>, linears: [&Linear; N], x: &[f32]) -> [(Buf, Saved); N] {
     let inputs = linears.first().map_or(1, |linear| linear.inputs);
     let packed = pack(env, x, inputs);
     let left = packed.as_ref().map_or(Left::Plain(Operand::rows(x, inputs)), Left::Packed);
-    linears.iter().map(|linear| linear.forward_packed(env, x, left)).collect()
+    linears.map(|linear| linear.forward_packed(env, x, left))
 }
 
 /// The backward of layers that share their input: the gradient of the input is one sum with one pass over `dx`.

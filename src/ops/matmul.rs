@@ -8,7 +8,7 @@
 
 use super::pack::{Form, KC, pack_b, pack_panel, sized};
 use super::weight::{Precision, Weight};
-use super::{Buf, Ctx};
+use super::{Buf, Ctx, gemv};
 use crate::kernels::gemm::{GemmTile, TileC};
 use crate::kernels::lines::Lines;
 use crate::kernels::tiles::{TileMut, split_grid};
@@ -160,6 +160,11 @@ struct Scratch {
     rows: Lines,
     /// One tile of a masked product.
     tile: Lines,
+}
+
+/// Floats of the right operand `[k, n]` that are packed at a time, beside what each thread packs for itself.
+pub fn packed_whole(n: usize, k: usize) -> usize {
+    if n <= THIN { n * k } else { 0 }
 }
 
 /// Runs a GEMM on all threads.
@@ -333,6 +338,16 @@ fn few_rows(ctx: &Ctx, shape: Shape, term: &Term<'_>, c: &mut [f32]) {
     let Left::Plain(Operand::Dense { data, row_stride, col_stride }) = term.a else {
         panic!("gemm: the left operand is dense")
     };
+    if let (Operand::WeightT(weight, first), 1) = (term.b, col_stride) {
+        if shape.into == Into::Store {
+            c.fill(0.0);
+        }
+        let x = gemv::Input::new(ctx, data, shape.m, k, row_stride);
+        let mut out = ctx.buf(c.len());
+        gemv::weight(ctx, weight, first, &x, &mut out);
+        (ctx.kernels.axpy)(shape.alpha, &gemv::transpose(ctx, out, shape.m), c);
+        return;
+    }
     let mut rows = ctx.buf(shape.m * k);
     for (i, row) in rows.chunks_exact_mut(k).enumerate() {
         for (p, value) in row.iter_mut().enumerate() {

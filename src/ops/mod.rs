@@ -8,12 +8,14 @@
 pub mod attention;
 pub mod dropout;
 pub mod embedding;
+pub mod gemv;
 pub mod head;
 pub mod linear;
 pub mod matmul;
 mod pack;
 pub mod params;
 pub mod pool;
+pub mod probe;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
@@ -92,6 +94,17 @@ impl Tokens {
             tokens.cu_seqlens.push(tokens.ids.len());
         }
         tokens
+    }
+
+    /// The tokens of a range, for ops that look at each token alone: they stand there as one sequence.
+    #[must_use]
+    pub fn rows(&self, range: std::ops::Range<usize>) -> Self {
+        Self {
+            ids: self.ids[range.clone()].to_vec(),
+            positions: self.positions[range.clone()].to_vec(),
+            rows: self.rows[range.clone()].to_vec(),
+            cu_seqlens: vec![0, range.len()],
+        }
     }
 
     /// Number of tokens.

@@ -3,7 +3,7 @@
 use super::rows::Rows;
 use super::tokenizer::Tokenizer;
 use super::{enter, parse, train};
-use crate::config::{GenerateOptions, LoraOptions, Quantization, QuantizationOptions};
+use crate::config::{GenerateOptions, LoraOptions, Quantization, QuantizationOptions, TrainOptions};
 use crate::data::collate::collate;
 use crate::data::rows::Example;
 use crate::error::{Error, Result};
@@ -14,7 +14,7 @@ use crate::io::safetensors::Dtype;
 use crate::lora::peft::{self, Adapter};
 use crate::model::{LoadOptions, Model as Core, Quantize, save};
 use crate::ops::{Precision, Tokens};
-use crate::train::Recompute;
+use crate::train::plan::Checkpointing;
 use crate::train::run::{computing, split};
 use numpy::{PyArray1, PyArray2, PyArrayDyn, PyArrayMethods};
 use pyo3::prelude::*;
@@ -94,21 +94,7 @@ impl Model {
     /// Loads a Hugging Face folder.
     #[staticmethod]
     fn load(py: Python<'_>, folder: PathBuf, dtype: Option<&str>, quantization: &str) -> PyResult<Self> {
-        let quantization: QuantizationOptions = parse("quantization", quantization)?;
-        let precision = match dtype {
-            None if crate::kernels::active()?.prefers_bf16() => Precision::Bf16,
-            None | Some("float32") => Precision::F32,
-            Some("bfloat16") => Precision::Bf16,
-            Some(other) => {
-                return Err(Error::config("dtype", other, "expected float32, bfloat16 or None").into());
-            }
-        };
-        let full_finetuning = quantization.full_finetuning == Some(true);
-        let quantize = match quantization.resolve()? {
-            Quantization::None => None,
-            Quantization::Nf4 { block_size, double_quant } => Some(Quantize { block_size, double_quant }),
-        };
-        let options = LoadOptions { precision, quantize, full_finetuning };
+        let options = load_options(dtype, quantization)?;
         let core = enter(py, || with_pool(|| Core::load(&folder, &options)))?;
         Ok(Self { state: RwLock::new(State { core, adapter: None }) })
     }
@@ -323,7 +309,7 @@ impl Model {
     }
 
     /// Trains on tokenised rows; returns the outcome as JSON.
-    #[pyo3(signature = (train, eval, options, recompute=true, resume=None, observer=None, tokenizer=None, base_model=None))]
+    #[pyo3(signature = (train, eval, options, checkpointing="unsloth", resume=None, observer=None, tokenizer=None, base_model=None))]
     #[expect(clippy::too_many_arguments, reason = "one call from the Python trainer, all by name")]
     fn train(
         &self,
@@ -331,7 +317,7 @@ impl Model {
         train: &Rows,
         eval: Option<&Rows>,
         options: &str,
-        recompute: bool,
+        checkpointing: &str,
         resume: Option<PathBuf>,
         observer: Option<Py<PyAny>>,
         tokenizer: Option<&Tokenizer>,
@@ -340,7 +326,7 @@ impl Model {
         let call = train::Call {
             eval: eval.map(|rows| rows.examples.clone()),
             options: parse("SFTConfig", options)?,
-            recompute: if recompute { Recompute::EveryLayer } else { Recompute::Nothing },
+            checkpointing: Checkpointing::from_name(checkpointing)?,
             resume,
             observer,
             tokenizer: tokenizer.map(Tokenizer::shared),
@@ -348,6 +334,15 @@ impl Model {
         };
         let rows = train.examples.clone();
         enter(py, || train::train(self, &rows, call))
+    }
+
+    /// What `train` with the same arguments would take of this machine's memory, as JSON: bytes of the parts, `peak`,
+    /// `available` and `fits`.
+    fn training_memory(&self, py: Python<'_>, train: &Rows, options: &str, checkpointing: &str) -> PyResult<String> {
+        let options: TrainOptions = parse("SFTConfig", options)?;
+        let asked = Checkpointing::from_name(checkpointing)?;
+        let rows = train.examples.clone();
+        enter(py, || train::training_memory(self, &rows, &options, asked))
     }
 
     /// Mean token loss over rows, and the number of tokens it is the mean of.
@@ -373,6 +368,25 @@ impl Model {
         }
         Ok(dict)
     }
+}
+
+/// How a checkpoint becomes a model, as it was asked for.
+pub(super) fn load_options(dtype: Option<&str>, quantization: &str) -> Result<LoadOptions> {
+    let quantization: QuantizationOptions = parse("quantization", quantization)?;
+    let precision = match dtype {
+        None if crate::kernels::active()?.prefers_bf16() => Precision::Bf16,
+        None | Some("float32") => Precision::F32,
+        Some("bfloat16") => Precision::Bf16,
+        Some(other) => {
+            return Err(Error::config("dtype", other, "expected float32, bfloat16 or None"));
+        }
+    };
+    let full_finetuning = quantization.full_finetuning == Some(true);
+    let quantize = match quantization.resolve()? {
+        Quantization::None => None,
+        Quantization::Nf4 { block_size, double_quant } => Some(Quantize { block_size, double_quant }),
+    };
+    Ok(LoadOptions { precision, quantize, full_finetuning })
 }
 
 /// A Python exception on its way through Rust.

@@ -4,6 +4,7 @@ use super::enter;
 use super::json::from_python;
 use super::tokenizer::Tokenizer;
 use crate::data::masking::{Markers, ResponseMasker};
+use crate::data::packing::pack;
 use crate::data::rows::{Example, RowOptions, RowReader};
 use crate::error::Error;
 use pyo3::exceptions::PyIndexError;
@@ -77,6 +78,12 @@ impl Rows {
     #[getter]
     fn longest(&self) -> usize {
         self.examples.iter().map(|row| row.input_ids.len()).max().unwrap_or(0)
+    }
+
+    /// Number of packed rows of up to `max_length` tokens that the rows are put together to.
+    fn n_packed(&self, max_length: usize) -> usize {
+        let lengths: Vec<usize> = self.examples.iter().map(|row| row.input_ids.len()).collect();
+        pack(&lengths, max_length).len()
     }
 
     /// The rows with labels on answers only, the two markers, and how many rows had no answer and were dropped.

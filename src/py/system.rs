@@ -1,12 +1,16 @@
 //! Module functions about the machine, checkpoints, the hub and settings.
 
-use super::model::callback;
+use super::model::{callback, load_options};
 use super::{enter, parse};
-use crate::config::TrainOptions;
+use crate::config::{LoraOptions, OptimizerKind, TrainOptions};
 use crate::io::hub::{HubEvent, HubOptions, resolve_with};
 use crate::io::os;
 use crate::kernels;
+use crate::model::ModelConfig;
+use crate::ops::Ctx;
+use crate::ops::probe::{peak_flops, read_bandwidth};
 use crate::train::checkpoint::{self, Skipped};
+use crate::train::plan::{Checkpointing, Run};
 use pyo3::prelude::*;
 use serde_json::json;
 use std::path::PathBuf;
@@ -88,6 +92,50 @@ fn resolve_train_options(options: &str, n_rows: usize) -> PyResult<String> {
     Ok(json!({ "train": train, "plan": plan }).to_string())
 }
 
+/// The most that this machine reaches, as JSON: `flops` of products in `dtype` and `read_bytes`, each a second.
+///
+/// Takes a second or two.
+#[pyfunction]
+fn measure_peak(py: Python<'_>, dtype: &str) -> PyResult<String> {
+    let options = load_options(Some(dtype), "{}")?;
+    let measured = enter(py, || {
+        os::with_pool(|| {
+            let ctx = Ctx::new(options.precision)?;
+            Ok(json!({"flops": peak_flops(&ctx), "read_bytes": read_bandwidth(&ctx)}))
+        })
+    })?;
+    Ok(measured.to_string())
+}
+
+/// What training a model would take before it is loaded, as JSON like that of `Model.training_memory`.
+///
+/// folder: has a `config.json`; lora: arguments of `get_peft_model`; available: of this machine if not given.
+#[pyfunction]
+#[pyo3(signature = (folder, quantization, lora, n_tokens, dtype=None, optim="adamw_8bit", checkpointing="unsloth", available=None))]
+#[expect(clippy::too_many_arguments, reason = "one call from the Python side, all by name")]
+fn estimate_memory(
+    py: Python<'_>,
+    folder: PathBuf,
+    quantization: &str,
+    lora: &str,
+    n_tokens: usize,
+    dtype: Option<&str>,
+    optim: &str,
+    checkpointing: &str,
+    available: Option<u64>,
+) -> PyResult<String> {
+    let options = load_options(dtype, quantization)?;
+    let lora: LoraOptions = parse("get_peft_model", lora)?;
+    let (optimizer, asked) = (OptimizerKind::from_name(optim)?, Checkpointing::from_name(checkpointing)?);
+    enter(py, || {
+        let config = ModelConfig::read(&folder)?;
+        let run = Run::planned(&config, &options, &lora.resolve(config.num_layers)?, optimizer, n_tokens)?;
+        let weights = run.weights as u64;
+        let available = available.or_else(os::available_memory_bytes).map(|bytes| bytes.saturating_sub(weights));
+        Ok(json!(run.forecast(asked, os::rss_bytes().map(|now| now + weights), available)).to_string())
+    })
+}
+
 /// Adds the functions to the module.
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(set_num_threads, module)?)?;
@@ -95,5 +143,7 @@ pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(info, module)?)?;
     module.add_function(wrap_pyfunction!(resolve_model, module)?)?;
     module.add_function(wrap_pyfunction!(newest_checkpoint, module)?)?;
+    module.add_function(wrap_pyfunction!(estimate_memory, module)?)?;
+    module.add_function(wrap_pyfunction!(measure_peak, module)?)?;
     module.add_function(wrap_pyfunction!(resolve_train_options, module)?)
 }

@@ -6,6 +6,7 @@ use crate::config::TrainOptions;
 use crate::data::rows::Example;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
+use crate::train::plan::{Checkpointing, Run};
 use crate::train::{Control, Event, Job, Observer, Recompute, Settings, Status, run};
 use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
@@ -97,7 +98,7 @@ impl Observer for PyObserver {
 pub(super) struct Call {
     pub(super) eval: Option<Arc<Vec<Example>>>,
     pub(super) options: TrainOptions,
-    pub(super) recompute: Recompute,
+    pub(super) checkpointing: Checkpointing,
     pub(super) resume: Option<PathBuf>,
     pub(super) observer: Option<Py<PyAny>>,
     pub(super) tokenizer: Option<Arc<Tokenizer>>,
@@ -106,8 +107,11 @@ pub(super) struct Call {
 
 /// Trains a model on rows; returns the outcome as JSON.
 pub(super) fn train(model: &Model, rows: &[Example], call: Call) -> Result<String> {
-    let settings = Settings::new(call.options.resolve()?, rows.len(), call.recompute)?;
+    let mut settings = Settings::new(call.options.resolve()?, rows, Recompute::EveryLayer)?;
     let mut state = model.write()?;
+    let n_tokens = settings.largest_micro_batch();
+    let forecast = Run::of(&state.core, settings.train.optimizer, n_tokens).forecast_here(call.checkpointing);
+    settings.recompute = forecast.recompute;
     let State { core, adapter } = &mut *state;
     let write_model = |core: &crate::model::Model, folder: &Path| {
         write_weights(core, adapter.as_ref(), folder, call.base_model.as_deref())?;
@@ -135,6 +139,19 @@ pub(super) fn train(model: &Model, rows: &[Example], call: Call) -> Result<Strin
         "log_history": status.log_history,
     })
     .to_string())
+}
+
+/// What `train` would take of this machine's memory, as JSON.
+pub(super) fn training_memory(
+    model: &Model,
+    rows: &[Example],
+    options: &TrainOptions,
+    asked: Checkpointing,
+) -> Result<String> {
+    let settings = Settings::new(options.resolve()?, rows, Recompute::EveryLayer)?;
+    let n_tokens = settings.largest_micro_batch();
+    let run = Run::of(&model.read()?.core, settings.train.optimizer, n_tokens);
+    Ok(json!(run.forecast_here(asked)).to_string())
 }
 
 /// Mean token loss over rows, and the number of tokens it is the mean of.

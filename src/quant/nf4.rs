@@ -11,6 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use super::dynamic_map::{DynamicMap, MAP_LEN};
 use crate::error::{Error, Result};
+use crate::kernels::Kernels;
+use crate::kernels::quantize::{CHUNK, MIN_ABSMAX};
+use std::cell::RefCell;
 
 /// The 16 values of NF4, ascending: quantiles of a normal distribution scaled to [-1, 1], with an exact zero.
 pub const CODE_BOOK: [f32; 16] = [
@@ -49,15 +52,13 @@ pub const BLOCK_SIZES: std::ops::RangeInclusive<usize> = 32..=4096;
 /// Scales that share one second-level scale under double quantization.
 pub const NESTED_BLOCK_SIZE: usize = 256;
 
-/// The code of 0.0, which also fills the spare nibble of an odd count.
-const ZERO_CODE: u8 = 7;
+/// Values that are read and quantized at a time, a multiple of every block size.
+pub const READ_WEIGHTS: usize = 64 << 10;
 
-/// Smallest absmax that is inverted, so that a block of zeros gives no NaN (`clamp(min=1e-38)` in bitsandbytes).
-const MIN_ABSMAX: f32 = 1e-38;
-
-/// Bits of an f32 without its sign, and the pattern of infinity: larger ones are NaN.
-const MAGNITUDE: u32 = 0x7fff_ffff;
-const INFINITY_BITS: u32 = 0x7f80_0000;
+thread_local! {
+    /// A task's values.
+    static VALUES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
 
 /// The dtype dequantized values are rounded to, the one the weights had before they were quantized.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -210,7 +211,6 @@ impl Nf4Tensor {
         block_size: usize,
         double_quant: bool,
     ) -> Result<Self> {
-        check_block_size(block_size)?;
         if shape_len(shape) != Some(values.len()) || values.is_empty() {
             return Err(Error::Shape {
                 op: "nf4.quantize",
@@ -218,27 +218,53 @@ impl Nf4Tensor {
                 got: vec![values.len()],
             });
         }
-        let mut packed = vec![0u8; values.len().div_ceil(2)];
-        let mut scales = vec![0f32; values.len().div_ceil(block_size)];
+        Self::quantize_from(shape, dtype, block_size, double_quant, |start, out| {
+            for (out, value) in out.iter_mut().zip(&values[start..]) {
+                *out = value.value();
+            }
+            Ok(())
+        })
+    }
+
+    /// Quantizes a tensor that need not be in memory: `read(start, out)` gives the values `start .. start + out.len()`, and
+    /// is called from all threads, for [`READ_WEIGHTS`] values at a time.
+    ///
+    /// # Errors
+    /// Those of [`Nf4Tensor::quantize`], and the one of `read` for the earliest values.
+    pub fn quantize_from(
+        shape: &[usize],
+        dtype: FloatKind,
+        block_size: usize,
+        double_quant: bool,
+        read: impl Fn(usize, &mut [f32]) -> Result<()> + Sync,
+    ) -> Result<Self> {
+        check_block_size(block_size)?;
+        let len = checked_len(shape)?;
+        let mut packed = vec![0u8; len.div_ceil(2)];
+        let mut scales = vec![0f32; len.div_ceil(block_size)];
+        let kernels = crate::kernels::active()?;
         // A task is a whole number of blocks, so that no byte and no scale is shared; its size changes nothing else.
-        let blocks_per_task = (16_384 / block_size).max(1);
-        let task = blocks_per_task * block_size;
-        let finite = packed
-            .par_chunks_mut(task / 2)
-            .zip(scales.par_chunks_mut(blocks_per_task))
-            .zip(values.par_chunks(task))
-            .map(|((bytes, scales), values)| {
-                let mut finite = true;
-                let blocks = bytes.chunks_mut(block_size / 2).zip(values.chunks(block_size));
-                for (scale, (bytes, values)) in scales.iter_mut().zip(blocks) {
-                    *scale = quantize_block(values, bytes);
-                    finite &= scale.is_finite();
-                }
-                finite
+        let tasks = packed.par_chunks_mut(READ_WEIGHTS / 2).zip(scales.par_chunks_mut(READ_WEIGHTS / block_size));
+        let error = tasks.enumerate().find_map_first(|(task, (bytes, scales))| {
+            let start = task * READ_WEIGHTS;
+            VALUES.with_borrow_mut(|values| {
+                values.resize(READ_WEIGHTS.min(len - start), 0.0);
+                read(start, values).err().or_else(|| {
+                    let blocks = bytes.chunks_mut(block_size / 2).zip(values.chunks(block_size));
+                    for (scale, (bytes, values)) in scales.iter_mut().zip(blocks) {
+                        *scale = if values.len() == block_size {
+                            (kernels.nf4_quantize)(values, &THRESHOLDS, bytes)
+                        } else {
+                            quantize_rest(kernels, values, bytes)
+                        };
+                    }
+                    let bad = scales.iter().position(|scale| !scale.is_finite())?;
+                    Some(non_finite(&values[bad * block_size..], start + bad * block_size, shape))
+                })
             })
-            .reduce(|| true, |a, b| a && b);
-        if !finite {
-            return Err(non_finite(values, shape));
+        });
+        if let Some(error) = error {
+            return Err(error);
         }
         let absmax = if double_quant { nest(&scales) } else { Absmax::Plain(scales) };
         Ok(Self { packed, absmax, shape: shape.to_vec(), dtype, block_size })
@@ -257,11 +283,7 @@ impl Nf4Tensor {
         block_size: usize,
     ) -> Result<Self> {
         check_block_size(block_size)?;
-        let len = shape_len(&shape).filter(|&len| len > 0).ok_or_else(|| Error::Shape {
-            op: "nf4 shape",
-            expected: "axes of at least 1 whose product fits in memory".to_owned(),
-            got: shape.clone(),
-        })?;
+        let len = checked_len(&shape)?;
         expect_len("nf4 packed bytes", packed.len(), len.div_ceil(2))?;
         expect_len("nf4 absmax", absmax.len(), len.div_ceil(block_size))?;
         let finite = match &absmax {
@@ -385,34 +407,15 @@ pub fn dequantize_run(packed: &[u8], start: usize, table: &[f32; 16], out: &mut 
     }
 }
 
-/// Quantizes one block into `bytes` and returns its absmax, which is NaN or infinite if a value is.
-fn quantize_block<T: Weight>(values: &[T], bytes: &mut [u8]) -> f32 {
-    // The magnitude bits of floats sort like the floats, with infinity and NaN on top.
-    let largest = values.iter().map(|v| v.value().to_bits() & MAGNITUDE).fold(0, u32::max);
-    let absmax = f32::from_bits(largest);
-    if largest >= INFINITY_BITS {
-        return absmax;
-    }
-    let inverse = 1.0 / absmax.max(MIN_ABSMAX);
-    let mut pairs = values.chunks_exact(2);
-    let mut bytes = bytes.iter_mut();
-    for (pair, byte) in pairs.by_ref().zip(bytes.by_ref()) {
-        *byte = code_of(pair[0].value() * inverse) << 4 | code_of(pair[1].value() * inverse);
-    }
-    if let ([last], Some(byte)) = (pairs.remainder(), bytes.next()) {
-        *byte = code_of(last.value() * inverse) << 4 | ZERO_CODE;
-    }
+/// Quantizes the values that do not fill the last block; returns their absmax, which is NaN or infinite if a value is.
+fn quantize_rest(kernels: &Kernels, values: &[f32], bytes: &mut [u8]) -> f32 {
+    let mut whole = vec![0.0; values.len().next_multiple_of(CHUNK)];
+    whole[..values.len()].copy_from_slice(values);
+    let mut codes = vec![0; whole.len() / 2];
+    // Zeros behind the values change neither the absmax nor, being code 7 themselves, what the last byte must be.
+    let absmax = (kernels.nf4_quantize)(&whole, &THRESHOLDS, &mut codes);
+    bytes.copy_from_slice(&codes[..bytes.len()]);
     absmax
-}
-
-/// The number of thresholds strictly below `x`, by a bisection without branches.
-#[inline]
-fn code_of(x: f32) -> u8 {
-    let mut code = 0usize;
-    for step in [8, 4, 2, 1] {
-        code += step * usize::from(x > THRESHOLDS[code + step - 1]);
-    }
-    code as u8
 }
 
 /// Double quantization of the scales: minus their mean, in groups of 256, to the nearest entry of the signed map.
@@ -422,10 +425,10 @@ fn nest(scales: &[f32]) -> Absmax {
     let sum: f64 = scales.iter().map(|&scale| f64::from(scale)).sum();
     let offset = (sum / scales.len() as f64) as f32;
     let mut codes = vec![0u8; scales.len()];
-    let mut absmax = Vec::with_capacity(scales.len().div_ceil(NESTED_BLOCK_SIZE));
-    for (codes, scales) in codes.chunks_mut(NESTED_BLOCK_SIZE).zip(scales.chunks(NESTED_BLOCK_SIZE)) {
+    let mut absmax = Vec::new();
+    let groups = codes.par_chunks_mut(NESTED_BLOCK_SIZE).zip(scales.par_chunks(NESTED_BLOCK_SIZE));
+    let groups = groups.with_min_len(16).map(|(codes, scales)| {
         let largest = scales.iter().map(|scale| (scale - offset).abs()).fold(0f32, f32::max);
-        absmax.push(largest);
         // A group of equal scales keeps code 0, as in bitsandbytes; times 0 it stands for the mean.
         if largest > 0.0 {
             let inverse = 1.0 / largest.max(MIN_ABSMAX);
@@ -433,7 +436,9 @@ fn nest(scales: &[f32]) -> Absmax {
                 *code = map.encode((scale - offset) * inverse);
             }
         }
-    }
+        largest
+    });
+    groups.collect_into_vec(&mut absmax);
     Absmax::Nested { codes, absmax, offset, block_size: NESTED_BLOCK_SIZE, map: Box::new(*map.values()) }
 }
 
@@ -448,6 +453,15 @@ fn shape_len(shape: &[usize]) -> Option<usize> {
     shape.iter().try_fold(1usize, |len, &axis| len.checked_mul(axis))
 }
 
+/// The number of elements, at least one.
+fn checked_len(shape: &[usize]) -> Result<usize> {
+    shape_len(shape).filter(|&len| len > 0).ok_or_else(|| Error::Shape {
+        op: "nf4 shape",
+        expected: "axes of at least 1 whose product fits in memory".to_owned(),
+        got: shape.to_vec(),
+    })
+}
+
 fn expect_len(op: &'static str, got: usize, want: usize) -> Result<()> {
     if got == want {
         return Ok(());
@@ -455,9 +469,11 @@ fn expect_len(op: &'static str, got: usize, want: usize) -> Result<()> {
     Err(Error::Shape { op, expected: format!("{want}, which follows from the shape and block size"), got: vec![got] })
 }
 
-/// The error about the first value that is not finite, with its position along the axes of `shape`.
-fn non_finite<T: Weight>(values: &[T], shape: &[usize]) -> Error {
-    let flat = values.iter().position(|v| !v.value().is_finite()).unwrap_or(0);
+/// The error about the first of `values` that is not finite, with its position along the axes of `shape`; `start`: the
+/// position of the first value in the flat tensor.
+fn non_finite(values: &[f32], start: usize, shape: &[usize]) -> Error {
+    let at = values.iter().position(|v| !v.is_finite()).unwrap_or(0);
+    let flat = start + at;
     let mut rest = flat;
     let mut position: Vec<usize> = shape
         .iter()
@@ -469,10 +485,7 @@ fn non_finite<T: Weight>(values: &[T], shape: &[usize]) -> Error {
         })
         .collect();
     position.reverse();
-    Error::data(
-        "nf4.quantize",
-        format!("element {position:?} is {}: only finite weights can be quantized", values[flat].value()),
-    )
+    Error::data("nf4.quantize", format!("element {position:?} is {}: only finite weights can be quantized", values[at]))
 }
 
 /// The scales as a bitsandbytes checkpoint stores them.

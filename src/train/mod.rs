@@ -2,9 +2,11 @@
 
 pub mod adamw;
 pub mod adamw8bit;
+pub mod batches;
 pub mod checkpoint;
 pub mod clip;
 pub mod optimizer;
+pub mod plan;
 pub mod run;
 pub mod schedule;
 pub mod step;

@@ -3,6 +3,7 @@
 //! Everything random or ordered is a function of the seed and the step, so a run can be taken up at any step. The loss of
 //! a step is the sum of its token losses over the number of its trained tokens, however they are split into micro-batches.
 
+use super::batches::Batches;
 use super::checkpoint;
 use super::clip::{clip_factor, global_norm};
 use super::optimizer::{Optimizer, ParamSlot, build};
@@ -10,7 +11,6 @@ use super::schedule::Schedule;
 use super::step::{MicroBatch, Recompute, StepOptions, forward_backward};
 use crate::config::train::{Plan, Train, When};
 use crate::data::collate::{Batch, collate};
-use crate::data::order::epoch_order;
 use crate::data::rows::Example;
 use crate::error::{Error, Result};
 use crate::io::os::with_pool;
@@ -29,18 +29,26 @@ pub struct Settings {
     pub train: Train,
     /// Steps and epochs for the rows at hand.
     pub plan: Plan,
+    /// Which rows make up each step.
+    pub batches: Batches,
     /// What the backward recomputes.
     pub recompute: Recompute,
 }
 
 impl Settings {
-    /// Settings for `n_rows` training rows.
+    /// Settings for these training rows.
     ///
     /// # Errors
     /// [`Error::Data`] if there are no rows.
-    pub fn new(train: Train, n_rows: usize, recompute: Recompute) -> Result<Self> {
-        let plan = train.plan(n_rows)?;
-        Ok(Self { train, plan, recompute })
+    pub fn new(train: Train, rows: &[Example], recompute: Recompute) -> Result<Self> {
+        let batches = Batches::new(&train, rows.iter().map(|row| row.input_ids.len()).collect());
+        let plan = train.plan(batches.n_units())?;
+        Ok(Self { train, plan, batches, recompute })
+    }
+
+    /// Tokens of the run's largest micro-batch.
+    pub fn largest_micro_batch(&self) -> usize {
+        self.batches.largest(&self.plan)
     }
 
     fn schedule(&self) -> Schedule {
@@ -309,9 +317,12 @@ impl<'a, 'o> Run<'a, 'o> {
     }
 
     /// What the order of rows depends on.
-    fn fingerprint(&self) -> [(&'static str, Value); 4] {
+    fn fingerprint(&self) -> [(&'static str, Value); 7] {
         let t = &self.job.settings.train;
         [
+            ("packing", json!(t.packing)),
+            ("max_length", json!(t.max_length.filter(|_| t.packing))),
+            ("group_by_length", json!(t.group_by_length)),
             ("rows", json!(self.job.train.len())),
             ("per_device_train_batch_size", json!(t.per_device_train_batch_size)),
             ("gradient_accumulation_steps", json!(t.gradient_accumulation_steps)),
@@ -340,16 +351,14 @@ impl<'a, 'o> Run<'a, 'o> {
         while self.status.step < self.job.settings.plan.total_steps && !self.control.stop {
             let (epoch, in_epoch) = (self.status.step / per_epoch, self.status.step % per_epoch);
             if order.0 != epoch {
-                order = (epoch, epoch_order(self.job.train.len(), self.job.settings.train.data_seed, epoch as u64));
+                order = (epoch, self.job.settings.batches.epoch(epoch));
                 self.tell(Event::EpochBegin)?;
             }
             self.control = Control::default();
             self.tell(Event::StepBegin)?;
-            let t = &self.job.settings.train;
-            let rows_per_step = t.per_device_train_batch_size * t.gradient_accumulation_steps;
-            let rows = &order.1[in_epoch * rows_per_step..((in_epoch + 1) * rows_per_step).min(order.1.len())];
-            rows_seen += rows.len();
-            let loss = self.step(rows)?;
+            let micro_batches = self.job.settings.batches.step(&order.1, in_epoch);
+            rows_seen += micro_batches.iter().map(Vec::len).sum::<usize>();
+            let loss = self.step(&micro_batches)?;
             self.status.step += 1;
             self.status.epoch = self.epoch_at(self.status.step);
             self.total_loss += loss;
@@ -404,16 +413,16 @@ impl<'a, 'o> Run<'a, 'o> {
         Ok(())
     }
 
-    /// One optimizer step over `rows`; returns its loss.
-    fn step(&mut self, rows: &[u32]) -> Result<f64> {
+    /// One optimizer step over the rows of its micro-batches; returns its loss.
+    fn step(&mut self, micro_batches: &[Vec<u32>]) -> Result<f64> {
         let s = self.job.settings;
-        let batches: Vec<_> = rows
-            .chunks(s.train.per_device_train_batch_size)
+        let batches: Vec<_> = micro_batches
+            .iter()
             .map(|rows| collate(&rows.iter().map(|&row| (&self.job.train[row as usize], row)).collect::<Vec<_>>()))
             .collect();
         let trained: usize = batches.iter().map(Batch::n_trained).sum();
         if trained == 0 {
-            let row = rows.first().copied().unwrap_or(0);
+            let row = micro_batches.iter().flatten().next().copied().unwrap_or(0);
             return Err(Error::data(format!("row {row} of train_dataset"), "no token of this step is trained"));
         }
         let n_batches = batches.len();

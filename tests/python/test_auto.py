@@ -88,8 +88,9 @@ def test_a_qlora_notebook_of_plain_transformers(folder: Path, tmp_path: Path) ->
     model = prepare_model_for_kbit_training(
         load(folder, quantization_config=BitsAndBytesConfig(load_in_4bit=True)), use_gradient_checkpointing=False
     )
-    assert model.recompute is False
+    assert model.checkpointing == "false"
     model.gradient_checkpointing_enable()
+    assert model.checkpointing == "true"
     model.enable_input_require_grads()
     config = LoraConfig(
         r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], lora_dropout=0.05, bias="none", task_type="CAUSAL_LM"

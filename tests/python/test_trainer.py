@@ -337,7 +337,6 @@ def test_settings_read_back_as_they_will_run() -> None:
         ({"max_steps": 1.5}, "max_steps = 1.5"),
         ({"optim": "lion_8bit"}, "lion_8bit"),
         ({"report_to": "wandb"}, "report_to = 'wandb'"),
-        ({"packing": True}, "packing"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"push_to_hub": True, "hub_strategy": "all_checkpoints"}, "hub_strategy"),
         ({"fp16": True, "bf16": True}, "fp16"),
@@ -354,7 +353,6 @@ def test_settings_that_cannot_be_are_named(arguments: dict[str, Any], message: s
     [
         ({"train_datset": []}, "did you mean train_dataset"),
         ({"compute_metrics": len}, "compute_metrics"),
-        ({"packing": True}, "packing"),
         ({"data_collator": dict}, "data_collator = dict"),
         ({"optimizers": (1, None)}, "optimizers"),
         ({"callbacks": [3]}, "callbacks"),

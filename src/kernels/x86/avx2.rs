@@ -1,22 +1,27 @@
 //! AVX2 + FMA: 8 lanes of f32. GEMM tile 6 x 16: 12 accumulators, 2 of B, 1 broadcast of A fill 15 of 16 registers.
 //! bf16 rounding adds 0x7FFF + the lowest kept bit; NF4 looks eight indices up in two 8-entry registers and blends.
 
+mod encode;
+mod packed;
+
 use crate::kernels::gemm::Rows as Matrix;
 use crate::kernels::generic::Simd;
 use std::arch::x86_64::*;
 
-/// Proof that AVX2 and FMA may run.
+/// Proof that AVX2, FMA and F16C may run.
 #[derive(Clone, Copy)]
 struct Avx2(());
 
 impl Avx2 {
     fn detect() -> Option<Self> {
-        (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")).then_some(Self(()))
+        let all =
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        all.then_some(Self(()))
     }
 }
 
-instantiate!("avx2", Avx2, "avx2,fma", 6 x 2);
-instantiate!(attention Avx2, "avx2,fma", 6);
+instantiate!(attention Avx2, "avx2,fma,f16c", 6);
+instantiate!("avx2", Avx2, "avx2,fma,f16c", 6 x 2);
 
 /// A lane mask with the first `n` lanes set.
 #[inline(always)]
@@ -30,7 +35,7 @@ fn tail_mask(n: usize) -> __m256i {
 /// The body of a `Simd` method: the token is the proof that the intrinsics may run.
 macro_rules! intrinsic {
     ($e:expr) => {
-        // SAFETY: `self` exists only after detection of AVX2 and FMA; memory operands are asserted by the method.
+        // SAFETY: `self` exists only after detection of AVX2, FMA and F16C; memory operands are asserted by the method.
         unsafe { $e }
     };
 }

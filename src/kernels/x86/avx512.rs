@@ -1,8 +1,12 @@
 //! AVX-512 F/BW/DQ/VL: 16 lanes of f32. GEMM tile 12 x 32: 24 accumulators, 2 of B, broadcasts of A from memory.
 //! The 16-entry NF4 table is one register, looked up with `vpermps`.
 
+mod encode;
+mod packed;
+
 use crate::kernels::gemm::Rows as Matrix;
 use crate::kernels::generic::Simd;
+pub(super) use packed::nf4_gemv_bf16;
 use std::arch::x86_64::*;
 
 /// Proof that AVX-512 F, BW, DQ and VL may run.

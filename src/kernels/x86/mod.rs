@@ -6,7 +6,7 @@ macro_rules! instantiate {
     ($isa:literal, $token:ident, $features:literal, $mr:literal x $nv:literal) => {
         use crate::kernels::elementwise::{self, AdamStep, Mask, Masked};
         use crate::kernels::gemm::{self, GemmTile, PanelA, Rows, TileC};
-        use crate::kernels::{Kernels, generic};
+        use crate::kernels::{Kernels, gemv, generic, quantize};
 
         pub(super) fn table() -> Option<Kernels> {
             $token::detect()?;
@@ -43,6 +43,14 @@ macro_rules! instantiate {
                 rms_norm_gain: |x, rstd, dy, dw| instantiate!(@enter $token, rms_norm_gain(x, rstd, dy, dw)),
                 dropout_row: |mask, how, y| instantiate!(@enter $token, dropout_row(mask, how, y)),
                 adamw_row: |step, p, g, m, v| instantiate!(@enter $token, adamw_row(step, p, g, m, v)),
+                // Matrix times a few vectors (gemv.rs).
+                nf4_order: |x, out| instantiate!(@enter $token, nf4_order(x, out)),
+                nf4_gemv: |w, code, x, out| instantiate!(@enter $token, nf4_gemv(w, code, x, out)),
+                bf16_gemv: |w, cols, x, out| instantiate!(@enter $token, bf16_gemv(w, cols, x, out)),
+                f32_gemv: |w, cols, x, out| instantiate!(@enter $token, f32_gemv(w, cols, x, out)),
+                i8_gemv: |w, scales, cols, x, out| instantiate!(@enter $token, i8_gemv(w, scales, cols, x, out)),
+                // Quantizing (quantize.rs).
+                nf4_quantize: |x, thresholds, out| instantiate!(@enter $token, nf4_quantize(x, thresholds, out)),
             })
         }
 
@@ -73,6 +81,16 @@ macro_rules! instantiate {
             max_row(x: &[f32]) -> f32;
             exp_row(x: &mut [f32], scale: f32, shift: f32) -> f32;
             round_bf16(x: &mut [f32]) -> ();
+        );
+        instantiate!(@functions gemv, $token, $features,
+            nf4_order(x: &[f32], out: &mut [f32]) -> ();
+            nf4_gemv(w: gemv::Nf4Rows<'_>, code: &[f32; 16], x: &[f32], out: &mut [f32]) -> ();
+            bf16_gemv(w: &[u16], cols: usize, x: &[f32], out: &mut [f32]) -> ();
+            f32_gemv(w: &[f32], cols: usize, x: &[f32], out: &mut [f32]) -> ();
+            i8_gemv(w: &[i8], scales: &[f32], cols: usize, x: &[f32], out: &mut [f32]) -> ();
+        );
+        instantiate!(@functions quantize, $token, $features,
+            nf4_quantize(x: &[f32], thresholds: &[f32; 15], out: &mut [u8]) -> f32;
         );
     };
     // The attention kernels, on a tile of $mr rows.
@@ -128,5 +146,10 @@ use super::Kernels;
 pub(super) fn tables() -> impl Iterator<Item = Kernels> {
     let (fast, slow): (Vec<_>, Vec<_>) =
         avx512bf16::table().into_iter().partition(|table| table.pairs.is_some_and(|pairs| pairs.fast));
-    amx::table().into_iter().chain(fast).chain(avx512::table()).chain(slow).chain(avx2::table())
+    let tables = amx::table().into_iter().chain(fast).chain(avx512::table()).chain(slow);
+    let tables = tables.map(|table| match avx512::nf4_gemv_bf16() {
+        Some(nf4_gemv) if table.pairs.is_some() => Kernels { nf4_gemv, ..table },
+        _ => table,
+    });
+    tables.chain(avx2::table())
 }

@@ -1,0 +1,211 @@
+"""Times training steps of random Llamas, ours and the peers', against what the machine can do; `make bench-train`.
+
+Each measurement runs in a process of its own, so that its peak memory is its own. Prints one table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from shapes import SHAPES, write_model
+
+HERE = Path(__file__).resolve().parent
+ALPACA = HERE.parents[1] / "shared/data/instruct/llamafactory_alpaca_en_demo.json"
+GIB = 2.0**30
+
+
+def main() -> None:
+    """Measures, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b-4l")
+    parser.add_argument("--mode", choices=["nf4", "bf16", "f32"], default="nf4")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--seq", type=int, default=512)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--optim", default="adamw_torch")
+    parser.add_argument("--checkpointing", choices=["unsloth", "true", "false"], default="unsloth")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps after one that warms up")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the products; what this machine does best")
+    parser.add_argument("--isa", help="forces an instruction set")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--peer-python", help="an interpreter with torch, peft and bitsandbytes")
+    parser.add_argument("--real-lengths", action="store_true", help="rows as long as alpaca's against full ones")
+    parser.add_argument("--packing", action="store_true", help="with --real-lengths: packed to --seq tokens")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(_child(options)))
+    elif options.real_lengths:
+        _real_lengths(options)
+    else:
+        _compare(options)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    """Ours beside the peers' and the machine's peak."""
+    folder = write_model(options.shape)
+    ours = _run_child(options, "full")
+    theirs = _peer(options, folder)
+    n_tokens = options.batch * options.seq
+    recomputed = ours["memory"]["estimate"]["layers"][2] > 1
+    flops = SHAPES[options.shape].flops_per_token(recompute=recomputed) * n_tokens
+    peak, kept = ours["peak"], ours["memory"]["estimate"]
+    print(f"{options.shape} {options.mode}, {options.batch} x {options.seq} tokens, r = {options.rank}", end="")
+    print(f", dropout {options.dropout:g}, checkpointing {options.checkpointing}, {options.optim}")
+    print(f"{ours['threads']} threads, {ours['isa']}, products in {ours['dtype']}", end="")
+    print(f"; layers kept, in part, recomputed: {kept['layers']}")
+    print(f"peak of products from the nearest cache {peak['flops'] / 1e9:.0f} GFLOP/s", end="")
+    print(f", memory read {peak['read_bytes'] / 1e9:.1f} GB/s")
+    print(f"estimated peak memory {ours['memory']['peak'] / GIB:.2f} GiB")
+    print()
+    print(f"{'':>14} {'s/step':>9} {'tokens/s':>9} {'peak GiB':>9} {'load s':>7} {'GFLOP/s':>8} {'of peak':>8}")
+    for name, made in (("rustune", ours), ("torch + peft", theirs)):
+        if "missing" in made:
+            print(f"{name:>14} peer not installed ({made['missing']})")
+            continue
+        step = made["step_s"]
+        useful = flops / step / 1e9
+        print(
+            f"{name:>14} {step:9.3f} {n_tokens / step:9.1f} {made['peak_bytes'] / GIB:9.2f} {made['load_s']:7.1f}"
+            f" {useful:8.1f} {100e9 * useful / peak['flops']:7.1f}%"
+        )
+    if "missing" not in theirs:
+        faster, less = theirs["step_s"] / ours["step_s"], theirs["peak_bytes"] / ours["peak_bytes"]
+        loads = theirs["load_s"] / ours["load_s"]
+        print(f"{'ratio':>14} {faster:9.2f} {faster:9.2f} {less:9.2f} {loads:7.1f}")
+
+
+def _real_lengths(options: argparse.Namespace) -> None:
+    """Tokens a second over rows of alpaca's lengths against rows that are all of full length."""
+    write_model(options.shape)
+    full, real = _run_child(options, "full"), _run_child(options, "real")
+    print(f"{options.shape} {options.mode}, batches of {options.batch} rows of up to {options.seq} tokens")
+    print(f"{'rows':>14} {'tokens/step':>12} {'s/step':>9} {'tokens/s':>9} {'peak GiB':>9}")
+    for name, made in (("full length", full), ("alpaca", real)):
+        print(
+            f"{name:>14} {made['tokens'] / made['timed']:12.0f} {made['step_s']:9.3f}"
+            f" {made['tokens'] / made['seconds']:9.1f} {made['peak_bytes'] / GIB:9.2f}"
+        )
+    ratio = (real["tokens"] / real["seconds"]) / (full["tokens"] / full["seconds"])
+    print(f"trained tokens a second: {100 * ratio:.0f} % of full-length rows; lengths from {real['source']}")
+
+
+def _run_child(options: argparse.Namespace, rows: str) -> dict[str, Any]:
+    environment = dict(os.environ)
+    if options.isa:
+        environment["RUSTUNE_ISA"] = options.isa
+    if options.threads:
+        environment["RAYON_NUM_THREADS"] = str(options.threads)
+    command = [sys.executable, __file__, *sys.argv[1:], "--child", rows]
+    return _last_json(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def _peer(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    if not options.peer_python:
+        return {"missing": "give --peer-python"}
+    same = ("mode", "batch", "seq", "rank", "dropout", "checkpointing", "steps")
+    arguments = [part for name in same for part in (f"--{name}", str(getattr(options, name)))]
+    command = [options.peer_python, str(HERE / "peer_train.py"), str(folder), *arguments]
+    return _last_json(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def _last_json(output: str) -> dict[str, Any]:
+    made: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+    return made
+
+
+def _child(options: argparse.Namespace) -> dict[str, Any]:
+    """Trains in this process."""
+    import rustune
+    from rustune import FastLanguageModel, SFTConfig, SFTTrainer, TrainerCallback, _native
+
+    folder = write_model(options.shape)
+    started = time.perf_counter()
+    model, _ = FastLanguageModel.from_pretrained(
+        str(folder),
+        options.seq,
+        dtype=options.dtype or ("float32" if options.mode == "f32" else None),
+        load_in_4bit=options.mode == "nf4",
+    )
+    load_s = time.perf_counter() - started
+    model = FastLanguageModel.get_peft_model(model, options.rank, lora_dropout=options.dropout)
+    rows, source = _rows(options, model.vocab_size)
+    times: list[float] = []
+    tokens: list[int] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            times.append(time.perf_counter())
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            times[-1] = time.perf_counter() - times[-1]
+            tokens.append(state.num_input_tokens_seen)
+
+    config = SFTConfig(
+        max_steps=options.steps + 1,
+        per_device_train_batch_size=options.batch,
+        gradient_accumulation_steps=1,
+        gradient_checkpointing="unsloth" if options.checkpointing == "unsloth" else options.checkpointing == "true",
+        optim=options.optim,
+        learning_rate=2e-4,
+        packing=options.packing and options.child == "real",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = SFTTrainer(model, config, train_dataset=rows, callbacks=[Clock()])
+    assert trainer.train_dataset is not None
+    memory = json.loads(
+        model.native.training_memory(trainer.train_dataset.rows, trainer._engine_options(), trainer._checkpointing())
+    )
+    trainer.train()
+    info = rustune.info()
+    made = {
+        "step_s": statistics.median(times[1:]),
+        "peak_bytes": info["peak_rss_bytes"],
+        "load_s": load_s,
+        "seconds": sum(times[1:]),
+        "tokens": tokens[-1] - tokens[0],
+        "timed": len(times) - 1,
+        "memory": memory,
+        "isa": info["isa"],
+        "dtype": model.dtype,
+        "threads": info["threads"],
+        "source": source,
+    }
+    # The peak's buffers come last: they would count as the run's memory.
+    return {**made, "peak": json.loads(_native.measure_peak(model.dtype))}
+
+
+def _rows(options: argparse.Namespace, vocab: int) -> tuple[list[dict[str, list[int]]], str]:
+    """Random ids, all of full length or as long as alpaca's rows."""
+    draw = random.Random(0)
+    count = options.batch * (options.steps + 1)
+    lengths, source = [options.seq] * count, "--seq"
+    if options.child == "real":
+        # About four characters are a token of English; the 999 rows have a median of 124 tokens, and 1 in 100 over 512.
+        if ALPACA.is_file():
+            texts = json.loads(ALPACA.read_text(encoding="utf-8"))
+            drawn = [sum(len(text) for text in row.values() if isinstance(text, str)) // 4 + 30 for row in texts]
+            source = ALPACA.name
+        else:
+            drawn = [int(draw.lognormvariate(4.8, 0.7)) for _ in range(999)]
+            source = "a log-normal with a median of 122 tokens"
+        many = count * (8 if options.packing else 1)
+        lengths = [min(max(draw.choice(drawn), 8), options.seq) for _ in range(many)]
+    ids = [[draw.randrange(vocab) for _ in range(length)] for length in lengths]
+    return [{"input_ids": row, "labels": row} for row in ids], source
+
+
+if __name__ == "__main__":
+    main()

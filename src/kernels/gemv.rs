@@ -1,0 +1,296 @@
+//! Matrix times a few vectors, straight from the weights' storage: decoding is bandwidth, so a weight is read once.
+//!
+//! A kernel takes some rows of W and up to [`MAX_X`] rows of x, and writes the dot products `out[j, i] = Σ_p W[j, p] · x[i, p]`,
+//! `out: [rows of W, rows of x]`. Products and sums are f32, in four chains per row of x whatever the number of rows, so a
+//! row's result does not depend on its neighbours.
+//!
+//! NF4, blocks of 64: the 16 values that a block's indices stand for are its scale times the code book, rounded to the dtype
+//! the tensor stands for; they fill one register of AVX-512, two of AVX2. The block's 32 bytes are looked up in whole
+//! registers: a shift moves one nibble of every lane into place, so the weights come out in another order than they are
+//! stored in, and x is brought into that order once for each product ([`super::Kernels::nf4_order`]).
+
+use super::generic::Simd;
+use half::bf16;
+
+/// Rows of x that a kernel takes at most.
+pub const MAX_X: usize = 8;
+/// Weights that share a scale, in NF4 and int8 rows.
+pub const BLOCK: usize = 64;
+
+/// What the values of an NF4 block are rounded to before they are used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Round {
+    /// Not at all.
+    F32,
+    /// bfloat16, ties to even.
+    Bf16,
+    /// IEEE half, ties to even.
+    F16,
+    /// Half, and the result to bfloat16: a half checkpoint in a bfloat16 run.
+    F16ThenBf16,
+}
+
+impl Round {
+    /// `x` rounded.
+    #[inline]
+    pub fn apply(self, x: f32) -> f32 {
+        let half = |x: f32| half::f16::from_f32(x).to_f32();
+        match self {
+            Self::F32 => x,
+            Self::Bf16 => bf16::from_f32(x).to_f32(),
+            Self::F16 => half(x),
+            Self::F16ThenBf16 => bf16::from_f32(half(x)).to_f32(),
+        }
+    }
+}
+
+/// Rows of an NF4 matrix whose rows are whole blocks.
+#[derive(Clone, Copy)]
+pub struct Nf4Rows<'a> {
+    /// `[rows, cols / 2]`, the first of two neighbours in the high nibble.
+    pub packed: &'a [u8],
+    /// `[rows, cols / 64]`.
+    pub scales: &'a [f32],
+    /// Columns, a multiple of 64.
+    pub cols: usize,
+    /// What `code · scale` is rounded to.
+    pub round: Round,
+}
+
+/// Rows of W, the code book, x in order, out.
+pub type Nf4Gemv = fn(w: Nf4Rows<'_>, code: &[f32; 16], x: &[f32], out: &mut [f32]);
+
+impl Nf4Rows<'_> {
+    /// Number of rows; panics if the parts do not fit each other.
+    pub(super) fn check(&self, x: &[f32], out: &[f32]) -> (usize, usize) {
+        assert!(self.cols > 0 && self.cols.is_multiple_of(BLOCK), "nf4_gemv: {} columns", self.cols);
+        let rows = self.packed.len() / (self.cols / 2);
+        assert!(
+            self.packed.len() == rows * self.cols / 2 && self.scales.len() == rows * self.cols / BLOCK,
+            "nf4_gemv: lengths differ"
+        );
+        (rows, check_x("nf4_gemv", rows, self.cols, x, out))
+    }
+}
+
+/// Rows of x; panics if `x: [n_x, cols]` and `out: [rows, n_x]` do not fit.
+pub(super) fn check_x(what: &str, rows: usize, cols: usize, x: &[f32], out: &[f32]) -> usize {
+    let n_x = x.len() / cols.max(1);
+    assert!(n_x <= MAX_X && x.len() == n_x * cols && out.len() == rows * n_x, "{what}: lengths differ");
+    n_x
+}
+
+/// What an instruction set adds to [`Simd`] for packed weights.
+pub(super) trait Packed: Simd {
+    /// The 64 weights of a block, `64 / LANES` vectors.
+    type Block: AsRef<[Self::V]>;
+    /// Rows of x whose sums fit into the registers.
+    const GROUP: usize;
+    /// Element `i` of a block's vectors, in their order, is weight `ORDER[i]` of the block.
+    const ORDER: [u8; BLOCK];
+
+    /// The weights of a block whose indices stand for `code · scale`.
+    fn nf4_f32(self, packed: &[u8; BLOCK / 2], code: &[f32; 16], scale: f32) -> Self::Block;
+    /// The same, `code · scale` rounded to bfloat16.
+    fn nf4_bf16(self, packed: &[u8; BLOCK / 2], code: &[f32; 16], scale: f32) -> Self::Block;
+    /// The same, `code · scale` rounded to half precision.
+    fn nf4_f16(self, packed: &[u8; BLOCK / 2], code: &[f32; 16], scale: f32) -> Self::Block;
+    /// The same, `code · scale` rounded to half precision and the result to bfloat16.
+    fn nf4_f16_bf16(self, packed: &[u8; BLOCK / 2], code: &[f32; 16], scale: f32) -> Self::Block;
+    /// The first `LANES` elements of `w`.
+    fn load_i8(self, w: &[i8]) -> Self::V;
+}
+
+#[inline(always)]
+pub(super) fn nf4_order<S: Packed>(_: S, x: &[f32], out: &mut [f32]) {
+    assert!(x.len() == out.len() && x.len().is_multiple_of(BLOCK), "nf4_order: lengths differ");
+    for (x, out) in x.as_chunks::<BLOCK>().0.iter().zip(out.as_chunks_mut::<BLOCK>().0) {
+        for (out, &from) in out.iter_mut().zip(&S::ORDER) {
+            *out = x[usize::from(from)];
+        }
+    }
+}
+
+/// Sum of four chains.
+#[inline(always)]
+fn total<S: Simd>(s: S, acc: [S::V; 4]) -> f32 {
+    s.sum(s.add(s.add(acc[0], acc[1]), s.add(acc[2], acc[3])))
+}
+
+#[inline(always)]
+pub(super) fn nf4_gemv<S: Packed>(s: S, w: Nf4Rows<'_>, code: &[f32; 16], x: &[f32], out: &mut [f32]) {
+    match w.round {
+        Round::F32 => nf4_groups(s, w, x, out, |bytes, scale| s.nf4_f32(bytes, code, scale)),
+        Round::Bf16 => nf4_groups(s, w, x, out, |bytes, scale| s.nf4_bf16(bytes, code, scale)),
+        Round::F16 => nf4_groups(s, w, x, out, |bytes, scale| s.nf4_f16(bytes, code, scale)),
+        Round::F16ThenBf16 => nf4_groups(s, w, x, out, |bytes, scale| s.nf4_f16_bf16(bytes, code, scale)),
+    }
+}
+
+/// `weights(bytes, scale)` gives a block's weights.
+#[inline(always)]
+pub(super) fn nf4_groups<S: Packed>(
+    s: S,
+    w: Nf4Rows<'_>,
+    x: &[f32],
+    out: &mut [f32],
+    weights: impl Fn(&[u8; BLOCK / 2], f32) -> S::Block + Copy,
+) {
+    let (_, n_x) = w.check(x, out);
+    let mut first = 0;
+    while first < n_x {
+        let count = S::GROUP.min(n_x - first);
+        match count {
+            1 => nf4_pass::<S, 1>(s, w, x, n_x, first, out, weights),
+            2 => nf4_pass::<S, 2>(s, w, x, n_x, first, out, weights),
+            3 => nf4_pass::<S, 3>(s, w, x, n_x, first, out, weights),
+            _ => nf4_pass::<S, 4>(s, w, x, n_x, first, out, weights),
+        }
+        first += count;
+    }
+}
+
+/// All rows of W against rows `first .. first + M` of x.
+#[inline(always)]
+fn nf4_pass<S: Packed, const M: usize>(
+    s: S,
+    w: Nf4Rows<'_>,
+    x: &[f32],
+    n_x: usize,
+    first: usize,
+    out: &mut [f32],
+    weights: impl Fn(&[u8; BLOCK / 2], f32) -> S::Block,
+) {
+    let blocks = w.cols / BLOCK;
+    let xs: [&[[f32; BLOCK]]; M] =
+        std::array::from_fn(|i| x[(first + i) * w.cols..(first + i + 1) * w.cols].as_chunks::<BLOCK>().0);
+    let packed = w.packed.as_chunks::<{ BLOCK / 2 }>().0;
+    let rows = packed.chunks_exact(blocks).zip(w.scales.chunks_exact(blocks));
+    for ((bytes, scales), out) in rows.zip(out.chunks_exact_mut(n_x)) {
+        let mut acc = [[s.splat(0.0); 4]; M];
+        for (b, (bytes, &scale)) in bytes.iter().zip(scales).enumerate() {
+            let weights = weights(bytes, scale);
+            for (acc, x) in acc.iter_mut().zip(&xs) {
+                let x = &x[b];
+                for (v, weights) in weights.as_ref().iter().enumerate() {
+                    acc[v % 4] = s.fma(*weights, s.load(&x[v * S::LANES..]), acc[v % 4]);
+                }
+            }
+        }
+        for (out, acc) in out[first..first + M].iter_mut().zip(acc) {
+            *out = total(s, acc);
+        }
+    }
+}
+
+/// Rows of plain elements against groups of rows of x; `load` takes `LANES` elements, `tail` fewer.
+#[inline(always)]
+fn dense<S: Packed, T: Copy>(
+    s: S,
+    w: &[T],
+    cols: usize,
+    x: &[f32],
+    out: &mut [f32],
+    load: impl Fn(&[T]) -> S::V + Copy,
+    tail: impl Fn(&[T]) -> S::V + Copy,
+) {
+    let rows = w.len() / cols;
+    assert_eq!(w.len(), rows * cols, "gemv: lengths differ");
+    let n_x = check_x("gemv", rows, cols, x, out);
+    let mut first = 0;
+    while first < n_x {
+        let count = S::GROUP.min(n_x - first);
+        match count {
+            1 => dense_pass::<S, T, 1>(s, w, cols, x, n_x, first, out, load, tail),
+            2 => dense_pass::<S, T, 2>(s, w, cols, x, n_x, first, out, load, tail),
+            3 => dense_pass::<S, T, 3>(s, w, cols, x, n_x, first, out, load, tail),
+            _ => dense_pass::<S, T, 4>(s, w, cols, x, n_x, first, out, load, tail),
+        }
+        first += count;
+    }
+}
+
+#[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "the parts of one product")]
+fn dense_pass<S: Packed, T: Copy, const M: usize>(
+    s: S,
+    w: &[T],
+    cols: usize,
+    x: &[f32],
+    n_x: usize,
+    first: usize,
+    out: &mut [f32],
+    load: impl Fn(&[T]) -> S::V,
+    tail: impl Fn(&[T]) -> S::V,
+) {
+    let (whole, body) = (cols - cols % (4 * S::LANES), cols - cols % S::LANES);
+    let xs: [&[f32]; M] = std::array::from_fn(|i| &x[(first + i) * cols..(first + i + 1) * cols]);
+    for (row, out) in w.chunks_exact(cols).zip(out.chunks_exact_mut(n_x)) {
+        let mut acc = [[s.splat(0.0); 4]; M];
+        for (c, w) in row[..whole].chunks_exact(4 * S::LANES).enumerate() {
+            for v in 0..4 {
+                let weights = load(&w[v * S::LANES..(v + 1) * S::LANES]);
+                for (acc, x) in acc.iter_mut().zip(&xs) {
+                    acc[v] = s.fma(weights, s.load(&x[c * 4 * S::LANES + v * S::LANES..]), acc[v]);
+                }
+            }
+        }
+        for (v, c) in (whole..body).step_by(S::LANES).enumerate() {
+            let weights = load(&row[c..c + S::LANES]);
+            for (acc, x) in acc.iter_mut().zip(&xs) {
+                acc[v] = s.fma(weights, s.load(&x[c..]), acc[v]);
+            }
+        }
+        if body < cols {
+            let weights = tail(&row[body..]);
+            for (acc, x) in acc.iter_mut().zip(&xs) {
+                acc[3] = s.fma(weights, s.load_tail(&x[body..]), acc[3]);
+            }
+        }
+        for (out, acc) in out[first..first + M].iter_mut().zip(acc) {
+            *out = total(s, acc);
+        }
+    }
+}
+
+/// w: the bits of bf16.
+#[inline(always)]
+pub(super) fn bf16_gemv<S: Packed>(s: S, w: &[u16], cols: usize, x: &[f32], out: &mut [f32]) {
+    let tail = |w: &[u16]| {
+        let mut padded = [0.0; 16];
+        for (to, &from) in padded.iter_mut().zip(w) {
+            *to = f32::from_bits(u32::from(from) << 16);
+        }
+        s.load_tail(&padded[..w.len()])
+    };
+    dense(s, w, cols, x, out, |w| s.load_bf16(w), tail);
+}
+
+#[inline(always)]
+pub(super) fn f32_gemv<S: Packed>(s: S, w: &[f32], cols: usize, x: &[f32], out: &mut [f32]) {
+    dense(s, w, cols, x, out, |w| s.load(w), |w| s.load_tail(w));
+}
+
+#[inline(always)]
+pub(super) fn i8_gemv<S: Packed>(s: S, w: &[i8], scales: &[f32], cols: usize, x: &[f32], out: &mut [f32]) {
+    assert!(cols > 0 && cols.is_multiple_of(BLOCK), "i8_gemv: {cols} columns");
+    let (rows, blocks) = (w.len() / cols, cols / BLOCK);
+    assert!(w.len() == rows * cols && scales.len() == rows * blocks, "i8_gemv: lengths differ");
+    let n_x = check_x("i8_gemv", rows, cols, x, out);
+    let rows = w.as_chunks::<BLOCK>().0.chunks_exact(blocks).zip(scales.chunks_exact(blocks));
+    for ((row, scales), out) in rows.zip(out.chunks_exact_mut(n_x)) {
+        for (out, x) in out.iter_mut().zip(x.chunks_exact(cols)) {
+            let mut acc = [s.splat(0.0); 4];
+            let x = x.as_chunks::<BLOCK>().0;
+            for (b, ((w, x), &scale)) in row.iter().zip(x).zip(scales).enumerate() {
+                // Within the block the factors are whole numbers; its scale comes once, at its end.
+                let mut sum = s.mul(s.load_i8(w), s.load(x));
+                for v in 1..BLOCK / S::LANES {
+                    sum = s.fma(s.load_i8(&w[v * S::LANES..]), s.load(&x[v * S::LANES..]), sum);
+                }
+                acc[b % 4] = s.fma(s.splat(scale), sum, acc[b % 4]);
+            }
+            *out = total(s, acc);
+        }
+    }
+}

@@ -1,0 +1,367 @@
+//! A few rows of x times a frozen matrix on all threads, straight from the weights' storage: what decoding consists of.
+//!
+//! The weights are read once for up to [`MAX_ROWS`] rows of x, in tasks of whole weight rows, so the result does not depend on
+//! the number of threads, nor a row's on its neighbours. Outputs are `[outputs, n_rows]`: for one row the usual
+//! layout, for several its transpose ([`transpose`]). A low-rank adapter is added in the same task as its weight rows.
+
+use super::linear::{Bias, Linear, Lora, Matrix};
+use super::weight::{Precision, Storage, Weight};
+use super::{Buf, Ctx, Env};
+use crate::kernels::gemv::{BLOCK, MAX_X, Nf4Rows, Round};
+use crate::quant::nf4::{Absmax, CODE_BOOK};
+use crate::quant::{FloatKind, Nf4Tensor};
+use half::slice::HalfFloatSliceExt;
+use rayon::prelude::*;
+use std::cell::RefCell;
+use std::ops::Range;
+
+/// Up to this many rows of x, a product reads its weights where they are stored.
+pub const MAX_ROWS: usize = MAX_X;
+
+/// Bytes of weights that one task reads.
+const TASK_BYTES: usize = 64 << 10;
+
+/// Rows of x in the forms in which kernels read them.
+pub struct Input {
+    n_rows: usize,
+    cols: usize,
+    /// `[n_rows, cols]`, rounded as the precision asks.
+    plain: Buf,
+    /// The same in the order of the NF4 kernel; absent where no row is whole blocks.
+    ordered: Option<Buf>,
+}
+
+impl Input {
+    /// Takes `x`: `[n_rows, cols]`, rows `stride` apart.
+    ///
+    /// # Panics
+    /// If there are more than [`MAX_ROWS`] rows.
+    pub fn new(ctx: &Ctx, x: &[f32], n_rows: usize, cols: usize, stride: usize) -> Self {
+        assert!(n_rows <= MAX_ROWS, "gemv: {n_rows} rows");
+        let mut plain = ctx.buf(n_rows * cols);
+        for (i, row) in plain.chunks_exact_mut(cols).enumerate() {
+            row.copy_from_slice(&x[i * stride..][..cols]);
+        }
+        if ctx.precision == Precision::Bf16 {
+            (ctx.kernels.round_bf16)(&mut plain);
+        }
+        let ordered = cols.is_multiple_of(BLOCK).then(|| {
+            let mut ordered = ctx.buf(plain.len());
+            (ctx.kernels.nf4_order)(&plain, &mut ordered);
+            ordered
+        });
+        Self { n_rows, cols, plain, ordered }
+    }
+
+    /// Number of rows.
+    pub fn n_rows(&self) -> usize {
+        self.n_rows
+    }
+}
+
+/// Scratch of one task.
+#[derive(Default)]
+struct Scratch {
+    scales: Vec<f32>,
+    row: Vec<f32>,
+    part: Vec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// A matrix to be multiplied with.
+#[derive(Clone, Copy)]
+enum Rows<'a> {
+    /// Frozen, in its storage.
+    Weight(&'a Weight),
+    /// Trained, `[_, cols]`.
+    F32(&'a [f32]),
+}
+
+impl<'a> Rows<'a> {
+    fn of(env: &Env<'a>, matrix: &'a Matrix) -> Self {
+        match matrix {
+            Matrix::Frozen(weight) => Self::Weight(weight),
+            Matrix::Trained(id) => Self::F32(env.params.get(*id)),
+        }
+    }
+
+    /// Rows that make a task of about [`TASK_BYTES`].
+    fn per_task(self, cols: usize) -> usize {
+        let bytes = match self {
+            Self::Weight(weight) => weight.nbytes() / weight.rows().max(1),
+            Self::F32(_) => 4 * cols,
+        };
+        (TASK_BYTES / bytes.max(1)).max(1)
+    }
+
+    /// `out[j, i] = row (first + j) · x_i`, on this thread.
+    fn multiply(self, ctx: &Ctx, x: &Input, first: usize, out: &mut [f32], scratch: &mut Scratch) {
+        let rows = first..first + out.len() / x.n_rows;
+        let elements = rows.start * x.cols..rows.end * x.cols;
+        let bf16 = ctx.precision == Precision::Bf16;
+        let weight = match self {
+            Self::F32(data) if !bf16 => return (ctx.kernels.f32_gemv)(&data[elements], x.cols, &x.plain, out),
+            Self::F32(data) => {
+                let read = |row: usize, to: &mut [f32]| to.copy_from_slice(&data[row * x.cols..][..x.cols]);
+                return by_rows(ctx, x, rows, out, &mut scratch.row, read);
+            }
+            Self::Weight(weight) => weight,
+        };
+        match (weight.storage(), &x.ordered) {
+            (Storage::F32(data), _) if !bf16 => (ctx.kernels.f32_gemv)(&data[elements], x.cols, &x.plain, out),
+            (Storage::Bf16(data), _) => {
+                (ctx.kernels.bf16_gemv)(data[elements].reinterpret_cast(), x.cols, &x.plain, out);
+            }
+            (Storage::Nf4(tensor), Some(ordered)) if tensor.block_size.is_multiple_of(BLOCK) => {
+                let packed = &tensor.packed[elements.start / 2..elements.end / 2];
+                let blocks = elements.start / BLOCK..elements.end / BLOCK;
+                let scales = block_scales(tensor, blocks, &mut scratch.scales);
+                let w = Nf4Rows { packed, scales, cols: x.cols, round: round(tensor.dtype, ctx.precision) };
+                (ctx.kernels.nf4_gemv)(w, &CODE_BOOK, ordered, out);
+            }
+            _ => {
+                let read = |row: usize, to: &mut [f32]| weight.read(ctx.kernels, row * x.cols, to);
+                by_rows(ctx, x, rows, out, &mut scratch.row, read);
+            }
+        }
+    }
+}
+
+/// The slower way for what the kernels do not take: each row is read as f32, rounded as the precision asks, and multiplied.
+fn by_rows(
+    ctx: &Ctx,
+    x: &Input,
+    rows: Range<usize>,
+    out: &mut [f32],
+    row: &mut Vec<f32>,
+    read: impl Fn(usize, &mut [f32]),
+) {
+    row.resize(x.cols, 0.0);
+    for (j, out) in rows.zip(out.chunks_exact_mut(x.n_rows)) {
+        read(j, row);
+        if ctx.precision == Precision::Bf16 {
+            (ctx.kernels.round_bf16)(row);
+        }
+        (ctx.kernels.f32_gemv)(row, x.cols, &x.plain, out);
+    }
+}
+
+/// How a GEMM would round the weights of a tensor that stands for `dtype`.
+fn round(dtype: FloatKind, precision: Precision) -> Round {
+    match (dtype, precision) {
+        (FloatKind::F32, Precision::F32) => Round::F32,
+        (FloatKind::F16, Precision::F32) => Round::F16,
+        (FloatKind::F16, Precision::Bf16) => Round::F16ThenBf16,
+        (FloatKind::Bf16, _) | (FloatKind::F32, Precision::Bf16) => Round::Bf16,
+    }
+}
+
+/// The scales of the 64-weight blocks `blocks` of a tensor whose own blocks are a multiple of that.
+fn block_scales<'a>(tensor: &'a Nf4Tensor, blocks: Range<usize>, scratch: &'a mut Vec<f32>) -> &'a [f32] {
+    match &tensor.absmax {
+        Absmax::Plain(scales) if tensor.block_size == BLOCK => &scales[blocks],
+        Absmax::Nested { codes, absmax, offset, block_size, map } if tensor.block_size == BLOCK => {
+            scratch.clear();
+            let mut at = blocks.start;
+            while at < blocks.end {
+                let group = at / block_size;
+                let end = blocks.end.min((group + 1) * block_size);
+                let scale = absmax[group];
+                scratch.extend(codes[at..end].iter().map(|&code| map[usize::from(code)] * scale + offset));
+                at = end;
+            }
+            scratch
+        }
+        absmax => {
+            let per_scale = tensor.block_size / BLOCK;
+            scratch.clear();
+            scratch.extend(blocks.map(|block| absmax.scale(block / per_scale)));
+            scratch
+        }
+    }
+}
+
+/// `out[j, i] = row j of the matrix · x_i`;  out: `[rows, n_rows]`.
+pub fn matrix(env: &Env<'_>, matrix: &Matrix, x: &Input, out: &mut [f32]) {
+    rows(env.ctx, Rows::of(env, matrix), 0, x, out);
+}
+
+/// `out[j, i] = row (first + j) of the weight · x_i`;  out: `[some rows, n_rows]`.
+pub fn weight(ctx: &Ctx, weight: &Weight, first: usize, x: &Input, out: &mut [f32]) {
+    rows(ctx, Rows::Weight(weight), first, x, out);
+}
+
+fn rows(ctx: &Ctx, rows: Rows<'_>, first: usize, x: &Input, out: &mut [f32]) {
+    let step = rows.per_task(x.cols);
+    in_tasks(out, step * x.n_rows, |task, out| {
+        SCRATCH.with_borrow_mut(|scratch| rows.multiply(ctx, x, first + task * step, out, scratch));
+    });
+}
+
+/// Calls `work(number, part)` for each part of `len` elements; one part costs no task at all.
+fn in_tasks(out: &mut [f32], len: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
+    if out.len() <= len {
+        work(0, out);
+    } else {
+        // One part a leaf: at the end of a product no thread waits for more than one part of another.
+        out.par_chunks_mut(len).with_max_len(1).enumerate().for_each(|(task, out)| work(task, out));
+    }
+}
+
+/// A linear layer ready to be multiplied row by row.
+struct Ready<'a> {
+    rows: Rows<'a>,
+    bias: Option<&'a [f32]>,
+    /// The adapter's B, its rank, and `scale · A x` as `[n_rows, rank]`.
+    low: Option<(&'a [f32], usize, Buf)>,
+}
+
+impl<'a> Ready<'a> {
+    fn new(env: &Env<'a>, linear: &'a Linear, x: &Input) -> Self {
+        let bias = match &linear.bias {
+            Bias::None => None,
+            Bias::Frozen(bias) => Some(&bias[..]),
+            Bias::Trained(id) => Some(env.params.get(*id)),
+        };
+        let low = linear.lora.as_ref().map(|lora| (env.params.get(lora.b), lora.rank, down(env, lora, x)));
+        Self { rows: Rows::of(env, &linear.matrix), bias, low }
+    }
+
+    fn multiply(&self, ctx: &Ctx, x: &Input, first: usize, out: &mut [f32], scratch: &mut Scratch) {
+        self.rows.multiply(ctx, x, first, out, scratch);
+        let n_rows = x.n_rows;
+        if let Some(bias) = self.bias {
+            for (out, bias) in out.chunks_exact_mut(n_rows).zip(&bias[first..]) {
+                out.iter_mut().for_each(|out| *out += bias);
+            }
+        }
+        if let Some((b, rank, low)) = &self.low {
+            let part = &mut scratch.part;
+            part.resize(out.len(), 0.0);
+            (ctx.kernels.f32_gemv)(&b[first * rank..][..out.len() / n_rows * rank], *rank, low, part);
+            out.iter_mut().zip(part).for_each(|(out, part)| *out += *part);
+        }
+    }
+}
+
+/// `scale · A x`, `[n_rows, rank]`.
+fn down(env: &Env<'_>, lora: &Lora, x: &Input) -> Buf {
+    let mut low = env.ctx.buf(lora.rank * x.n_rows);
+    rows(env.ctx, Rows::F32(env.params.get(lora.a)), 0, x, &mut low);
+    low.iter_mut().for_each(|low| *low *= lora.scale);
+    transpose(env.ctx, low, x.n_rows)
+}
+
+/// `[width, n_rows]` to `[n_rows, width]`; one row stays where it is.
+pub fn transpose(ctx: &Ctx, columns: Buf, n_rows: usize) -> Buf {
+    if n_rows == 1 {
+        return columns;
+    }
+    let width = columns.len() / n_rows;
+    let mut out = ctx.buf(columns.len());
+    out.par_chunks_mut(width).enumerate().for_each(|(i, row)| {
+        for (to, from) in row.iter_mut().zip(columns[i..].iter().step_by(n_rows)) {
+            *to = *from;
+        }
+    });
+    out
+}
+
+/// A linear layer, without dropout: `[n_rows, outputs]`.
+pub fn linear(env: &Env<'_>, linear: &Linear, x: &Input) -> Buf {
+    let ctx = env.ctx;
+    let mut out = ctx.buf(linear.outputs * x.n_rows);
+    let ready = Ready::new(env, linear, x);
+    let step = ready.rows.per_task(x.cols);
+    in_tasks(&mut out, step * x.n_rows, |task, out| {
+        SCRATCH.with_borrow_mut(|scratch| ready.multiply(ctx, x, task * step, out, scratch));
+    });
+    transpose(ctx, out, x.n_rows)
+}
+
+/// `silu(gate(x)) · up(x)`, `[n_rows, ffn]`: the rows of both layers in one task.
+pub fn gated(env: &Env<'_>, gate: &Linear, up: &Linear, x: &Input) -> Buf {
+    let ctx = env.ctx;
+    let mut out = ctx.buf(gate.outputs * x.n_rows);
+    let (gate, up) = rayon::join(|| Ready::new(env, gate, x), || Ready::new(env, up, x));
+    let step = gate.rows.per_task(x.cols);
+    in_tasks(&mut out, step * x.n_rows, |task, out| {
+        let mut both = ctx.buf(2 * out.len());
+        let (gate_part, up_part) = both.split_at_mut(out.len());
+        SCRATCH.with_borrow_mut(|scratch| {
+            gate.multiply(ctx, x, task * step, gate_part, scratch);
+            up.multiply(ctx, x, task * step, up_part, scratch);
+        });
+        (ctx.kernels.swiglu_row)(gate_part, up_part, out);
+    });
+    transpose(ctx, out, x.n_rows)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+    use crate::ops::tape::test_floats as floats;
+    use half::bf16;
+
+    /// The weight as the GEMM path sees it: read, then rounded.
+    fn dense(ctx: &Ctx, weight: &Weight) -> Vec<f32> {
+        let mut values = vec![0.0; weight.rows() * weight.cols()];
+        weight.read(ctx.kernels, 0, &mut values);
+        if ctx.precision == Precision::Bf16 {
+            (ctx.kernels.round_bf16)(&mut values);
+        }
+        values
+    }
+
+    fn weights(rows: usize, cols: usize) -> Vec<(String, Weight)> {
+        let values: Vec<f32> = floats(rows * cols, 3).iter().map(|v| v * 0.1).collect();
+        let mut made = vec![
+            ("f32".to_owned(), Weight::f32(values.clone(), rows, cols).unwrap()),
+            ("bf16".to_owned(), Weight::bf16(values.iter().map(|v| bf16::from_f32(*v)).collect(), rows, cols).unwrap()),
+        ];
+        for kind in [FloatKind::F32, FloatKind::Bf16, FloatKind::F16] {
+            for (block, nested) in [(64, false), (64, true), (32, false), (128, false), (256, true)] {
+                let tensor = Nf4Tensor::quantize(&values, &[rows, cols], kind, block, nested).unwrap();
+                made.push((format!("nf4 {kind:?} {block} {nested}"), Weight::nf4(tensor).unwrap()));
+            }
+        }
+        made
+    }
+
+    #[test]
+    fn every_storage_block_and_precision_equals_the_dequantized_product() {
+        for kernels in crate::kernels::available() {
+            for precision in [Precision::F32, Precision::Bf16] {
+                let ctx = Ctx { kernels, ..Ctx::new(precision).unwrap() };
+                // 192 columns: blocks of 128 and 256 run across rows; 100: no row is whole blocks.
+                for (rows, cols, n_rows) in [(7, 192, 1), (5, 192, 3), (300, 64, 8), (9, 100, 2)] {
+                    let x = floats(n_rows * cols, 4);
+                    let input = Input::new(&ctx, &x, n_rows, cols, cols);
+                    let mut rounded = x.clone();
+                    if precision == Precision::Bf16 {
+                        (kernels.round_bf16)(&mut rounded);
+                    }
+                    for (name, w) in weights(rows, cols) {
+                        let mut out = ctx.buf(rows * n_rows);
+                        weight(&ctx, &w, 0, &input, &mut out);
+                        let out = transpose(&ctx, out, n_rows);
+                        let values = dense(&ctx, &w);
+                        for (at, got) in out.iter().enumerate() {
+                            let (i, j) = (at / rows, at % rows);
+                            let products =
+                                (0..cols).map(|p| f64::from(rounded[i * cols + p]) * f64::from(values[j * cols + p]));
+                            let want = products.sum::<f64>() as f32;
+                            // f32 sums of up to 192 products of size 0.1.
+                            let what = format!("{} {precision:?} {name} {rows}x{cols} [{i}, {j}]", kernels.isa);
+                            assert!((got - want).abs() <= 2e-6 * cols as f32 * 0.1, "{what}: {got} against {want}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

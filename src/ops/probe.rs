@@ -1,0 +1,74 @@
+//! What this machine can do at most: products from the nearest cache on all threads, and reading from memory.
+
+use super::Ctx;
+use super::weight::Precision;
+use crate::kernels::gemm::TileC;
+use crate::kernels::lines::Lines;
+use crate::kernels::tiles::TileMut;
+use rayon::prelude::*;
+use std::time::Instant;
+
+/// Words of k in a panel: both panels of a tile then fit the first-level cache.
+const DEPTH: usize = 96;
+/// Products that one thread times at once.
+const REPEAT: usize = 20_000;
+/// Floats of the buffer that is read: more than any cache holds.
+const FLOATS: usize = 64 << 20;
+
+/// The most floating-point operations a second that the product in use reaches when all it needs is at hand.
+///
+/// Both panels of a tile stay in the first-level cache and the sums in registers. The best of five tries.
+pub fn peak_flops(ctx: &Ctx) -> f64 {
+    let (tile, per_word) = match (&ctx.kernels.pairs, ctx.precision) {
+        (Some(pairs), Precision::Bf16) => (pairs.tile, 2),
+        _ => (ctx.kernels.tile, 1),
+    };
+    let (mr, nr) = (tile.mr, tile.nr);
+    let n_threads = rayon::current_num_threads();
+    let flops = 2.0 * (mr * nr * DEPTH * per_word * REPEAT * n_threads) as f64;
+    let try_once = || {
+        let started = Instant::now();
+        rayon::broadcast(|_| {
+            let zeros = |len: usize| {
+                let mut lines = Lines::with_capacity(len);
+                lines.set_len(len);
+                lines
+            };
+            let (a, b, mut c) = (zeros(DEPTH * mr), zeros(DEPTH * nr), zeros(mr * nr));
+            for _ in 0..REPEAT {
+                let c = &mut TileMut::whole(c.as_mut_slice(), nr, mr, nr);
+                (tile.run)(a.as_slice(), b.as_slice(), TileC { c, i: 0, j: 0, alpha: 1.0, add: false });
+            }
+            std::hint::black_box(c.as_slice());
+        });
+        flops / started.elapsed().as_secs_f64()
+    };
+    (0..5).map(|_| try_once()).fold(0.0, f64::max)
+}
+
+/// The most bytes a second that all threads read from memory together. The best of five tries.
+pub fn read_bandwidth(ctx: &Ctx) -> f64 {
+    let data = vec![1.0_f32; FLOATS];
+    let dot = ctx.kernels.dot;
+    let try_once = || {
+        let started = Instant::now();
+        let sum: f32 = data.par_chunks(1 << 16).map(|part| part.split_at(part.len() / 2)).map(|(x, y)| dot(x, y)).sum();
+        std::hint::black_box(sum);
+        (4 * FLOATS) as f64 / started.elapsed().as_secs_f64()
+    };
+    (0..5).map(|_| try_once()).fold(0.0, f64::max)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+
+    #[test]
+    fn what_is_measured_is_a_positive_number() {
+        for precision in [Precision::F32, Precision::Bf16] {
+            assert!(peak_flops(&Ctx::new(precision).unwrap()) > 1e6);
+        }
+        assert!(read_bandwidth(&Ctx::new(Precision::F32).unwrap()) > 1e6);
+    }
+}
