@@ -15,15 +15,14 @@ from numpy.typing import NDArray
 from rustune import _native, checks, hub
 from rustune._native import ConfigError, DataError
 from rustune.batches import Batch, rectangle
+from rustune.config import unknown_argument
 from rustune.description import Device, ModelConfig, Parameter, weight_shapes
 from rustune.generation import GenerationConfig, merge_settings
 from rustune.notices import sort_arguments
 from rustune.tokenizer import TokenArray, Tokenizer, as_tokens
 
-# Arguments of calling a model that mean nothing here (the second: and need no word), of saving, and of uploading.
-_FORWARD: Final = ("cache_position", "logits_to_keep", "past_key_values", "position_ids")
-_QUIET: Final = ("num_items_in_batch", "return_dict", "token_type_ids", "use_cache")
-_FORWARD_KNOWN: Final = ("input_ids", "attention_mask", "labels", *_QUIET)
+# Arguments of calling a model that change nothing, of saving, and of uploading.
+_FORWARD: Final = ("return_dict", "token_type_ids", "use_cache")
 _SAVE: Final = (
     "is_main_process",
     "max_shard_size",
@@ -184,7 +183,7 @@ class Model:
             input_ids: `[batch, seq]`: an array, a tensor, nested lists, or a tokenizer's whole output.
             attention_mask: 0 where a token is padding, on either side; `[batch, seq]`.
             labels: Not shifted, -100 where a token does not count; `[batch, seq]`. Padding never counts.
-            **others: `use_cache`, `return_dict` and the like, which mean nothing here.
+            **others: `use_cache`, `return_dict` and `token_type_ids`, which change nothing.
 
         Returns:
             An object with `.loss` and `.logits`.
@@ -197,7 +196,9 @@ class Model:
             >>> model([[1, 5, 9]], labels=[[1, 5, 9]]).loss  # doctest: +SKIP
             2.41
         """
-        sort_arguments("model", {k: v for k, v in others.items() if k not in _QUIET}, _FORWARD, _FORWARD_KNOWN)
+        for name in others:
+            if name not in _FORWARD:
+                raise unknown_argument("model(...)", name, ("input_ids", "attention_mask", "labels", *_FORWARD))
         batch = self._batch(input_ids, attention_mask)
         if labels is None:
             return ModelOutput(self, batch, None)

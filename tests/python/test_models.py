@@ -153,6 +153,15 @@ def test_the_loss_is_the_mean_of_the_token_losses(folder: Path) -> None:
     assert out["loss"] == out[0] and out[1].shape == out.logits.shape
 
 
+def test_arguments_of_a_call_that_change_nothing_pass_and_others_do_not(folder: Path) -> None:
+    model = load(folder)
+    out = model(IDS, use_cache=False, return_dict=True, token_type_ids=[[0] * 6] * 2)
+    np.testing.assert_array_equal(out.logits, model(IDS).logits)
+    for name in ("past_key_values", "position_ids", "output_hidden_states", "label"):
+        with pytest.raises(ConfigError, match=name):
+            model(IDS, **{name: [1]})
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(folder: Path, side: str) -> None:
     model = load(folder)
