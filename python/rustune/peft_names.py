@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
 from typing import Any, Final
 
 from rustune._native import ConfigError
 from rustune.auto import AutoModelForCausalLM
+from rustune.config import unknown_argument
 from rustune.model import Model
 from rustune.models import FastLanguageModel
 from rustune.notices import sort_arguments
@@ -67,37 +68,56 @@ class PeftModel:
         return model
 
 
-@dataclass
 class LoraConfig:
     """The settings of an adapter, as PEFT has them and with its defaults: rank 8, alpha 8, q_proj and v_proj.
 
-    The fields are those of `FastLanguageModel.get_peft_model`.
+    Args:
+        **settings: Those of `FastLanguageModel.get_peft_model`; task_type and inference_mode make no difference.
+
+    Raises:
+        ConfigError: For a name that does not exist.
 
     Example:
         >>> LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"]).r
         16
     """
 
-    r: int = 8
-    target_modules: Any = None
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    bias: str = "none"
-    use_rslora: bool = False
-    modules_to_save: Any = None
-    init_lora_weights: bool | str = True
-    layers_to_transform: Any = None
-    layers_pattern: Any = None
-    rank_pattern: Any = None
-    alpha_pattern: Any = None
-    loftq_config: Any = None
-    use_dora: bool = False
-    task_type: Any = None
-    inference_mode: bool = False
+    r: int
+    lora_alpha: float
+    target_modules: Any
+
+    def __init__(self, **settings: Any) -> None:
+        for name in settings:
+            if name not in _LORA_DEFAULTS:
+                raise unknown_argument("LoraConfig", name, _LORA_DEFAULTS)
+        self.__dict__.update({**_LORA_DEFAULTS, **settings})
+
+    def __repr__(self) -> str:
+        return f"LoraConfig({', '.join(f'{name}={value!r}' for name, value in self.__dict__.items())})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all fields."""
-        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        """Returns all settings."""
+        return dict(self.__dict__)
+
+
+_LORA_DEFAULTS: Final[Mapping[str, Any]] = {
+    "r": 8,
+    "target_modules": None,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "use_rslora": False,
+    "modules_to_save": None,
+    "init_lora_weights": True,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "rank_pattern": None,
+    "alpha_pattern": None,
+    "loftq_config": None,
+    "use_dora": False,
+    "task_type": None,
+    "inference_mode": False,
+}
 
 
 def get_peft_model(model: Model, peft_config: Any, adapter_name: str = "default", **options: Any) -> Model:
@@ -126,7 +146,7 @@ def get_peft_model(model: Model, peft_config: Any, adapter_name: str = "default"
     kind = written.get("peft_type", "LORA")
     if str(getattr(kind, "value", kind)) != "LORA":
         raise ConfigError(f"peft_config.peft_type = {kind}: expected LORA")
-    ours = {entry.name for entry in fields(LoraConfig)} - {"inference_mode"}
+    ours = _LORA_DEFAULTS.keys() - {"inference_mode"}
     given = {name: value for name, value in written.items() if name in ours and value is not None}
     # What PEFT adapts in a Llama if nothing else is said (its table LORA_TARGET_MODULES for model_type llama).
     given.setdefault("target_modules", ["q_proj", "v_proj"])

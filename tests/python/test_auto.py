@@ -169,6 +169,8 @@ def test_settings_of_others_that_would_change_numbers_are_named(folder: Path) ->
             get_peft_model(load(folder), Theirs(**written))
     with pytest.raises(ConfigError, match="expected a LoraConfig"):
         get_peft_model(load(folder), {"r": 2})
+    with pytest.raises(ConfigError, match="did you mean lora_alpha"):
+        LoraConfig(lora_alfa=3)
     with pytest.raises(ConfigError, match="adapter_name"):
         get_peft_model(load(folder), LoraConfig(), "other")
     with pytest.raises(ConfigError, match="expected a model loaded by rustune"):

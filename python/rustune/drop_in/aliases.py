@@ -20,7 +20,6 @@ _TOLD_THE_TRUTH: Final = "datasets.config"
 
 _lock: Final = threading.RLock()
 _replaced: Final[dict[str, ModuleType | None]] = {}  # what stood under each name; None: nothing did
-_absent: Final = object()
 
 
 class Alias(ModuleType):
