@@ -57,6 +57,11 @@ fmt: $(VENV)/ready ## format everything in place
 bench: $(VENV)/fetched ## Rust benchmarks, release profile
 	cargo bench --locked --offline --benches
 
+.PHONY: bench-train
+bench-train: $(VENV)/installed ## seconds, tokens and memory of training steps; PEER=python with torch, peft, bitsandbytes
+	$(BIN)/python benches/train.py --shape llama-3.2-1b-4l --batch 1 --seq 512 $(if $(PEER),--peer-python $(PEER))
+	$(BIN)/python benches/train.py --shape llama-3.2-1b-4l --batch 8 --seq 512 --real-lengths
+
 .PHONY: golden
 golden: $(GOLDEN_VENV)/ready ## make the golden files anew from torch, transformers, PEFT and bitsandbytes (heavy)
 	$(GOLDEN_VENV)/bin/python tests/golden/make_golden.py

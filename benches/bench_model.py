@@ -17,6 +17,24 @@ SHAPES: dict[str, dict[str, int]] = {
         "head_dim": 64,
         "vocab": 128256,
     },
+    "llama-3.2-1b-4l": {
+        "hidden": 2048,
+        "ffn": 8192,
+        "layers": 4,
+        "heads": 32,
+        "kv_heads": 8,
+        "head_dim": 64,
+        "vocab": 128256,
+    },
+    "llama-3.2-3b": {
+        "hidden": 3072,
+        "ffn": 8192,
+        "layers": 28,
+        "heads": 24,
+        "kv_heads": 8,
+        "head_dim": 128,
+        "vocab": 128256,
+    },
     "smoke": {"hidden": 256, "ffn": 512, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 64, "vocab": 1024},
 }
 
@@ -60,7 +78,7 @@ def make(folder: Path, shape: dict[str, int]) -> Path:
         "num_key_value_heads": shape["kv_heads"],
         "head_dim": shape["head_dim"],
         "vocab_size": shape["vocab"],
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": 131072,
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
         "hidden_act": "silu",

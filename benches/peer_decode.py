@@ -1,8 +1,8 @@
-"""Decode and prefill speed of llama.cpp (the `xllamacpp` wheel) on a Q4_0 GGUF of random weights; prints one line of JSON.
+"""Decode and prefill speed of llama.cpp (the `xllamacpp` wheel) on a Q4_0 GGUF of random weights, as a line of JSON.
 
-Run by benches/decode.py with the interpreter that has `xllamacpp` and `gguf`; not part of the package. The tensor types are
-those that llama.cpp's own `llama-quantize ... Q4_0` gives a model with tied embeddings: Q4_0, and Q6_K for the shared table
-(`--table q4_0` makes that Q4_0 as well).
+Run by benches/decode.py with the interpreter that has `xllamacpp` and `gguf`; not part of the package. The tensor types
+are those that llama.cpp's own `llama-quantize ... Q4_0` gives a model with tied embeddings: Q4_0, and Q6_K for the
+shared table (`--table q4_0` makes that Q4_0 as well).
 """
 
 import argparse

@@ -34,6 +34,7 @@ from rustune.chat_templates import CHAT_TEMPLATES, get_chat_template, standardiz
 from rustune.collators import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 from rustune.config import SFTConfig, TrainingArguments
 from rustune.generation import GenerationConfig
+from rustune.marking import preview
 from rustune.model import Model
 from rustune.models import FastLanguageModel
 from rustune.peft_names import (
@@ -45,7 +46,9 @@ from rustune.peft_names import (
 )
 from rustune.pipelines import pipeline
 from rustune.preference import DPOConfig, DPOTrainer, ORPOConfig, ORPOTrainer
+from rustune.sharegpt import to_sharegpt
 from rustune.streamers import TextIteratorStreamer, TextStreamer
+from rustune.text_templates import apply_chat_template
 from rustune.tokenizer import Tokenizer
 from rustune.trainer import SFTTrainer, TrainOutput, train_on_responses_only
 from rustune.unsloth_names import UnslothTrainer, UnslothTrainingArguments, add_new_tokens, unsloth_train
@@ -100,6 +103,7 @@ __all__ = [
     "WeightsError",
     "__version__",
     "add_new_tokens",
+    "apply_chat_template",
     "get_chat_template",
     "get_peft_model",
     "info",
@@ -110,10 +114,12 @@ __all__ = [
     "num_threads",
     "pipeline",
     "prepare_model_for_kbit_training",
+    "preview",
     "set_num_threads",
     "set_seed",
     "standardize_data_formats",
     "standardize_sharegpt",
+    "to_sharegpt",
     "train_on_responses_only",
     "unsloth_train",
 ]

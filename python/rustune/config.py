@@ -58,6 +58,7 @@ _ENGINE: Final[dict[str, type]] = {
     "seed": int,
     "data_seed": int,
     "output_dir": str,
+    "train_sampling_strategy": str,
     "max_length": int,
     "packing": bool,
     "group_by_length": bool,
@@ -230,6 +231,7 @@ class TrainingArguments:
     bf16_full_eval: bool = False
     tf32: bool | None = None
     group_by_length: bool = False
+    train_sampling_strategy: Any = None
     length_column_name: str = "length"
     auto_find_batch_size: bool = False
     full_determinism: bool = False

@@ -163,6 +163,7 @@ class Model:
         self.config = ModelConfig(json.loads(native.config), name_or_path)
         self.generation_config: Any = GenerationConfig()
         self.training = False
+        self._lm_head_bits: int | None = None
         # Kept here because the engine answers nothing while it trains, and callbacks ask.
         self.dtype: str = native.dtype
         self.vocab_size: int = native.vocab_size
@@ -531,13 +532,29 @@ class Model:
             return str(self.adapter["base_model_name_or_path"])
         return os.path.abspath(self.name_or_path) if os.path.isdir(self.name_or_path) else self.name_or_path
 
-    def for_inference(self) -> Model:
-        """Makes ready for generating; nothing needs doing.
+    def for_inference(self, *, lm_head_bits: int | None = None) -> Model:
+        """Makes ready for generating; nothing needs doing, but the head may be taken in 8 bits.
+
+        Args:
+            lm_head_bits: 8 generates with a copy of the LM head in 8 bits, 64 weights to a scale: half the bytes of a
+                bfloat16 head, which is half of what a token of a small model reads. None takes the head as it is.
+                Losses, logits and training never use the copy.
 
         Returns:
             The model.
+
+        Raises:
+            ConfigError: For other bits, or if the head is trained or its rows are no multiple of 64.
         """
+        self._set_lm_head_bits(lm_head_bits)
         return self.train(False)
+
+    def _set_lm_head_bits(self, bits: int | None) -> None:
+        if bits is not None and (isinstance(bits, bool) or bits != 8):
+            raise ConfigError(f"lm_head_bits = {bits!r}: expected 8 or None")
+        if bits != self._lm_head_bits:
+            self.native.set_lm_head_bits(bits)
+            self._lm_head_bits = bits
 
     def for_training(self, use_gradient_checkpointing: bool | str | None = None) -> Model:
         """Makes ready for training.
@@ -550,6 +567,7 @@ class Model:
         """
         if use_gradient_checkpointing is not None:
             self.checkpointing = checkpointing_name(use_gradient_checkpointing)
+        self._set_lm_head_bits(None)
         return self.train()
 
     def train(self, mode: bool = True) -> Model:

@@ -181,7 +181,8 @@ class FastLanguageModel:
         if adapter_folder is not None:
             name = _base_of(adapter_folder)
             folder = find(name)
-        native = _native.Model.load(folder, _dtype_name(dtype), json.dumps(quantization))
+        room = None if max_seq_length is None else int(max_seq_length)
+        native = _native.Model.load(folder, _dtype_name(dtype), json.dumps(quantization), room)
         adapter = None
         if adapter_folder is not None:
             adapter = json.loads(native.load_adapter(adapter_folder))
@@ -194,9 +195,11 @@ class FastLanguageModel:
             warnings.warn(f"{folder}: has no tokenizer files; only rows of token ids can be used", stacklevel=2)
         elif max_seq_length is not None:
             tokenizer.model_max_length = length
-        if length > native.max_position_embeddings and max_seq_length is not None:
+        if native.max_position_embeddings > native.original_positions:
             warnings.warn(
-                f"max_seq_length = {length}: the model was made for {native.max_position_embeddings} tokens at most",
+                f"max_seq_length = {length}: the model was made for {native.original_positions} tokens at most; its "
+                f"positions are divided by {native.max_position_embeddings / native.original_positions:.4g} (linear "
+                "rope scaling), so expect it to need some training",
                 stacklevel=2,
             )
         model = Model(
@@ -319,16 +322,20 @@ class FastLanguageModel:
         return model
 
     @staticmethod
-    def for_inference(model: Model) -> Model:
-        """Makes a model ready for generating; nothing needs doing.
+    def for_inference(model: Model, *, lm_head_bits: int | None = None) -> Model:
+        """Makes a model ready for generating.
 
         Args:
             model: The model.
+            lm_head_bits: 8 generates with the LM head in 8 bits; None with the head as it is.
 
         Returns:
             The same model.
+
+        Raises:
+            ConfigError: For other bits, or if the head is trained or its rows are no multiple of 64.
         """
-        return model.for_inference()
+        return model.for_inference(lm_head_bits=lm_head_bits)
 
     @staticmethod
     def for_training(model: Model, use_gradient_checkpointing: bool | str | None = None) -> Model:

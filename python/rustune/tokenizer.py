@@ -365,18 +365,25 @@ class Tokenizer:
 
     def decode(
         self, token_ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
-    ) -> str:
+    ) -> Any:
         """Turns ids into text.
 
         Args:
-            token_ids: One id, or a list, array or tensor of them; negative ones (masked labels) are left out.
+            token_ids: One id, or a list, array or tensor of them; negative ones (masked labels) are left out. Rows of
+                ids, as of `batch_decode`, give a list.
             skip_special_tokens: Whether to leave out special tokens.
             clean_up_tokenization_spaces: Ignored: the text is what the tokens spell.
 
         Returns:
             The text.
+
+        Raises:
+            DataError: If these are no ids.
         """
-        return self.native.decode(_ids(token_ids), skip_special_tokens)
+        plain = _plain(token_ids)
+        if isinstance(plain, (list, tuple)) and any(isinstance(_plain(row), (list, tuple)) for row in plain):
+            return self.batch_decode(plain, skip_special_tokens)
+        return self.native.decode(_ids(plain), skip_special_tokens)
 
     def batch_decode(
         self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
@@ -391,7 +398,7 @@ class Tokenizer:
         Returns:
             A text for each row.
         """
-        return [self.decode(row, skip_special_tokens) for row in _plain(sequences)]
+        return [self.native.decode(_ids(row), skip_special_tokens) for row in _plain(sequences)]
 
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> Any:
         """Looks tokens up.
@@ -755,15 +762,21 @@ def _ids(values: Any) -> list[int]:
     plain = _plain(values)
     if isinstance(plain, int):
         plain = [plain]
-    flat = [int(_plain(value)) for value in plain]
-    return [value for value in flat if value >= 0]
+    try:
+        flat = [int(_plain(value)) for value in plain]
+    except (TypeError, ValueError):
+        raise DataError(f"decode: expected ids or rows of ids, got {type(values).__name__}") from None
+    return [value for value in flat if 0 <= value < 2**32]
 
 
 def _texts(values: Any) -> list[str]:
     """Several texts, checked."""
     if values is None or isinstance(values, (bytes, Mapping)):
         raise DataError(f"tokenizer: expected a text or a list of texts, got {type(values).__name__}")
-    texts = list(_plain(values))
+    plain = _plain(values)
+    if not isinstance(plain, Iterable):
+        raise DataError(f"tokenizer: expected a text or a list of texts, got {type(values).__name__}")
+    texts = list(plain)
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise DataError(f"tokenizer: expected texts, but item {i} is {type(text).__name__}")

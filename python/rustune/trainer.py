@@ -16,7 +16,7 @@ from rustune import _native, hub, progress
 from rustune._native import ConfigError, DataError
 from rustune.callbacks import CallbackHandler, Observer, TrainerControl, TrainerState
 from rustune.config import SFTConfig, TrainingArguments, settings_from, unknown_argument
-from rustune.data import iter_columns
+from rustune.data import formatted, is_streamed, iter_columns
 from rustune.model import Model, checkpointing_name, native_tokenizer
 
 # Collators that only pad and copy ids to labels: rows are put together in the engine, which does neither need.
@@ -101,14 +101,15 @@ class SFTTrainer:
         args: `SFTConfig` or `TrainingArguments`, ours or transformers'.
         tokenizer: Ours or transformers'; the one the model was loaded with if not given.
         processing_class: Another name of `tokenizer`.
-        train_dataset: `datasets`, lists of dicts, pandas, pyarrow, or a path to .jsonl or .parquet.
-        eval_dataset: The same, for evaluation.
+        train_dataset: `datasets`, lists of dicts, pandas, pyarrow, or a path to .jsonl or .parquet. Of an
+            `IterableDataset` as many rows are read, here and at once, as `max_steps` need; they keep their order.
+        eval_dataset: The same, for evaluation; an `IterableDataset` is read to its end.
         dataset_text_field: The column of plain text; `args.dataset_text_field` if not given.
         max_seq_length: Longest row in tokens; `args.max_length`, then the model's, if not given.
         data_collator: A collator of transformers; it changes nothing.
         dataset_num_proc: Makes no difference: all threads tokenise.
         packing: Put rows together to packed rows of up to `max_seq_length` tokens, as `args.packing`.
-        formatting_func: Turns a row, or a batch of columns, into text.
+        formatting_func: Turns a row, or a batch of columns, into a text or a list of them.
         peft_config: A `LoraConfig` for a model that has no adapter yet.
         compute_metrics: Not there yet.
         callbacks: `TrainerCallback` objects or classes, ours or transformers'.
@@ -175,6 +176,7 @@ class SFTTrainer:
         self.max_seq_length: int = model.max_seq_length if length is None else int(length)
         self._text_field = dataset_text_field or self.args.dataset_text_field
         self._formatting_func = formatting_func
+        self._keeps_order = False
         self.train_dataset = self._read("train_dataset", train_dataset)
         self.eval_dataset = self._read("eval_dataset", eval_dataset)
         self.state = TrainerState()
@@ -389,13 +391,15 @@ class SFTTrainer:
             return None
         if isinstance(dataset, TokenisedDataset):
             return dataset
-        batches = iter_columns(dataset)
+        max_rows = self._rows_of_stream(dataset) if what == "train_dataset" else None
+        batches = iter_columns(dataset, 1000 if max_rows is None else min(max_rows, 1000))
         text_field = self._text_field
         if self._formatting_func is not None:
-            batches, text_field = _formatted(batches, self._formatting_func), "text"
+            batches, text_field = formatted(batches, self._formatting_func), "text"
         options = {
             "text_field": text_field,
             "max_length": self.max_seq_length,
+            "max_rows": max_rows,
             "completion_only_loss": self.args.completion_only_loss,
             "assistant_only_loss": self.args.assistant_only_loss,
         }
@@ -404,6 +408,21 @@ class SFTTrainer:
         if left_out:
             warnings.warn(f"{what}: left out of {made.report['rows']} rows: {', '.join(left_out)}", stacklevel=3)
         return made
+
+    def _rows_of_stream(self, dataset: Any) -> int | None:
+        """How many rows of a stream the run needs; None for a dataset with a length."""
+        self._keeps_order = is_streamed(dataset)
+        if not self._keeps_order:
+            return None
+        steps = int(self.args.max_steps or 0)
+        if steps < 1:
+            raise ConfigError(
+                f"max_steps = {steps}: a streamed dataset has no length, so say how long to train: max_steps=60"
+            )
+        if self.args.packing or self.args.group_by_length:
+            what = "packing" if self.args.packing else "group_by_length"
+            raise ConfigError(f"{what} = True: a streamed dataset keeps its order, row by row; leave it out")
+        return steps * self.args.train_batch_size * int(self.args.gradient_accumulation_steps)
 
     def _checkpoint(self, wanted: str | os.PathLike[str] | bool | None) -> str | None:
         """The checkpoint to go on from."""
@@ -438,6 +457,8 @@ class SFTTrainer:
 
     def _engine_options(self) -> str:
         options = json.loads(self.args.engine_options())
+        if self._keeps_order:
+            options["train_sampling_strategy"] = "sequential"
         return json.dumps({**options, "max_length": self.max_seq_length})
 
     def _checkpointing(self) -> str:
@@ -485,6 +506,11 @@ class SFTTrainer:
             f"{trained:,} of {total:,} parameters trained ({100 * trained / max(total, 1):.2f} %), {args.optim},"
             f" learning rate {args.learning_rate:g} {args.lr_scheduler_type}",
         ]
+        if self._keeps_order:
+            lines.append(
+                f"streamed: {dataset.report.get('rows', 0):,} rows were read when the trainer was made, as many as all "
+                "steps need; they are trained in their own order, and later ones are never read"
+            )
         cut, rows = dataset.report.get("cut", 0), max(dataset.report.get("rows", 0), 1)
         lines.append(
             f"rows are cut after {self.max_seq_length:,} tokens: {100 * cut / rows:.1f} % of them"
@@ -504,8 +530,9 @@ class SFTTrainer:
         )
         parts, available, gib = memory["estimate"], memory["available"], 2.0**30
         kept, in_part, again = parts["layers"]
+        total = sum(parts[name] for name in ("model", "optimizer", "gradients", "kept", "workspace"))
         line = (
-            f"memory: about {(memory['peak'] or parts['model']) / gib:.1f} GiB at most"
+            f"memory: about {(memory['peak'] or total) / gib:.1f} GiB at most"
             f" (model {parts['model'] / gib:.2f},"
             f" optimizer and gradients {(parts['optimizer'] + parts['gradients']) / gib:.2f},"
             f" activations {(parts['kept'] + parts['workspace']) / gib:.2f}"
@@ -524,7 +551,11 @@ def train_on_responses_only(
     trainer: SFTTrainer,
     instruction_part: str | None = None,
     response_part: str | None = None,
-    **ignored: Any,
+    force_match: bool = True,
+    tokenizer: Any = None,
+    return_function: bool = False,
+    num_proc: int | None = None,
+    **unknown: Any,
 ) -> SFTTrainer:
     """Leaves only the answers to be trained, in the training and the evaluation rows.
 
@@ -532,26 +563,36 @@ def train_on_responses_only(
         trainer: The trainer; its datasets are replaced.
         instruction_part: The text before each question; found from the chat template if not given.
         response_part: The text before each answer; found from the chat template if not given.
-        **ignored: `num_proc` and the like.
+        force_match: Makes no difference: markers are found by their text, not by their ids.
+        tokenizer: The one the rows were made with; the trainer's if not given.
+        return_function: Not there yet.
+        num_proc: Makes no difference: all threads search.
+        **unknown: An error that names the nearest argument.
 
     Returns:
         The same trainer.
 
     Raises:
-        ConfigError: If only one of the two was given, or there is no tokenizer.
+        ConfigError: If only one of the two was given, or there is no tokenizer, or for an argument that does not exist.
         DataError: If no token would be trained, naming the marker and the nearest text found.
 
     Example:
         >>> trainer = train_on_responses_only(trainer)  # doctest: +SKIP
     """
-    tokenizer = native_tokenizer(trainer.processing_class)
-    if tokenizer is None:
+    for name in unknown:
+        raise unknown_argument("train_on_responses_only", name, train_on_responses_only.__annotations__)
+    if return_function:
+        raise ConfigError("return_function = True: not there yet; give a trainer")
+    if not isinstance(trainer, SFTTrainer):
+        raise ConfigError(f"trainer = {type(trainer).__name__}: expected an SFTTrainer")
+    native = native_tokenizer(trainer.processing_class if tokenizer is None else tokenizer)
+    if native is None:
         raise ConfigError("train_on_responses_only: needs a tokenizer; give one to SFTTrainer")
     for name in ("train_dataset", "eval_dataset"):
         dataset: TokenisedDataset | None = getattr(trainer, name)
         if dataset is None:
             continue
-        rows, _, _, dropped = dataset.rows.train_on_responses_only(tokenizer, instruction_part, response_part)
+        rows, _, _, dropped = dataset.rows.train_on_responses_only(native, instruction_part, response_part)
         if dropped:
             warnings.warn(f"{name}: {dropped} of {len(dataset)} rows have no answer and are left out", stacklevel=2)
         setattr(trainer, name, TokenisedDataset(rows))
@@ -574,36 +615,3 @@ def _check_collator(collator: Any) -> None:
         raise ConfigError(f"data_collator = {name}: not there yet; rows are put together without padding by the engine")
     if name == "DataCollatorForLanguageModeling" and getattr(collator, "mlm", False):
         raise ConfigError("data_collator.mlm = True: expected False: the model predicts the next token")
-
-
-def _formatted(
-    batches: Iterable[dict[str, list[Any]]], function: Callable[[Any], Any]
-) -> Iterator[dict[str, list[Any]]]:
-    """Applies a formatting function, which takes a row or a batch of columns: tried out once."""
-    by_batch: bool | None = None
-    for batch in batches:
-        n_rows = len(next(iter(batch.values()), []))
-        if by_batch is None and n_rows:
-            by_batch = _takes_batches(function, batch)
-        if by_batch:
-            texts = function(batch)
-        else:
-            texts = [function({name: column[i] for name, column in batch.items()}) for i in range(n_rows)]
-            # Some return a list of one for a row.
-            texts = [text[0] if isinstance(text, list) and len(text) == 1 else text for text in texts]
-        wrong = [text for text in texts if not isinstance(text, str)]
-        if wrong or len(texts) != n_rows:
-            got = type(wrong[0]).__name__ if wrong else f"{len(texts)} texts for {n_rows} rows"
-            raise DataError(f"formatting_func: expected a text for each row, got {got}")
-        yield {"text": list(texts)}
-
-
-def _takes_batches(function: Callable[[Any], Any], batch: dict[str, list[Any]]) -> bool:
-    """Whether the function makes two texts of two rows given as columns."""
-    # A row function that returns [text] makes one of any batch, so two rows tell them apart.
-    two = {name: [column[0], column[-1]] for name, column in batch.items()}
-    try:
-        texts = function(two)
-    except Exception:  # whatever a function of the user's raises when it is given what it does not take
-        return False
-    return isinstance(texts, list) and len(texts) == 2 and all(isinstance(text, str) for text in texts)

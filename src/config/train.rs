@@ -73,6 +73,37 @@ impl OptimizerKind {
     }
 }
 
+/// The order rows are trained in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RowOrder {
+    /// Shuffled anew in every pass over the data.
+    Random,
+    /// As they come, in every pass.
+    Sequential,
+    /// Neighbours of about the same length, in an order that is random otherwise.
+    GroupByLength,
+}
+
+impl RowOrder {
+    /// The order of a name as transformers 5 spells it (`train_sampling_strategy`).
+    ///
+    /// # Errors
+    /// [`Error::Config`] for an order that is not there.
+    pub fn from_name(name: &str) -> Result<Self> {
+        match name {
+            "random" => Ok(Self::Random),
+            "sequential" => Ok(Self::Sequential),
+            "group_by_length" => Ok(Self::GroupByLength),
+            _ => Err(Error::config(
+                "train_sampling_strategy",
+                name,
+                "not there; expected random, sequential or group_by_length",
+            )),
+        }
+    }
+}
+
 /// The settings of Adam with decoupled weight decay.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct AdamHyper {
@@ -155,6 +186,8 @@ pub struct TrainOptions {
     pub data_seed: Option<u64>,
     /// Where checkpoints go; default `outputs`.
     pub output_dir: Option<PathBuf>,
+    /// See [`RowOrder::from_name`]; default random.
+    pub train_sampling_strategy: Option<String>,
     /// Longest row in tokens, cut beyond; default: what the model was loaded with.
     pub max_length: Option<i64>,
     /// Whether rows are put together to packed rows of up to `max_length` tokens, each of which counts as a row; default
@@ -281,14 +314,14 @@ pub struct Train {
     pub seed: u64,
     /// Seed of the order of rows.
     pub data_seed: u64,
+    /// The order of rows.
+    pub order: RowOrder,
     /// Where checkpoints go.
     pub output_dir: PathBuf,
     /// Longest row in tokens; `None` for the model's.
     pub max_length: Option<usize>,
     /// Whether rows are put together to packed rows of up to `max_length` tokens (of the longest row, without one).
     pub packing: bool,
-    /// Whether the rows of a step are of about the same length.
-    pub group_by_length: bool,
 }
 
 impl TrainOptions {
@@ -359,13 +392,13 @@ impl TrainOptions {
             )?,
             seed,
             data_seed: self.data_seed.unwrap_or(seed),
+            order: self.order()?,
             output_dir: self.output_dir.clone().unwrap_or_else(|| PathBuf::from("outputs")),
             max_length: match self.max_length {
                 None => None,
                 Some(_) => Some(at_least_one("max_length", self.max_length, 1)?),
             },
             packing: self.packing.unwrap_or(false),
-            group_by_length: self.group_by_length.unwrap_or(false),
         })
     }
 
@@ -382,6 +415,21 @@ impl TrainOptions {
         match self.embedding_learning_rate {
             Some(lr) => refuse_if(true, "embedding_learning_rate", lr, "embeddings are not trained under LoRA"),
             None => Ok(()),
+        }
+    }
+
+    /// The order of rows: `group_by_length` is the older way to ask for [`RowOrder::GroupByLength`].
+    fn order(&self) -> Result<RowOrder> {
+        match (self.train_sampling_strategy.as_deref(), self.group_by_length) {
+            (None, Some(true)) => Ok(RowOrder::GroupByLength),
+            (name, grouped) => {
+                let order = RowOrder::from_name(name.unwrap_or("random"))?;
+                if grouped == Some(true) && order != RowOrder::GroupByLength {
+                    let expected = "contradicts train_sampling_strategy; write one of them";
+                    return Err(Error::config("group_by_length", true, expected));
+                }
+                Ok(order)
+            }
         }
     }
 

@@ -17,16 +17,12 @@ pub fn pack(lengths: &[usize], max_length: usize) -> Vec<Vec<u32>> {
     let mut open: BTreeSet<(usize, usize)> = BTreeSet::new(); // (room, pack)
     for row in order {
         let len = lengths[row as usize];
-        let (room, pack) = match open.range((len, 0)..).next().copied() {
-            Some(fullest) => {
-                open.remove(&fullest);
-                fullest
-            }
-            None => {
-                packs.push(Vec::new());
-                (max_length.max(len), packs.len() - 1)
-            }
-        };
+        let fullest = open.range((len, 0)..).next().copied();
+        let (room, pack) = fullest.unwrap_or_else(|| {
+            packs.push(Vec::new());
+            (max_length.max(len), packs.len() - 1)
+        });
+        open.remove(&(room, pack));
         packs[pack].push(row);
         open.insert((room - len, pack));
     }

@@ -1,7 +1,8 @@
 //! The decode loop: prefill all prompts in chunks, then one token a sequence and step, with a KV cache.
 //!
 //! Prompts of different lengths stand one after the other without padding, so a sequence's tokens do not depend on its
-//! neighbours. A finished sequence takes no more work. Up to [`MAX_ROWS`] sequences decode straight from packed weights.
+//! neighbours. A finished sequence takes no more work. Up to [`MAX_ROWS`] tokens at a time
+//! read the packed weights where they are.
 
 use crate::error::{Error, Result};
 use crate::model::{KvCache, Model};
@@ -59,7 +60,8 @@ pub fn decode(
         } else {
             // Each active sequence feeds its last token.
             feed(&mut tokens, &cache, |seq| if done[seq] { &[] } else { &ids[seq][ids[seq].len() - 1..] });
-            next_logits(model, &tokens, &mut cache)
+            let hidden = hidden(model, &tokens, &mut cache);
+            model.next_logits(&model.env(&tokens), &hidden)
         };
         let mut finished = Vec::new();
         for (logits, seq) in logits.chunks_exact_mut(config.vocab_size).zip(active) {
@@ -100,7 +102,7 @@ fn prefill(
             })
             .collect();
         feed(&mut tokens, cache, |seq| &prompts[seq][fed[seq]..ends[seq]]);
-        let hidden = model.llama.forward(&model.env(&tokens), Some(cache));
+        let hidden = hidden(model, &tokens, cache);
         for (seq, row) in last.chunks_exact_mut(width).enumerate() {
             if fed[seq] < ends[seq] {
                 let at = tokens.cu_seqlens[seq + 1] - 1;
@@ -109,17 +111,13 @@ fn prefill(
         }
         fed = ends;
     }
-    Ok(model.llama.logits(&model.env(&tokens), &last))
+    Ok(model.next_logits(&model.env(&tokens), &last))
 }
 
-/// Logits after one more token of each active sequence: `[n_tokens, vocab]`.
-fn next_logits(model: &Model, tokens: &Tokens, cache: &mut KvCache) -> Buf {
+/// Hidden states of new tokens, `[n_tokens, hidden]`: few read the weights where they are stored, many go through the GEMMs.
+fn hidden(model: &Model, tokens: &Tokens, cache: &mut KvCache) -> Buf {
     let env = model.env(tokens);
-    if tokens.len() <= MAX_ROWS {
-        return model.llama.decode(&env, cache);
-    }
-    let hidden = model.llama.forward(&env, Some(cache));
-    model.llama.logits(&env, &hidden)
+    if tokens.len() <= MAX_ROWS { model.llama.decode(&env, cache) } else { model.llama.forward(&env, Some(cache)) }
 }
 
 /// The next tokens of all sequences as one batch, at their positions.

@@ -1,7 +1,7 @@
 //! Matrix times a few vectors, straight from the weights' storage: decoding is bandwidth, so a weight is read once.
 //!
 //! A kernel takes some rows of W and up to [`MAX_X`] rows of x, and writes the dot products `out[j, i] = Σ_p W[j, p] · x[i, p]`,
-//! `out: [rows of W, rows of x]`. Products and sums are f32, in four chains per row of x whatever the number of rows, so a
+//! `out: [rows of W, rows of x]`. Products and sums are f32, in the same chains for each row of x whatever the number of rows, so a
 //! row's result does not depend on its neighbours.
 //!
 //! NF4, blocks of 64: the 16 values that a block's indices stand for are its scale times the code book, rounded to the dtype
@@ -113,29 +113,47 @@ pub(super) fn nf4_order<S: Packed>(_: S, x: &[f32], out: &mut [f32]) {
 
 /// Sum of four chains.
 #[inline(always)]
-fn total<S: Simd>(s: S, acc: [S::V; 4]) -> f32 {
+fn total<S: Simd>(s: S, acc: &[S::V; 4]) -> f32 {
     s.sum(s.add(s.add(acc[0], acc[1]), s.add(acc[2], acc[3])))
+}
+
+/// How the weights of a block come out of its bytes. A trait and not a closure: what is not marked `inline(always)` may be
+/// compiled without the instruction set, and each intrinsic in it becomes a call.
+pub(super) trait Weights<S: Packed>: Copy {
+    fn of(self, s: S, packed: &[u8; BLOCK / 2], scale: f32) -> S::Block;
+}
+
+/// Indices into a code book, `code · scale` rounded as `R`, a [`Round`], says.
+#[derive(Clone, Copy)]
+struct Coded<'a, const R: u8>(&'a [f32; 16]);
+
+impl<S: Packed, const R: u8> Weights<S> for Coded<'_, R> {
+    #[inline(always)]
+    fn of(self, s: S, packed: &[u8; BLOCK / 2], scale: f32) -> S::Block {
+        const BF16: u8 = Round::Bf16 as u8;
+        const F16: u8 = Round::F16 as u8;
+        const F16_BF16: u8 = Round::F16ThenBf16 as u8;
+        match R {
+            BF16 => s.nf4_bf16(packed, self.0, scale),
+            F16 => s.nf4_f16(packed, self.0, scale),
+            F16_BF16 => s.nf4_f16_bf16(packed, self.0, scale),
+            _ => s.nf4_f32(packed, self.0, scale),
+        }
+    }
 }
 
 #[inline(always)]
 pub(super) fn nf4_gemv<S: Packed>(s: S, w: Nf4Rows<'_>, code: &[f32; 16], x: &[f32], out: &mut [f32]) {
     match w.round {
-        Round::F32 => nf4_groups(s, w, x, out, |bytes, scale| s.nf4_f32(bytes, code, scale)),
-        Round::Bf16 => nf4_groups(s, w, x, out, |bytes, scale| s.nf4_bf16(bytes, code, scale)),
-        Round::F16 => nf4_groups(s, w, x, out, |bytes, scale| s.nf4_f16(bytes, code, scale)),
-        Round::F16ThenBf16 => nf4_groups(s, w, x, out, |bytes, scale| s.nf4_f16_bf16(bytes, code, scale)),
+        Round::F32 => nf4_groups(s, w, x, out, Coded::<{ Round::F32 as u8 }>(code)),
+        Round::Bf16 => nf4_groups(s, w, x, out, Coded::<{ Round::Bf16 as u8 }>(code)),
+        Round::F16 => nf4_groups(s, w, x, out, Coded::<{ Round::F16 as u8 }>(code)),
+        Round::F16ThenBf16 => nf4_groups(s, w, x, out, Coded::<{ Round::F16ThenBf16 as u8 }>(code)),
     }
 }
 
-/// `weights(bytes, scale)` gives a block's weights.
 #[inline(always)]
-pub(super) fn nf4_groups<S: Packed>(
-    s: S,
-    w: Nf4Rows<'_>,
-    x: &[f32],
-    out: &mut [f32],
-    weights: impl Fn(&[u8; BLOCK / 2], f32) -> S::Block + Copy,
-) {
+pub(super) fn nf4_groups<S: Packed>(s: S, w: Nf4Rows<'_>, x: &[f32], out: &mut [f32], weights: impl Weights<S>) {
     let (_, n_x) = w.check(x, out);
     let mut first = 0;
     while first < n_x {
@@ -159,7 +177,7 @@ fn nf4_pass<S: Packed, const M: usize>(
     n_x: usize,
     first: usize,
     out: &mut [f32],
-    weights: impl Fn(&[u8; BLOCK / 2], f32) -> S::Block,
+    weights: impl Weights<S>,
 ) {
     let blocks = w.cols / BLOCK;
     let xs: [&[[f32; BLOCK]]; M] =
@@ -169,31 +187,59 @@ fn nf4_pass<S: Packed, const M: usize>(
     for ((bytes, scales), out) in rows.zip(out.chunks_exact_mut(n_x)) {
         let mut acc = [[s.splat(0.0); 4]; M];
         for (b, (bytes, &scale)) in bytes.iter().zip(scales).enumerate() {
-            let weights = weights(bytes, scale);
-            for (acc, x) in acc.iter_mut().zip(&xs) {
-                let x = &x[b];
-                for (v, weights) in weights.as_ref().iter().enumerate() {
-                    acc[v % 4] = s.fma(*weights, s.load(&x[v * S::LANES..]), acc[v % 4]);
+            let weights = weights.of(s, bytes, scale);
+            for i in 0..M {
+                let (acc, x) = (&mut acc[i], &xs[i][b]);
+                let weights = weights.as_ref();
+                for v in 0..BLOCK / S::LANES {
+                    acc[v % 4] = s.fma(weights[v], s.load(&x[v * S::LANES..]), acc[v % 4]);
                 }
             }
         }
-        for (out, acc) in out[first..first + M].iter_mut().zip(acc) {
+        for (out, acc) in out[first..first + M].iter_mut().zip(&acc) {
             *out = total(s, acc);
         }
     }
 }
 
-/// Rows of plain elements against groups of rows of x; `load` takes `LANES` elements, `tail` fewer.
+/// An element of plain rows.
+pub(super) trait Element: Copy {
+    /// The first `LANES` elements of `w`.
+    fn load<S: Packed>(s: S, w: &[Self]) -> S::V;
+    /// All of `w`, fewer than `LANES` elements.
+    fn load_tail<S: Packed>(s: S, w: &[Self]) -> S::V;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn load<S: Packed>(s: S, w: &[Self]) -> S::V {
+        s.load(w)
+    }
+    #[inline(always)]
+    fn load_tail<S: Packed>(s: S, w: &[Self]) -> S::V {
+        s.load_tail(w)
+    }
+}
+
+/// The bits of bf16.
+impl Element for u16 {
+    #[inline(always)]
+    fn load<S: Packed>(s: S, w: &[Self]) -> S::V {
+        s.load_bf16(w)
+    }
+    #[inline(always)]
+    fn load_tail<S: Packed>(s: S, w: &[Self]) -> S::V {
+        let mut padded = [0.0; 16];
+        for (to, &from) in padded.iter_mut().zip(w) {
+            *to = f32::from_bits(u32::from(from) << 16);
+        }
+        s.load_tail(&padded[..w.len()])
+    }
+}
+
+/// Rows of plain elements against groups of rows of x.
 #[inline(always)]
-fn dense<S: Packed, T: Copy>(
-    s: S,
-    w: &[T],
-    cols: usize,
-    x: &[f32],
-    out: &mut [f32],
-    load: impl Fn(&[T]) -> S::V + Copy,
-    tail: impl Fn(&[T]) -> S::V + Copy,
-) {
+pub(super) fn dense<S: Packed, T: Element>(s: S, w: &[T], cols: usize, x: &[f32], out: &mut [f32]) {
     let rows = w.len() / cols;
     assert_eq!(w.len(), rows * cols, "gemv: lengths differ");
     let n_x = check_x("gemv", rows, cols, x, out);
@@ -201,18 +247,17 @@ fn dense<S: Packed, T: Copy>(
     while first < n_x {
         let count = S::GROUP.min(n_x - first);
         match count {
-            1 => dense_pass::<S, T, 1>(s, w, cols, x, n_x, first, out, load, tail),
-            2 => dense_pass::<S, T, 2>(s, w, cols, x, n_x, first, out, load, tail),
-            3 => dense_pass::<S, T, 3>(s, w, cols, x, n_x, first, out, load, tail),
-            _ => dense_pass::<S, T, 4>(s, w, cols, x, n_x, first, out, load, tail),
+            1 => dense_pass::<S, T, 1>(s, w, cols, x, n_x, first, out),
+            2 => dense_pass::<S, T, 2>(s, w, cols, x, n_x, first, out),
+            3 => dense_pass::<S, T, 3>(s, w, cols, x, n_x, first, out),
+            _ => dense_pass::<S, T, 4>(s, w, cols, x, n_x, first, out),
         }
         first += count;
     }
 }
 
 #[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "the parts of one product")]
-fn dense_pass<S: Packed, T: Copy, const M: usize>(
+fn dense_pass<S: Packed, T: Element, const M: usize>(
     s: S,
     w: &[T],
     cols: usize,
@@ -220,34 +265,33 @@ fn dense_pass<S: Packed, T: Copy, const M: usize>(
     n_x: usize,
     first: usize,
     out: &mut [f32],
-    load: impl Fn(&[T]) -> S::V,
-    tail: impl Fn(&[T]) -> S::V,
 ) {
     let (whole, body) = (cols - cols % (4 * S::LANES), cols - cols % S::LANES);
     let xs: [&[f32]; M] = std::array::from_fn(|i| &x[(first + i) * cols..(first + i + 1) * cols]);
     for (row, out) in w.chunks_exact(cols).zip(out.chunks_exact_mut(n_x)) {
         let mut acc = [[s.splat(0.0); 4]; M];
-        for (c, w) in row[..whole].chunks_exact(4 * S::LANES).enumerate() {
+        for c in (0..whole).step_by(4 * S::LANES) {
+            let w = &row[c..c + 4 * S::LANES];
             for v in 0..4 {
-                let weights = load(&w[v * S::LANES..(v + 1) * S::LANES]);
-                for (acc, x) in acc.iter_mut().zip(&xs) {
-                    acc[v] = s.fma(weights, s.load(&x[c * 4 * S::LANES + v * S::LANES..]), acc[v]);
+                let weights = T::load(s, &w[v * S::LANES..]);
+                for i in 0..M {
+                    acc[i][v] = s.fma(weights, s.load(&xs[i][c + v * S::LANES..]), acc[i][v]);
                 }
             }
         }
-        for (v, c) in (whole..body).step_by(S::LANES).enumerate() {
-            let weights = load(&row[c..c + S::LANES]);
-            for (acc, x) in acc.iter_mut().zip(&xs) {
-                acc[v] = s.fma(weights, s.load(&x[c..]), acc[v]);
+        for c in (whole..body).step_by(S::LANES) {
+            let weights = T::load(s, &row[c..]);
+            for i in 0..M {
+                acc[i][0] = s.fma(weights, s.load(&xs[i][c..]), acc[i][0]);
             }
         }
         if body < cols {
-            let weights = tail(&row[body..]);
-            for (acc, x) in acc.iter_mut().zip(&xs) {
-                acc[3] = s.fma(weights, s.load_tail(&x[body..]), acc[3]);
+            let weights = T::load_tail(s, &row[body..]);
+            for i in 0..M {
+                acc[i][1] = s.fma(weights, s.load_tail(&xs[i][body..]), acc[i][1]);
             }
         }
-        for (out, acc) in out[first..first + M].iter_mut().zip(acc) {
+        for (out, acc) in out[first..first + M].iter_mut().zip(&acc) {
             *out = total(s, acc);
         }
     }
@@ -256,19 +300,12 @@ fn dense_pass<S: Packed, T: Copy, const M: usize>(
 /// w: the bits of bf16.
 #[inline(always)]
 pub(super) fn bf16_gemv<S: Packed>(s: S, w: &[u16], cols: usize, x: &[f32], out: &mut [f32]) {
-    let tail = |w: &[u16]| {
-        let mut padded = [0.0; 16];
-        for (to, &from) in padded.iter_mut().zip(w) {
-            *to = f32::from_bits(u32::from(from) << 16);
-        }
-        s.load_tail(&padded[..w.len()])
-    };
-    dense(s, w, cols, x, out, |w| s.load_bf16(w), tail);
+    dense(s, w, cols, x, out);
 }
 
 #[inline(always)]
 pub(super) fn f32_gemv<S: Packed>(s: S, w: &[f32], cols: usize, x: &[f32], out: &mut [f32]) {
-    dense(s, w, cols, x, out, |w| s.load(w), |w| s.load_tail(w));
+    dense(s, w, cols, x, out);
 }
 
 #[inline(always)]
@@ -280,17 +317,16 @@ pub(super) fn i8_gemv<S: Packed>(s: S, w: &[i8], scales: &[f32], cols: usize, x:
     let rows = w.as_chunks::<BLOCK>().0.chunks_exact(blocks).zip(scales.chunks_exact(blocks));
     for ((row, scales), out) in rows.zip(out.chunks_exact_mut(n_x)) {
         for (out, x) in out.iter_mut().zip(x.chunks_exact(cols)) {
-            let mut acc = [s.splat(0.0); 4];
-            let x = x.as_chunks::<BLOCK>().0;
-            for (b, ((w, x), &scale)) in row.iter().zip(x).zip(scales).enumerate() {
+            let mut acc = s.splat(0.0);
+            for ((w, x), &scale) in row.iter().zip(x.as_chunks::<BLOCK>().0).zip(scales) {
                 // Within the block the factors are whole numbers; its scale comes once, at its end.
                 let mut sum = s.mul(s.load_i8(w), s.load(x));
                 for v in 1..BLOCK / S::LANES {
                     sum = s.fma(s.load_i8(&w[v * S::LANES..]), s.load(&x[v * S::LANES..]), sum);
                 }
-                acc[b % 4] = s.fma(s.splat(scale), sum, acc[b % 4]);
+                acc = s.fma(s.splat(scale), sum, acc);
             }
-            *out = total(s, acc);
+            *out = s.sum(acc);
         }
     }
 }

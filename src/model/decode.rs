@@ -1,30 +1,74 @@
-//! One token of each of a few sequences through the decoder, straight from packed weights: [`Llama::forward`] for decoding.
+//! A few tokens through the decoder, straight from packed weights: [`Llama::forward`] for decoding.
 //!
 //! The same arithmetic as [`super::llama::Layer::forward`] with a cache, without what only a backward needs, and with the
-//! products of `ops/gemv.rs`: a weight is read once for all sequences. Buffers come from the context's pool.
+//! products of `ops/gemv.rs`: a weight is read once for all tokens. Buffers come from the context's pool.
 
+use super::Model;
 use super::kv_cache::{KvCache, LayerCache};
 use super::llama::{Layer, Llama};
+use crate::error::{Error, Result};
+use crate::kernels::gemv::BLOCK;
 use crate::ops::gemv::{self, Input};
+use crate::ops::linear::Matrix;
 use crate::ops::rope::{Angles, Turn};
 use crate::ops::{Buf, Env, attention, embedding};
+use crate::quant::Int8Matrix;
+
+impl Model {
+    /// Takes the head of generation in `bits`: 8 for a copy in 8 bits, which halves what a token reads of a bf16 head, or
+    /// `None` for the head as it is. Losses and training never use the copy.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for other bits, a head that is trained, or a hidden size that is no multiple of 64.
+    pub fn set_lm_head_bits(&mut self, bits: Option<u32>) -> Result<()> {
+        let bad = |value: u32, expected| Err(Error::config("lm_head_bits", value, expected));
+        self.int8_head = match (bits, self.llama.head_matrix()) {
+            (None, _) => None,
+            (Some(8), Matrix::Frozen(_)) if !self.config.hidden_size.is_multiple_of(BLOCK) => {
+                return bad(8, "expected None: the hidden size of this model is no multiple of 64");
+            }
+            (Some(8), Matrix::Frozen(head)) => {
+                let kernels = self.ctx.kernels;
+                let read = |row: usize, out: &mut [f32]| head.read(kernels, row * head.cols(), out);
+                Some(Int8Matrix::quantize(head.rows(), head.cols(), read)?)
+            }
+            (Some(8), Matrix::Trained(_)) => return bad(8, "expected None: the head of this model is trained"),
+            (Some(other), _) => return bad(other, "expected 8 or None"),
+        };
+        Ok(())
+    }
+
+    /// Logits for generation, `[n, vocab]`, from the last norm's output, `[n, hidden]`.
+    pub fn next_logits(&self, env: &Env<'_>, hidden: &[f32]) -> Buf {
+        let (width, vocab) = (self.config.hidden_size, self.config.vocab_size);
+        let Some(head) = &self.int8_head else { return self.llama.logits(env, hidden) };
+        let mut logits = env.ctx.buf(hidden.len() / width * vocab);
+        let chunks = hidden.chunks(gemv::MAX_ROWS * width).zip(logits.chunks_mut(gemv::MAX_ROWS * vocab));
+        for (hidden, logits) in chunks {
+            let n_rows = hidden.len() / width;
+            let input = Input::new(env.ctx, hidden, n_rows, width, width);
+            if n_rows == 1 {
+                gemv::int8(env.ctx, head, &input, logits);
+            } else {
+                let mut columns = env.ctx.buf(logits.len());
+                gemv::int8(env.ctx, head, &input, &mut columns);
+                logits.copy_from_slice(&gemv::transpose(env.ctx, columns, n_rows));
+            }
+        }
+        logits
+    }
+}
 
 impl Llama {
-    /// Logits of the next token, `[n_tokens, vocab]`; each sequence gives one token of `env.tokens` or none, and at most
-    /// [`gemv::MAX_ROWS`] together.
+    /// Hidden states after the last norm, `[n_tokens, hidden]`, of at most [`gemv::MAX_ROWS`] new tokens.
     pub fn decode(&self, env: &Env<'_>, cache: &mut KvCache) -> Buf {
-        let (n_tokens, hidden) = (env.tokens.len(), self.hidden_size);
         let rope = self.rope.angles(&env.tokens.positions);
-        let mut x = embedding::forward(env, &self.embed, hidden);
+        let mut x = embedding::forward(env, &self.embed, self.hidden_size);
         for (layer_idx, layer) in self.layers.iter().enumerate() {
             layer.decode(env, &rope, &mut x, cache.layer(layer_idx));
         }
         cache.advance(env.tokens);
-        let x = self.norm.forward(env, &x).0;
-        let input = Input::new(env.ctx, &x, n_tokens, hidden, hidden);
-        let mut logits = env.ctx.buf(n_tokens * self.vocab_size);
-        gemv::matrix(env, self.head_matrix(), &input, &mut logits);
-        gemv::transpose(env.ctx, logits, n_tokens)
+        self.norm.forward(env, &x).0
     }
 }
 

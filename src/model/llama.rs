@@ -85,6 +85,19 @@ pub enum Below {
     Nothing,
 }
 
+/// What a layer's backward reads beside what was saved.
+#[derive(Clone, Copy)]
+pub struct Backward<'a> {
+    /// The forward's environment.
+    pub env: &'a Env<'a>,
+    /// The forward's angles.
+    pub rope: &'a Angles,
+    /// The forward's input, `[n_tokens, hidden]`.
+    pub x: &'a [f32],
+    /// Whether the input's gradient is needed.
+    pub below: Below,
+}
+
 /// A norm's output and what its backward needs.
 type Normed = (Buf, rms_norm::Saved);
 
@@ -177,7 +190,9 @@ impl Layer {
         let mut attention = self.attend(env, rope, x, cache);
         // out = mid + down(...): out starts as mid
         let (mut out, attention) = if keep == Keep::Input {
-            (attention.mid, None)
+            let mid = std::mem::take(&mut attention.mid);
+            drop(attention);
+            (mid, None)
         } else {
             attention.normed.take_if(|_| keep < Keep::Everything);
             (env.ctx.copy(&attention.mid), Some(attention))
@@ -243,19 +258,11 @@ impl Layer {
         }
     }
 
-    /// From the gradient of the output to that of the input;  x: the forward's input, dout: `[n_tokens, hidden]`.
+    /// From the gradient of the output to that of the input;  dout: `[n_tokens, hidden]`.
     ///
     /// What was not saved is computed again. Returns `None` where nothing below needs a gradient.
-    pub fn backward(
-        &self,
-        env: &Env<'_>,
-        rope: &Angles,
-        x: &[f32],
-        saved: Option<Saved>,
-        dout: Buf,
-        below: Below,
-        grads: &mut Grads,
-    ) -> Option<Buf> {
+    pub fn backward(&self, at: Backward<'_>, saved: Option<Saved>, dout: Buf, grads: &mut Grads) -> Option<Buf> {
+        let Backward { env, rope, x, below } = at;
         let Saved { mut attention, mlp } =
             saved.unwrap_or_else(|| Saved { attention: self.attend(env, rope, x, None), mlp: Vec::new() });
         // out = mid + mlp(mid): dmid starts as dout
@@ -268,7 +275,7 @@ impl Layer {
         if below == Below::Nothing && !self.is_attention_trained() {
             return None;
         }
-        self.attend_backward(env, rope, x, attention, dmid, below, grads)
+        self.attend_backward(at, attention, dmid, grads)
     }
 
     /// Adds the part of the gradient that comes through the MLP;  mid: `[chunk, hidden]`, dmid: the same, starts as dout.
@@ -302,17 +309,8 @@ impl Layer {
     }
 
     /// From the gradient of `mid` to that of x.
-    #[expect(clippy::too_many_arguments, reason = "the backward of one equation, apart from the MLP's")]
-    fn attend_backward(
-        &self,
-        env: &Env<'_>,
-        rope: &Angles,
-        x: &[f32],
-        saved: AttentionSaved,
-        dmid: Buf,
-        below: Below,
-        grads: &mut Grads,
-    ) -> Option<Buf> {
+    fn attend_backward(&self, at: Backward<'_>, saved: AttentionSaved, dmid: Buf, grads: &mut Grads) -> Option<Buf> {
+        let Backward { env, rope, x, below } = at;
         let (ctx, heads) = (env.ctx, self.heads);
         let AttentionSaved { normed, q, k, v, lin_qkv: [lin_q, lin_k, lin_v], attended, lse, lin_o, mid: _ } = saved;
         // mid = x + o(attended): dx starts as dmid

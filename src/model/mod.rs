@@ -16,6 +16,7 @@ pub use weights::{LoadOptions, Quantize};
 
 use crate::error::{Error, Result};
 use crate::ops::{Ctx, Env, ParamStore, Tokens};
+use crate::quant::Int8Matrix;
 use std::path::{Path, PathBuf};
 
 /// A loaded model: the decoder, its trainable tensors, and the tools to run it.
@@ -30,6 +31,8 @@ pub struct Model {
     pub params: ParamStore,
     /// Kernels and buffers.
     pub ctx: Ctx,
+    /// The head in 8 bits, for generation where asked for ([`Model::set_lm_head_bits`]).
+    int8_head: Option<Int8Matrix>,
 }
 
 impl Model {
@@ -39,11 +42,23 @@ impl Model {
     /// [`Error::Io`] if a file is missing, [`Error::Model`] for a `config.json` we cannot run, [`Error::Weights`] for a
     /// missing, misshapen or non-finite tensor, [`Error::Config`] for `RUSTUNE_ISA`.
     pub fn load(folder: &Path, options: &LoadOptions) -> Result<Self> {
-        let config = ModelConfig::read(folder)?;
+        Self::load_for(folder, options, None)
+    }
+
+    /// Loads a model for rows of up to `max_seq_length` tokens, more than it was made for if need be: its positions are
+    /// then squeezed, see [`ModelConfig::stretch_to`].
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_for(folder: &Path, options: &LoadOptions, max_seq_length: Option<usize>) -> Result<Self> {
+        let mut config = ModelConfig::read(folder)?;
+        if let Some(length) = max_seq_length {
+            config.stretch_to(length);
+        }
         let ctx = Ctx::new(options.precision)?;
         let mut params = ParamStore::default();
         let llama = weights::load(folder, &config, options, &mut params)?;
-        Ok(Self { folder: folder.to_owned(), config, llama, params, ctx })
+        Ok(Self { folder: folder.to_owned(), config, llama, params, ctx, int8_head: None })
     }
 
     /// Logits of every token, `[n_tokens, vocab]`.

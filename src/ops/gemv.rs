@@ -9,7 +9,7 @@ use super::weight::{Precision, Storage, Weight};
 use super::{Buf, Ctx, Env};
 use crate::kernels::gemv::{BLOCK, MAX_X, Nf4Rows, Round};
 use crate::quant::nf4::{Absmax, CODE_BOOK};
-use crate::quant::{FloatKind, Nf4Tensor};
+use crate::quant::{FloatKind, Int8Matrix, Nf4Tensor};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 use std::cell::RefCell;
@@ -78,6 +78,8 @@ enum Rows<'a> {
     Weight(&'a Weight),
     /// Trained, `[_, cols]`.
     F32(&'a [f32]),
+    /// In 8 bits.
+    Int8(&'a Int8Matrix),
 }
 
 impl<'a> Rows<'a> {
@@ -93,6 +95,7 @@ impl<'a> Rows<'a> {
         let bytes = match self {
             Self::Weight(weight) => weight.nbytes() / weight.rows().max(1),
             Self::F32(_) => 4 * cols,
+            Self::Int8(_) => cols + cols / 16,
         };
         (TASK_BYTES / bytes.max(1)).max(1)
     }
@@ -107,6 +110,10 @@ impl<'a> Rows<'a> {
             Self::F32(data) => {
                 let read = |row: usize, to: &mut [f32]| to.copy_from_slice(&data[row * x.cols..][..x.cols]);
                 return by_rows(ctx, x, rows, out, &mut scratch.row, read);
+            }
+            Self::Int8(matrix) => {
+                let scales = &matrix.scales[elements.start / BLOCK..elements.end / BLOCK];
+                return (ctx.kernels.i8_gemv)(&matrix.codes[elements], scales, x.cols, &x.plain, out);
             }
             Self::Weight(weight) => weight,
         };
@@ -184,14 +191,14 @@ fn block_scales<'a>(tensor: &'a Nf4Tensor, blocks: Range<usize>, scratch: &'a mu
     }
 }
 
-/// `out[j, i] = row j of the matrix · x_i`;  out: `[rows, n_rows]`.
-pub fn matrix(env: &Env<'_>, matrix: &Matrix, x: &Input, out: &mut [f32]) {
-    rows(env.ctx, Rows::of(env, matrix), 0, x, out);
-}
-
 /// `out[j, i] = row (first + j) of the weight · x_i`;  out: `[some rows, n_rows]`.
 pub fn weight(ctx: &Ctx, weight: &Weight, first: usize, x: &Input, out: &mut [f32]) {
     rows(ctx, Rows::Weight(weight), first, x, out);
+}
+
+/// `out[j, i] = row j of the matrix · x_i`;  out: `[rows, n_rows]`.
+pub fn int8(ctx: &Ctx, matrix: &Int8Matrix, x: &Input, out: &mut [f32]) {
+    rows(ctx, Rows::Int8(matrix), 0, x, out);
 }
 
 fn rows(ctx: &Ctx, rows: Rows<'_>, first: usize, x: &Input, out: &mut [f32]) {

@@ -77,6 +77,7 @@ impl ParamStore {
 }
 
 /// One gradient per parameter, summed over the micro-batches of an optimizer step.
+#[derive(Default)]
 pub struct Grads {
     grads: Vec<Vec<f32>>,
 }

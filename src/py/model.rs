@@ -15,18 +15,22 @@ use crate::lora::peft::{self, Adapter};
 use crate::model::{LoadOptions, Model as Core, Quantize, save};
 use crate::ops::{Precision, Tokens};
 use crate::train::plan::Checkpointing;
-use crate::train::run::{computing, split};
+use crate::train::run::{Lender, computing, split};
 use numpy::{PyArray1, PyArray2, PyArrayDyn, PyArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use serde_json::json;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
+use std::time::Duration;
 
 /// A loaded model.
 #[pyclass(module = "rustune._native", frozen)]
 pub(super) struct Model {
     pub(super) state: RwLock<State>,
+    /// Whether a run has it: then it may be read, and the run alone changes it.
+    training: AtomicBool,
 }
 
 /// The model and the settings of its adapter.
@@ -66,21 +70,62 @@ fn checkpoint_dtype(core: &Core) -> Dtype {
 }
 
 impl Model {
-    /// The model to read, unless it is being trained.
+    /// The model to read; while it is being trained, between the changes that training makes.
     pub(super) fn read(&self) -> Result<RwLockReadGuard<'_, State>> {
-        match self.state.try_read() {
+        loop {
+            match self.state.try_read() {
+                Ok(guard) => return Ok(guard),
+                Err(TryLockError::Poisoned(poison)) => return Ok(poison.into_inner()),
+                Err(TryLockError::WouldBlock) if self.training.load(Ordering::Acquire) => std::thread::sleep(PAUSE),
+                Err(TryLockError::WouldBlock) => return Err(busy()),
+            }
+        }
+    }
+
+    /// The model to change, unless it is in use.
+    pub(super) fn write(&self) -> Result<RwLockWriteGuard<'_, State>> {
+        if self.training.load(Ordering::Acquire) {
+            return Err(busy());
+        }
+        match self.state.try_write() {
             Ok(guard) => Ok(guard),
             Err(TryLockError::Poisoned(poison)) => Ok(poison.into_inner()),
             Err(TryLockError::WouldBlock) => Err(busy()),
         }
     }
 
-    /// The model to change, unless it is in use.
-    pub(super) fn write(&self) -> Result<RwLockWriteGuard<'_, State>> {
-        match self.state.try_write() {
-            Ok(guard) => Ok(guard),
-            Err(TryLockError::Poisoned(poison)) => Ok(poison.into_inner()),
-            Err(TryLockError::WouldBlock) => Err(busy()),
+    /// Keeps everyone but the caller from changing the model until the result is dropped.
+    pub(super) fn start_training(&self) -> Result<Training<'_>> {
+        let _alone = self.write()?;
+        if self.training.swap(true, Ordering::AcqRel) { Err(busy()) } else { Ok(Training(&self.training)) }
+    }
+}
+
+/// How long to wait before a lock is tried again. Nobody queues for it: a queued writer would keep out the thread that it
+/// waits for, if that reads once more.
+const PAUSE: Duration = Duration::from_millis(1);
+
+/// A model that is being trained.
+pub(super) struct Training<'a>(&'a AtomicBool);
+
+impl Drop for Training<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
+}
+
+impl Lender for Model {
+    fn read(&self, work: &mut dyn FnMut(&Core) -> Result<()>) -> Result<()> {
+        work(&Model::read(self)?.core)
+    }
+
+    fn write(&self, work: &mut dyn FnMut(&mut Core) -> Result<()>) -> Result<()> {
+        loop {
+            match self.state.try_write() {
+                Ok(mut guard) => return work(&mut guard.core),
+                Err(TryLockError::Poisoned(poison)) => return work(&mut poison.into_inner().core),
+                Err(TryLockError::WouldBlock) => std::thread::sleep(PAUSE),
+            }
         }
     }
 }
@@ -93,10 +138,17 @@ fn busy() -> Error {
 impl Model {
     /// Loads a Hugging Face folder.
     #[staticmethod]
-    fn load(py: Python<'_>, folder: PathBuf, dtype: Option<&str>, quantization: &str) -> PyResult<Self> {
+    #[pyo3(signature = (folder, dtype, quantization, max_seq_length=None))]
+    fn load(
+        py: Python<'_>,
+        folder: PathBuf,
+        dtype: Option<&str>,
+        quantization: &str,
+        max_seq_length: Option<usize>,
+    ) -> PyResult<Self> {
         let options = load_options(dtype, quantization)?;
-        let core = enter(py, || with_pool(|| Core::load(&folder, &options)))?;
-        Ok(Self { state: RwLock::new(State { core, adapter: None }) })
+        let core = enter(py, || with_pool(|| Core::load_for(&folder, &options, max_seq_length)))?;
+        Ok(Self { state: RwLock::new(State { core, adapter: None }), training: AtomicBool::new(false) })
     }
 
     /// Adds an untrained adapter; returns its settings as resolved.
@@ -173,6 +225,11 @@ impl Model {
         Ok(self.read()?.adapter.is_some())
     }
 
+    /// Bits of the head in generation: 8, or None for the head as it is.
+    fn set_lm_head_bits(&self, py: Python<'_>, bits: Option<u32>) -> PyResult<()> {
+        enter(py, || with_pool(|| self.write()?.core.set_lm_head_bits(bits)))
+    }
+
     /// Whether every tensor is trained.
     #[getter]
     fn is_fully_trained(&self) -> PyResult<bool> {
@@ -214,6 +271,12 @@ impl Model {
     #[getter]
     fn max_position_embeddings(&self) -> PyResult<usize> {
         Ok(self.read()?.core.config.max_position_embeddings)
+    }
+
+    /// The length the model was made for, which `max_seq_length` may have exceeded.
+    #[getter]
+    fn original_positions(&self) -> PyResult<usize> {
+        Ok(self.read()?.core.config.original_positions)
     }
 
     /// Number of tokens.

@@ -1,7 +1,7 @@
 //! Training and evaluation behind `Model`'s methods, and the Python observer they report to.
 
 use super::json;
-use super::model::{Model, State, callback, write_weights};
+use super::model::{Model, callback, write_weights};
 use crate::config::TrainOptions;
 use crate::data::rows::Example;
 use crate::data::tokenizer::Tokenizer;
@@ -108,18 +108,20 @@ pub(super) struct Call {
 /// Trains a model on rows; returns the outcome as JSON.
 pub(super) fn train(model: &Model, rows: &[Example], call: Call) -> Result<String> {
     let mut settings = Settings::new(call.options.resolve()?, rows, Recompute::EveryLayer)?;
-    let mut state = model.write()?;
+    let _training = model.start_training()?;
     let n_tokens = settings.largest_micro_batch();
+    let state = model.read()?;
     let forecast = Run::of(&state.core, settings.train.optimizer, n_tokens).forecast_here(call.checkpointing);
     settings.recompute = forecast.recompute;
-    let State { core, adapter } = &mut *state;
+    let adapter = state.adapter.clone();
+    drop(state);
     let write_model = |core: &crate::model::Model, folder: &Path| {
         write_weights(core, adapter.as_ref(), folder, call.base_model.as_deref())?;
         call.tokenizer.as_ref().map_or(Ok(()), |tokenizer| tokenizer.save(folder))
     };
     let eval = call.eval.unwrap_or_default();
     let job = Job {
-        model: core,
+        model,
         train: rows,
         eval: &eval,
         settings: &settings,

@@ -1,7 +1,7 @@
 //! Which rows make up each step: a pure function of the settings, the rows' lengths and the epoch.
 
 use crate::config::Train;
-use crate::config::train::Plan;
+use crate::config::train::{Plan, RowOrder};
 use crate::data::order::{epoch_order, length_grouped_order};
 use crate::data::packing::pack;
 
@@ -15,7 +15,7 @@ pub struct Batches {
     units_per_batch: usize,
     units_per_step: usize,
     seed: u64,
-    group_by_length: bool,
+    order: RowOrder,
 }
 
 impl Batches {
@@ -33,7 +33,7 @@ impl Batches {
             units_per_batch: train.per_device_train_batch_size,
             units_per_step: train.per_device_train_batch_size * train.gradient_accumulation_steps,
             seed: train.data_seed,
-            group_by_length: train.group_by_length,
+            order: train.order,
         }
     }
 
@@ -44,10 +44,13 @@ impl Batches {
 
     /// The units of one pass over the data, in the order they are trained.
     pub fn epoch(&self, epoch: usize) -> Vec<u32> {
-        if self.group_by_length {
-            return length_grouped_order(&self.lengths, self.units_per_step, self.seed, epoch as u64);
+        match self.order {
+            RowOrder::Random => epoch_order(self.n_units(), self.seed, epoch as u64),
+            RowOrder::Sequential => (0..self.n_units() as u32).collect(),
+            RowOrder::GroupByLength => {
+                length_grouped_order(&self.lengths, self.units_per_step, self.seed, epoch as u64)
+            }
         }
-        epoch_order(self.n_units(), self.seed, epoch as u64)
     }
 
     /// The rows of each micro-batch of one step;  order: that of the step's epoch, step: counted from the epoch's start.
@@ -87,7 +90,7 @@ mod tests {
     use crate::config::TrainOptions;
     use serde_json::{Value, json};
 
-    fn batches(options: Value, lengths: &[usize]) -> (Batches, Plan) {
+    fn batches(options: &Value, lengths: &[usize]) -> (Batches, Plan) {
         let mut all =
             json!({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 2});
         all.as_object_mut().unwrap().extend(options.as_object().unwrap().clone());
@@ -107,7 +110,7 @@ mod tests {
             json!({"group_by_length": true}),
             json!({"packing": true, "max_length": 40, "group_by_length": true}),
         ] {
-            let (batches, plan) = batches(options.clone(), &lengths);
+            let (batches, plan) = batches(&options, &lengths);
             for epoch in 0..plan.epochs {
                 let order = batches.epoch(epoch);
                 assert_eq!(order, batches.epoch(epoch), "a function of its arguments alone");
@@ -123,7 +126,7 @@ mod tests {
     #[test]
     fn a_packed_row_counts_as_one_row() {
         let lengths = [10; 32];
-        let (packed, plan) = batches(json!({"packing": true, "max_length": 40}), &lengths);
+        let (packed, plan) = batches(&json!({"packing": true, "max_length": 40}), &lengths);
         assert_eq!((packed.n_units(), plan.steps_per_epoch, plan.total_steps), (8, 2, 4));
         let step = packed.step(&packed.epoch(0), 1);
         assert_eq!(step.iter().map(Vec::len).collect::<Vec<_>>(), [8, 8]);
@@ -134,12 +137,14 @@ mod tests {
     fn the_largest_micro_batch_is_that_of_the_steps_that_are_run() {
         let mut lengths = [1; 12];
         lengths[7] = 100;
-        let (all, plan) = batches(json!({}), &lengths);
+        let (all, plan) = batches(&json!({}), &lengths);
         assert_eq!(all.largest(&plan), 101);
         let at = all.epoch(0).iter().position(|&row| row == 7).unwrap();
-        let (short, plan) = batches(json!({"max_steps": 1}), &lengths);
+        let (short, plan) = batches(&json!({"max_steps": 1}), &lengths);
         assert_eq!(short.largest(&plan), if at < 4 { 101 } else { 2 });
-        let (grouped, plan) = batches(json!({"max_steps": 1, "group_by_length": true}), &lengths);
+        let (in_order, _) = batches(&json!({"train_sampling_strategy": "sequential"}), &lengths);
+        assert_eq!(in_order.epoch(3), (0..12).collect::<Vec<u32>>());
+        let (grouped, plan) = batches(&json!({"max_steps": 1, "group_by_length": true}), &lengths);
         assert_eq!(grouped.largest(&plan), 101, "grouped by length, the longest row comes first");
     }
 }

@@ -11,5 +11,5 @@ pub mod run;
 pub mod schedule;
 pub mod step;
 
-pub use run::{Control, Event, Job, Observer, Outcome, Settings, Status};
+pub use run::{Control, Event, Job, Lender, Observer, Outcome, Settings, Status};
 pub use step::{MicroBatch, Recompute, StepOptions, forward_backward};

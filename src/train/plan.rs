@@ -100,9 +100,9 @@ impl Sizes {
         let through_gate_up = gated.min(1) * h + 2 * ffn + h + packed(3 * ffn) + masked.min(h);
         let swiglu = gated + h + 3 * ffn;
         let mlp = attention + narrow + chunk * through_down.max(through_gate_up).max(swiglu);
-        // mid is gone; dattended, dq, dk, dv; then h, dh and the packed operands.
+        // mid is gone; dattended, dq, dk, dv, D, keys twice and values packed; then h, dh and the packed operands.
         let apart = if keep == Keep::Input { attention - n_tokens * h } else { 0 };
-        let through_attention = apart + n_tokens * (2 * q + 2 * kv);
+        let through_attention = apart + n_tokens * (2 * q + 5 * kv + self.heads);
         let through_qkv = n_tokens * (q + 2 * kv + 2 * h + packed(2 * q + 2 * kv) + if self.dropout { h } else { 0 });
         4 * mlp.max(through_attention).max(through_qkv)
     }
@@ -442,8 +442,10 @@ mod tests {
             let now = keeps(&sizes, 512, Recompute::Within(bytes));
             assert!(sizes.peak_bytes(&now, 512) <= bytes);
             let floats = |keeps: &[Keep]| keeps.iter().map(|&keep| sizes.kept(keep)).sum::<usize>();
-            assert!(floats(&now) >= floats(&before), "{now:?} after {before:?}");
-            assert!(measured(&model, &[512], Recompute::Within(bytes)) < bytes * 115 / 100, "{now:?}");
+            // Layers are kept whole rather than in part: up to one part may be missing.
+            assert!(floats(&now) + sizes.kept(Keep::Attention) >= floats(&before), "{now:?} after {before:?}");
+            let measured = measured(&model, &[512], Recompute::Within(bytes));
+            assert!(measured < bytes * 115 / 100, "{measured} of {bytes}: {now:?}");
             before = now;
         }
         assert_ne!(before, [Keep::Input, Keep::Input, Keep::Input, Keep::Everything]);

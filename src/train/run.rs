@@ -133,10 +133,25 @@ pub trait Observer {
     fn poll(&mut self) -> Result<()>;
 }
 
+/// Where a run finds its model: it is lent for each piece of work, so that observers can use it in between.
+pub trait Lender: Sync {
+    /// Runs `work` on the model, which others may read meanwhile.
+    ///
+    /// # Errors
+    /// What `work` returns.
+    fn read(&self, work: &mut dyn FnMut(&Model) -> Result<()>) -> Result<()>;
+
+    /// Runs `work` on the model while nobody else uses it.
+    ///
+    /// # Errors
+    /// What `work` returns.
+    fn write(&self, work: &mut dyn FnMut(&mut Model) -> Result<()>) -> Result<()>;
+}
+
 /// What a run needs.
 pub struct Job<'a> {
-    /// The model; its trained tensors change.
-    pub model: &'a mut Model,
+    /// The model; its trained tensors change, and nothing else may change them meanwhile.
+    pub model: &'a dyn Lender,
     /// Training rows.
     pub train: &'a [Example],
     /// Evaluation rows; may be empty.
@@ -171,7 +186,14 @@ pub struct Outcome {
 /// [`Error::Checkpoint`] and [`Error::Weights`] for a checkpoint that does not fit, what the observer returns.
 /// The model is as after the last finished step.
 pub fn run(job: Job<'_>, observer: &mut dyn Observer) -> Result<Outcome> {
-    Run::new(job, observer)?.train()
+    let lender = job.model;
+    let outcome = Run::new(job, observer)?.train();
+    // What the activations took is free for whatever comes after training.
+    lender.read(&mut |model| {
+        model.ctx.pool.clear();
+        Ok(())
+    })?;
+    outcome
 }
 
 /// Mean token loss over `rows` and the number of trained tokens.
@@ -258,14 +280,17 @@ impl<'a, 'o> Run<'a, 'o> {
         if job.train.is_empty() {
             return Err(Error::data("train_dataset", "has no rows"));
         }
-        let params = &job.model.params;
-        if params.all().is_empty() {
+        let (mut sizes, mut grads) = (Vec::new(), Grads::default());
+        job.model.read(&mut |model| {
+            sizes = model.params.all().iter().map(|p| (p.name.clone(), p.data.len())).collect();
+            grads = Grads::zeros(&model.params);
+            Ok(())
+        })?;
+        if sizes.is_empty() {
             let expected = "nothing to train: call get_peft_model, or load with full_finetuning=True";
             return Err(Error::config("model", "no trainable tensor", expected));
         }
-        let sizes: Vec<_> = params.all().iter().map(|p| (p.name.clone(), p.data.len())).collect();
         let optimizer = build(job.settings.train.optimizer, job.settings.train.adam, &sizes);
-        let grads = Grads::zeros(params);
         let status = Status { max_steps: job.settings.plan.total_steps, ..Status::default() };
         let now = Instant::now();
         let mut run = Self {
@@ -305,7 +330,7 @@ impl<'a, 'o> Run<'a, 'o> {
                 self.observer.event(Event::Warning(&text), &self.status, &mut self.control)?;
             }
         }
-        checkpoint::load_params(folder, &mut self.job.model.params)?;
+        self.job.model.write(&mut |model| checkpoint::load_params(folder, &mut model.params))?;
         checkpoint::load_optimizer(folder, &mut *self.optimizer)?;
         self.status.step = step as usize;
         self.status.epoch = self.epoch_at(step as usize);
@@ -322,11 +347,11 @@ impl<'a, 'o> Run<'a, 'o> {
         [
             ("packing", json!(t.packing)),
             ("max_length", json!(t.max_length.filter(|_| t.packing))),
-            ("group_by_length", json!(t.group_by_length)),
             ("rows", json!(self.job.train.len())),
             ("per_device_train_batch_size", json!(t.per_device_train_batch_size)),
             ("gradient_accumulation_steps", json!(t.gradient_accumulation_steps)),
             ("data_seed", json!(t.data_seed)),
+            ("order", json!(t.order)),
         ]
     }
 
@@ -432,10 +457,16 @@ impl<'a, 'o> Run<'a, 'o> {
         for (i, batch) in batches.into_iter().enumerate() {
             self.status.tokens += batch.n_tokens();
             let (tokens, targets) = split(batch);
-            let (model, grads) = (&*self.job.model, &mut self.grads);
+            let (lender, grads) = (self.job.model, &mut self.grads);
             sum += computing(self.observer, |poll| {
                 let options = StepOptions { dropout, weight: 1.0 / trained as f32, recompute: s.recompute, poll };
-                forward_backward(model, &MicroBatch { tokens: &tokens, targets: &targets }, &options, grads)
+                let mut loss = 0.0;
+                lender.read(&mut |model| {
+                    let batch = MicroBatch { tokens: &tokens, targets: &targets };
+                    loss = forward_backward(model, &batch, &options, grads)?;
+                    Ok(())
+                })?;
+                Ok(loss)
             })?;
             if i + 1 < n_batches {
                 self.tell(Event::SubstepEnd)?;
@@ -455,16 +486,18 @@ impl<'a, 'o> Run<'a, 'o> {
         let norm = with_pool(|| Ok(global_norm(&grads.all().iter().map(Vec::as_slice).collect::<Vec<_>>())))?;
         self.grad_norm = norm;
         self.diverged("grad_norm", norm)?;
-        let (optimizer, grads, model) = (&mut self.optimizer, &self.grads, &mut *self.job.model);
-        with_pool(|| {
-            let mut slots: Vec<_> = model
-                .params
-                .all_mut()
-                .iter_mut()
-                .zip(grads.all())
-                .map(|(p, grad)| ParamSlot { name: &p.name, data: &mut p.data, grad, decay: p.decay })
-                .collect();
-            optimizer.step(&mut slots, lr, clip_factor(norm, s.train.max_grad_norm))
+        let (optimizer, grads) = (&mut self.optimizer, &self.grads);
+        self.job.model.write(&mut |model| {
+            with_pool(|| {
+                let mut slots: Vec<_> = model
+                    .params
+                    .all_mut()
+                    .iter_mut()
+                    .zip(grads.all())
+                    .map(|(p, grad)| ParamSlot { name: &p.name, data: &mut p.data, grad, decay: p.decay })
+                    .collect();
+                optimizer.step(&mut slots, lr, clip_factor(norm, s.train.max_grad_norm))
+            })
         })
     }
 
@@ -505,8 +538,11 @@ impl<'a, 'o> Run<'a, 'o> {
         }
         let started = Instant::now();
         let settings = self.job.settings;
-        let (loss, _) =
-            evaluate(self.job.model, self.job.eval, settings.train.per_device_eval_batch_size, self.observer)?;
+        let (batch_size, mut loss) = (settings.train.per_device_eval_batch_size, 0.0);
+        self.job.model.read(&mut |model| {
+            (loss, _) = evaluate(model, self.job.eval, batch_size, self.observer)?;
+            Ok(())
+        })?;
         let entry = json!({
             "eval_loss": loss,
             "eval_runtime": started.elapsed().as_secs_f64(),
@@ -539,14 +575,14 @@ impl<'a, 'o> Run<'a, 'o> {
         own["total_loss"] = json!(self.total_loss);
         own["pending_loss"] = json!(self.pending.0);
         own["pending_steps"] = json!(self.pending.1);
-        let (model, write_model) = (&*self.job.model, self.job.write_model);
+        let (lender, write_model) = (self.job.model, self.job.write_model);
         let path = checkpoint::save(
             &s.train.output_dir,
             self.status.step,
             &*self.optimizer,
             &state,
             s.train.save_total_limit,
-            |folder| write_model(model, folder),
+            |folder| lender.read(&mut |model| write_model(model, folder)),
         )?;
         self.tell(Event::Save(&path))
     }

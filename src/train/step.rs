@@ -6,7 +6,7 @@
 use super::plan::{Sizes, keeps};
 use crate::error::Result;
 use crate::model::Model;
-use crate::model::llama::{Below, Keep, Layer, Saved};
+use crate::model::llama::{Backward, Below, Keep, Layer, Saved};
 use crate::ops::linear::Matrix;
 use crate::ops::rms_norm::Gain;
 use crate::ops::{Buf, DropoutKey, Env, Grads, Tokens, embedding, head};
@@ -101,7 +101,8 @@ fn run(
         (options.poll)()?;
         let (input, saved) = kept.pop().expect("one entry for each layer from `first`");
         let below = if layer_idx > first || embed_trained { Below::Trained } else { Below::Nothing };
-        let Some(dinput) = layer.backward(&env, &rope, &input, saved, dx, below, grads) else { return Ok(sum) };
+        let at = Backward { env: &env, rope: &rope, x: &input, below };
+        let Some(dinput) = layer.backward(at, saved, dx, grads) else { return Ok(sum) };
         dx = dinput;
     }
     if embed_trained {

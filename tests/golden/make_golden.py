@@ -22,6 +22,7 @@ from functools import partial
 
 from golden_common import one_thread
 from golden_llama import CASES, make_llama, make_llama_nf4, make_peft
+from golden_masks import make_masks
 from golden_nf4 import make_nf4_extra
 from golden_optim import make_adamw8bit, make_randperm, make_schedules
 from golden_stories import make_stories
@@ -35,6 +36,7 @@ MAKERS: dict[str, Callable[[], None]] = {
     "schedules": make_schedules,
     "randperm": make_randperm,
     "stories": make_stories,
+    "masks": make_masks,
 }
 
 

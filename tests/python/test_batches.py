@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,33 @@ def test_the_memory_is_estimated_and_shown(folder: Path, tmp_path: Path, capsys:
     made.train()
     shown = capsys.readouterr().err
     assert "memory: about" in shown and "layers kept" in shown and "GiB are free" in shown
+
+
+MEASURE = """
+import json, sys
+from rustune import FastLanguageModel, SFTConfig, SFTTrainer, info
+folder, way, four_bit = sys.argv[1], sys.argv[2], sys.argv[3] == "4"
+model, _ = FastLanguageModel.from_pretrained(folder, 1024, dtype="float32", load_in_4bit=four_bit)
+model = FastLanguageModel.get_peft_model(model, r=8)
+rows = [{"input_ids": [at % 250 for at in range(700)]} for _ in range(4)]
+config = SFTConfig(max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=1, save_strategy="no",
+                   optim="adamw_torch", gradient_checkpointing=way == "true", disable_tqdm=True)
+trainer = SFTTrainer(model, config, train_dataset=rows)
+memory = json.loads(model.native.training_memory(trainer.train_dataset.rows, trainer._engine_options(), way))
+trainer.train()
+print(json.dumps([memory["peak"], info()["peak_rss_bytes"]]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much memory a process has")
+@pytest.mark.parametrize(("way", "bits"), [("true", "4"), ("false", "4"), ("true", "16")])
+def test_the_estimated_peak_is_the_measured_one(tmp_path: Path, way: str, bits: str) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 8192}
+    folder = tiny.write_model(tmp_path, tokenizer=False, num_attention_heads=8, head_dim=64, **sizes)
+    command = [sys.executable, "-W", "ignore", "-c", MEASURE, str(folder), way, bits]
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    estimated, measured = json.loads(out.splitlines()[-1])
+    assert estimated == pytest.approx(measured, rel=0.15)
 
 
 def test_a_model_is_estimated_from_its_config_alone(folder: Path) -> None:

@@ -173,3 +173,16 @@ def test_ctrl_c_stops_a_generation_and_the_model_stays_usable(model: Model) -> N
         model.generate([[1, 2, 3]], max_new_tokens=50_000, do_sample=False, eos_token_id=tiny.VOCAB - 1)
     timer.join()
     assert model.generate([[1, 2, 3]], max_new_tokens=2, do_sample=False).shape[1] >= 4
+
+
+def test_a_head_in_8_bits_serves_generation_alone(model: Model) -> None:
+    exact = np.array(model([PROMPT]).logits)
+    assert FastLanguageModel.for_inference(model, lm_head_bits=8) is model
+    try:
+        assert np.array_equal(model([PROMPT]).logits, exact)
+        assert model.generate([PROMPT], max_new_tokens=8, **NEVER).shape == (1, 12)
+    finally:
+        FastLanguageModel.for_training(model)
+    for bits in (4, True, 8.5):
+        with pytest.raises(ConfigError, match="lm_head_bits"):
+            FastLanguageModel.for_inference(model, lm_head_bits=bits)  # type: ignore[arg-type]

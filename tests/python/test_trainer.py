@@ -197,6 +197,51 @@ def test_another_thread_runs_while_rust_works(make: Make) -> None:
     assert all(end > begin for begin, end in zip(seen[::2], seen[1::2], strict=True))
 
 
+def test_callbacks_use_the_model_and_cannot_change_it(make: Make) -> None:
+    seen: list[tuple[float, Any]] = []
+    rows = tiny.rows(count=3)
+    ids = [row["input_ids"] for row in rows]
+
+    class Sampler(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            model = given["model"]
+            loss = float(model(ids, labels=ids).loss)
+            assert loss == pytest.approx(given["metrics"]["eval_loss"], abs=1e-6)
+            seen.append((loss, model.generate([ids[0][:4]], max_new_tokens=5).tolist()))
+            with pytest.raises(ConfigError, match="in use"):
+                model.native.add_adapter("{}")
+
+    settings = {"max_steps": 12, "eval_strategy": "steps", "eval_steps": 4, "eval_dataset": rows}
+    trainer = make(callbacks=[Sampler()], **settings)
+    trainer.train()
+    assert len(seen) == 3 and seen[2][0] < seen[0][0]
+    plain = make(**settings)
+    plain.train()
+    for name, array in weights(plain).items():
+        np.testing.assert_array_equal(array, weights(trainer)[name])
+
+
+def test_another_thread_reads_the_model_while_it_is_trained(make: Make) -> None:
+    trainer = make(max_steps=30)
+    ids = [tiny.rows()[0]["input_ids"]]
+    done, read = threading.Event(), []
+
+    def reader() -> None:
+        while not done.is_set():
+            read.append(float(trainer.model(ids, labels=ids).loss or 0))
+
+    thread = threading.Thread(target=reader)
+    thread.start()
+    trainer.train()
+    done.set()
+    thread.join()
+    assert len(read) > 2 and all(np.isfinite(read))
+    plain = make(max_steps=30)
+    plain.train()
+    for name, array in weights(plain).items():
+        np.testing.assert_array_equal(array, weights(trainer)[name])
+
+
 def test_ctrl_c_stops_within_a_step_and_all_stays_usable(make: Make) -> None:
     trainer = make(max_steps=100_000, train_dataset=tiny.rows(count=32, length=48), per_device_train_batch_size=32)
 

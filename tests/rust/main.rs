@@ -1,6 +1,7 @@
 //! The integration tests, one binary: a module per topic.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod decoding;
 mod llama_golden;
 mod op_gradients;
 mod shared_data;

@@ -35,20 +35,30 @@ impl Encode for Avx2 {
             let inverse = _mm256_set1_ps(inverse);
             let quarters = _mm256_setr_ps(t[1], t[5], t[9], t[13], t[1], t[5], t[9], t[13]);
             let eighths = _mm256_setr_ps(t[0], t[2], t[4], t[6], t[8], t[10], t[12], t[14]);
-            let codes = |i: usize| {
-                let x = _mm256_mul_ps(_mm256_loadu_ps(x.as_ptr().add(8 * i)), inverse);
-                // -1 where x is above.
-                let above = |t: __m256| _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(x, t));
-                let next = |code, above| _mm256_sub_epi32(_mm256_add_epi32(code, code), above);
-                let m8 = above(_mm256_set1_ps(t[7]));
-                let middle = _mm256_blendv_ps(_mm256_set1_ps(t[3]), _mm256_set1_ps(t[11]), _mm256_castsi256_ps(m8));
-                let code = next(_mm256_sub_epi32(_mm256_setzero_si256(), m8), above(middle));
-                let code = next(code, above(_mm256_permutevar_ps(quarters, code)));
-                next(code, above(_mm256_permutevar8x32_ps(eighths, code)))
-            };
+            let (t3, t7, t11) = (_mm256_set1_ps(t[3]), _mm256_set1_ps(t[7]), _mm256_set1_ps(t[11]));
+            // Macros: a closure may be compiled without the instruction set, and each intrinsic in it becomes a call.
+            macro_rules! above {
+                ($x:ident, $threshold:expr) => {
+                    _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>($x, $threshold)) // -1 where x is above
+                };
+            }
+            macro_rules! codes {
+                ($from:literal) => {{
+                    let x = _mm256_mul_ps(_mm256_loadu_ps(x.as_ptr().add($from)), inverse);
+                    let m8 = above!(x, t7);
+                    let m4 = above!(x, _mm256_blendv_ps(t3, t11, _mm256_castsi256_ps(m8)));
+                    let code = _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_add_epi32(_mm256_add_epi32(m8, m8), m4));
+                    let m2 = above!(x, _mm256_permutevar_ps(quarters, code));
+                    let code = _mm256_sub_epi32(_mm256_add_epi32(code, code), m2);
+                    let m1 = above!(x, _mm256_permutevar8x32_ps(eighths, code));
+                    _mm256_sub_epi32(_mm256_add_epi32(code, code), m1)
+                }};
+            }
             // Packing works in halves of registers, so 4-byte groups come out in the order 0, 4, 1, 5, 2, 6, 3, 7.
-            let halves =
-                _mm256_packus_epi16(_mm256_packs_epi32(codes(0), codes(1)), _mm256_packs_epi32(codes(2), codes(3)));
+            let halves = _mm256_packus_epi16(
+                _mm256_packs_epi32(codes!(0), codes!(8)),
+                _mm256_packs_epi32(codes!(16), codes!(24)),
+            );
             let bytes = _mm256_permutevar8x32_epi32(halves, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
             let pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x0110)); // 16 · first + second
             let packed = _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256::<1>(pairs));

@@ -27,7 +27,11 @@ fn scaled(_: Avx2, code: &[f32; 16], scale: f32) -> [__m256; 2] {
 /// Rounded to half precision and back.
 #[inline(always)]
 fn round_f16(_: Avx2, table: [__m256; 2]) -> [__m256; 2] {
-    table.map(|half| intrinsic!(_mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(half))))
+    let [low, high] = table;
+    intrinsic!([
+        _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(low)),
+        _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(high)),
+    ])
 }
 
 /// A block's indices looked up in its table: the bytes as 8 words of 8 nibbles; each right shift moves one nibble of every
@@ -79,12 +83,16 @@ impl Packed for Avx2 {
     #[inline(always)]
     fn nf4_bf16(self, packed: &[u8; BLOCK / 2], code: &[f32; 16], scale: f32) -> [__m256; 8] {
         intrinsic!({
-            let [low, high] = scaled(self, code, scale).map(|half| {
-                let bits = _mm256_castps_si256(half);
-                let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-                let up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
-                _mm256_srli_epi32::<16>(up)
-            });
+            macro_rules! rounded {
+                ($half:expr) => {{
+                    let bits = _mm256_castps_si256($half);
+                    let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+                    let up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+                    _mm256_srli_epi32::<16>(up)
+                }};
+            }
+            let [low, high] = scaled(self, code, scale);
+            let (low, high) = (rounded!(low), rounded!(high));
             // 16 values of 16 bits in order, then all their low bytes and all their high bytes, each in both halves.
             let values = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(low, high));
             let low_bytes = _mm256_and_si256(values, _mm256_set1_epi16(0xFF));
@@ -96,23 +104,25 @@ impl Packed for Avx2 {
             let bytes = _mm256_loadu_si256(packed.as_ptr().cast());
             let bytes = _mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(spread));
             let nibble = _mm256_set1_epi8(15);
-            let look_up = |index| {
-                let (low, high) = (_mm256_shuffle_epi8(plane0, index), _mm256_shuffle_epi8(plane1, index));
-                [_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)]
-            };
-            let first = look_up(_mm256_and_si256(_mm256_srli_epi16::<4>(bytes), nibble));
-            let second = look_up(_mm256_and_si256(bytes, nibble));
-            let even = |pairs| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs));
-            let odd = |pairs| _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(!0xFFFF)));
+            macro_rules! look_up {
+                ($index:expr) => {{
+                    let index = $index;
+                    let (low, high) = (_mm256_shuffle_epi8(plane0, index), _mm256_shuffle_epi8(plane1, index));
+                    (_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high))
+                }};
+            }
+            let (a, c) = look_up!(_mm256_and_si256(_mm256_srli_epi16::<4>(bytes), nibble));
+            let (b, d) = look_up!(_mm256_and_si256(bytes, nibble));
+            let odd = _mm256_set1_epi32(!0xFFFF);
             [
-                even(first[0]),
-                even(second[0]),
-                odd(first[0]),
-                odd(second[0]),
-                even(first[1]),
-                even(second[1]),
-                odd(first[1]),
-                odd(second[1]),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(a)),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(b)),
+                _mm256_castsi256_ps(_mm256_and_si256(a, odd)),
+                _mm256_castsi256_ps(_mm256_and_si256(b, odd)),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(c)),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(d)),
+                _mm256_castsi256_ps(_mm256_and_si256(c, odd)),
+                _mm256_castsi256_ps(_mm256_and_si256(d, odd)),
             ]
         })
     }
@@ -122,7 +132,10 @@ impl Packed for Avx2 {
     }
     #[inline(always)]
     fn nf4_f16_bf16(self, packed: &[u8; BLOCK / 2], code: &[f32; 16], scale: f32) -> [__m256; 8] {
-        lookup(self, packed, round_f16(self, scaled(self, code, scale)).map(|half| self.round_bf16(half)))
+        {
+            let [low, high] = round_f16(self, scaled(self, code, scale));
+            lookup(self, packed, [self.round_bf16(low), self.round_bf16(high)])
+        }
     }
     #[inline(always)]
     fn load_i8(self, w: &[i8]) -> __m256 {

@@ -27,29 +27,29 @@ impl Encode for Avx512 {
     #[inline(always)]
     fn nf4_encode(self, x: &[f32; CHUNK], inverse: f32, thresholds: &[f32; 15], out: &mut [u8; CHUNK / 2]) {
         intrinsic!({
-            let at = |i: usize| _mm512_set1_ps(thresholds[i]);
             let table = _mm512_maskz_loadu_ps(0x7FFF, thresholds.as_ptr());
             let table1 = _mm512_maskz_loadu_ps(0x3FFF, thresholds.as_ptr().add(1));
+            let (t3, t7, t11) =
+                (_mm512_set1_ps(thresholds[3]), _mm512_set1_ps(thresholds[7]), _mm512_set1_ps(thresholds[11]));
             let inverse = _mm512_set1_ps(inverse);
-            let codes = |x: __m512| {
-                let x = _mm512_mul_ps(x, inverse);
-                let above = |t: __m512| _mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, t);
-                let m8 = above(at(7));
-                let m4 = above(_mm512_mask_blend_ps(m8, at(3), at(11)));
-                let code = _mm512_maskz_set1_epi32(m8, 8);
-                let code = _mm512_mask_add_epi32(code, m4, code, _mm512_set1_epi32(4));
-                let m2 = above(_mm512_permutexvar_ps(code, table1));
-                let code = _mm512_mask_add_epi32(code, m2, code, _mm512_set1_epi32(2));
-                let m1 = above(_mm512_permutexvar_ps(code, table));
-                _mm512_mask_add_epi32(code, m1, code, _mm512_set1_epi32(1))
-            };
-            let pack = |codes: __m512i| {
-                // The low byte of each pair of codes: the first in the high nibble.
-                let pairs = _mm512_or_si512(_mm512_slli_epi64::<4>(codes), _mm512_srli_epi64::<32>(codes));
-                _mm512_cvtepi64_epi8(pairs)
-            };
-            let first = pack(codes(_mm512_loadu_ps(x.as_ptr())));
-            let second = pack(codes(_mm512_loadu_ps(x.as_ptr().add(16))));
+            // A macro: a closure may be compiled without the instruction set, and each intrinsic in it becomes a call.
+            macro_rules! half {
+                ($from:literal) => {{
+                    let x = _mm512_mul_ps(_mm512_loadu_ps(x.as_ptr().add($from)), inverse);
+                    let m8 = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, t7);
+                    let m4 = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, _mm512_mask_blend_ps(m8, t3, t11));
+                    let code = _mm512_maskz_set1_epi32(m8, 8);
+                    let code = _mm512_mask_add_epi32(code, m4, code, _mm512_set1_epi32(4));
+                    let m2 = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, _mm512_permutexvar_ps(code, table1));
+                    let code = _mm512_mask_add_epi32(code, m2, code, _mm512_set1_epi32(2));
+                    let m1 = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, _mm512_permutexvar_ps(code, table));
+                    let code = _mm512_mask_add_epi32(code, m1, code, _mm512_set1_epi32(1));
+                    // The low byte of each pair of codes: the first in the high nibble.
+                    let pairs = _mm512_or_si512(_mm512_slli_epi64::<4>(code), _mm512_srli_epi64::<32>(code));
+                    _mm512_cvtepi64_epi8(pairs)
+                }};
+            }
+            let (first, second) = (half!(0), half!(16));
             _mm_storeu_si128(out.as_mut_ptr().cast(), _mm_unpacklo_epi64(first, second));
         });
     }

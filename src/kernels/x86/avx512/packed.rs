@@ -1,7 +1,7 @@
 //! Packed weights for AVX-512: a block's table is one register, looked up with `vpermps`, or with `vpermw` as bfloat16.
 
 use super::Avx512;
-use crate::kernels::gemv::{self, BLOCK, Nf4Gemv, Nf4Rows, Packed, Round};
+use crate::kernels::gemv::{self, BLOCK, Nf4Gemv, Nf4Rows, Packed, Round, Weights};
 use crate::kernels::generic::Simd;
 use std::arch::x86_64::*;
 
@@ -32,14 +32,13 @@ fn round_f16(_: Avx512, table: __m512) -> __m512 {
 fn lookup(_: Avx512, packed: &[u8; BLOCK / 2], table: __m512) -> [__m512; 4] {
     intrinsic!({
         let words = _mm512_broadcast_i64x4(_mm256_loadu_si256(packed.as_ptr().cast()));
-        let pair =
-            |first: i32, second: i32| _mm512_inserti64x4::<1>(_mm512_set1_epi32(first), _mm256_set1_epi32(second));
-        [
-            _mm512_permutexvar_ps(_mm512_srlv_epi32(words, pair(4, 0)), table),
-            _mm512_permutexvar_ps(_mm512_srlv_epi32(words, pair(20, 16)), table),
-            _mm512_permutexvar_ps(_mm512_srlv_epi32(words, pair(12, 8)), table),
-            _mm512_permutexvar_ps(_mm512_srlv_epi32(words, pair(28, 24)), table),
-        ]
+        macro_rules! nibbles {
+            ($first:literal, $second:literal) => {{
+                let by = _mm512_inserti64x4::<1>(_mm512_set1_epi32($first), _mm256_set1_epi32($second));
+                _mm512_permutexvar_ps(_mm512_srlv_epi32(words, by), table)
+            }};
+        }
+        [nibbles!(4, 0), nibbles!(20, 16), nibbles!(12, 8), nibbles!(28, 24)]
     })
 }
 
@@ -96,18 +95,34 @@ pub(in crate::kernels::x86) fn nf4_gemv_bf16() -> Option<Nf4Gemv> {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
 fn nf4_rounded(s: Avx512, w: Nf4Rows<'_>, code: &[f32; 16], x: &[f32], out: &mut [f32]) {
-    gemv::nf4_groups(s, w, x, out, |packed, scale| {
+    gemv::nf4_groups(s, w, x, out, Bf16Table(code));
+}
+
+/// Indices into a code book, `code · scale` rounded to bfloat16 by AVX512-BF16; used by `nf4_rounded` alone.
+#[derive(Clone, Copy)]
+struct Bf16Table<'a>(&'a [f32; 16]);
+
+impl Weights<Avx512> for Bf16Table<'_> {
+    #[inline(always)]
+    fn of(self, s: Avx512, packed: &[u8; BLOCK / 2], scale: f32) -> [__m512; 4] {
         intrinsic!({
             let words = _mm512_broadcast_i64x4(_mm256_loadu_si256(packed.as_ptr().cast()));
-            let pair =
-                |first: i16, second: i16| _mm512_inserti64x4::<1>(_mm512_set1_epi16(first), _mm256_set1_epi16(second));
-            let values = scaled(s, code, scale);
+            let values = scaled(s, self.0, scale);
             let table = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(values, values));
-            let a = _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, pair(4, 0)), table);
-            let b = _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, pair(12, 8)), table);
-            let even = |pairs| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs));
-            let odd = |pairs| _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(!0xFFFF)));
-            [even(a), odd(a), even(b), odd(b)]
+            macro_rules! nibbles {
+                ($first:literal, $second:literal) => {{
+                    let by = _mm512_inserti64x4::<1>(_mm512_set1_epi16($first), _mm256_set1_epi16($second));
+                    _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, by), table)
+                }};
+            }
+            let (a, b) = (nibbles!(4, 0), nibbles!(12, 8));
+            let odd = _mm512_set1_epi32(!0xFFFF);
+            [
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(a)),
+                _mm512_castsi512_ps(_mm512_and_si512(a, odd)),
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(b)),
+                _mm512_castsi512_ps(_mm512_and_si512(b, odd)),
+            ]
         })
-    });
+    }
 }

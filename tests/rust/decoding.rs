@@ -1,0 +1,165 @@
+//! Decoding token by token against one forward of the whole, and the head in 8 bits against the head as it is.
+
+use crate::llama_golden::{golden, load, model_folder};
+use crate::shared_data::shared;
+use rustune::Result;
+use rustune::generate::{Chooser, decode};
+use rustune::io::safetensors::TensorFile;
+use rustune::lora::{Init, Placement, inject};
+use rustune::model::{LoadOptions, Model, Quantize};
+use rustune::ops::{Precision, Tokens};
+use std::path::Path;
+
+/// Takes tokens that are known before, and keeps the logits it was shown.
+struct Forced {
+    sequences: Vec<Vec<u32>>,
+    seen: Vec<Vec<Vec<f32>>>,
+}
+
+impl Chooser for Forced {
+    fn choose(&mut self, seq: usize, ids: &[u32], _: usize, logits: &mut [f32]) -> u32 {
+        self.seen[seq].push(logits.to_vec());
+        self.sequences[seq][ids.len()]
+    }
+
+    fn accept(&mut self, seq: usize, _: u32, new_ids: &[u32]) -> Result<bool> {
+        // Sequences end one after the other.
+        Ok(new_ids.len() >= 3 + seq)
+    }
+}
+
+/// Logits after the prompts and after each forced token.
+fn forced(model: &Model, sequences: &[Vec<u32>], prompt_len: impl Fn(usize) -> usize) -> Vec<Vec<Vec<f32>>> {
+    let prompts: Vec<Vec<u32>> = sequences.iter().enumerate().map(|(i, s)| s[..prompt_len(i)].to_vec()).collect();
+    let mut chooser = Forced { sequences: sequences.to_vec(), seen: vec![Vec::new(); sequences.len()] };
+    decode(model, &prompts, 14, &mut chooser, &|| Ok(())).unwrap();
+    chooser.seen
+}
+
+/// The shipped model quantized, with an adapter that changes something.
+fn adapted(precision: Precision) -> Model {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("python/rustune/quickstart/model");
+    let quantize = Some(Quantize { block_size: 64, double_quant: true });
+    let mut model = Model::load(&folder, &LoadOptions { precision, quantize, full_finetuning: false }).unwrap();
+    let layers = model.llama.layers.len();
+    let places: Vec<_> = (0..layers)
+        .flat_map(|layer_idx| {
+            (0..7).map(move |linear_idx| Placement { layer_idx, linear_idx, rank: 5, scale: 1.5, dropout: 0.1 })
+        })
+        .collect();
+    inject(&mut model, &places, Init::Uniform, 3).unwrap();
+    for (p, param) in model.params.all_mut().iter_mut().enumerate().filter(|(_, param)| param.name.contains("lora_B")) {
+        param.data.iter_mut().enumerate().for_each(|(i, v)| *v = ((i * 31 + p * 7) % 17) as f32 / 400.0 - 0.02);
+    }
+    model
+}
+
+#[test]
+fn token_by_token_equals_the_whole_sequence_for_any_batch() {
+    // bf16: x is rounded after sums in another order, so a few elements round the other way.
+    for (precision, tolerance) in [(Precision::F32, 1e-4), (Precision::Bf16, 6e-2)] {
+        let model = adapted(precision);
+        let vocab = model.config.vocab_size;
+        let sequences: Vec<Vec<u32>> =
+            (0..10_usize).map(|s| (0..30 + s).map(|t| ((t * 13 + s * 29 + t * t) % vocab) as u32).collect()).collect();
+        let prompt_len = |seq: usize| 1 + 5 * (seq % 3);
+        // 10 sequences go through the GEMMs until two have ended.
+        for n_seqs in [1, 3, 10] {
+            let seen = forced(&model, &sequences[..n_seqs], prompt_len);
+            for (seq, seen) in seen.iter().enumerate() {
+                assert_eq!(seen.len(), (3 + seq).min(14));
+                let whole = model.logits(&Tokens::from_sequences([&sequences[seq][..]])).unwrap();
+                for (step, got) in seen.iter().enumerate() {
+                    let at = prompt_len(seq) - 1 + step;
+                    let want = &whole[at * vocab..(at + 1) * vocab];
+                    let difference = got.iter().zip(want).fold(0.0_f32, |m, (g, w)| m.max((g - w).abs()));
+                    assert!(difference < tolerance, "{precision:?} {n_seqs} sequences, {seq} {step}: {difference}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_sequence_decodes_to_the_same_bits_beside_others() {
+    let model = adapted(Precision::F32);
+    let sequences: Vec<Vec<u32>> = (0..8_u32).map(|s| (0..24).map(|t| (t * 13 + s * 29) % 256).collect()).collect();
+    let together = forced(&model, &sequences, |_| 6);
+    for (seq, together) in together.iter().enumerate() {
+        // Alone it is the first, which ends sooner: compare what both have.
+        let alone = &forced(&model, &sequences[seq..=seq], |_| 6)[0];
+        assert_eq!(alone[..], together[..alone.len()], "sequence {seq}");
+    }
+}
+
+#[test]
+fn a_long_prompt_goes_in_chunks() {
+    let model = adapted(Precision::F32);
+    let vocab = model.config.vocab_size;
+    let sequence: Vec<u32> = (0..700_usize).map(|t| ((t * 13 + t * t) % vocab) as u32).collect();
+    let seen = forced(&model, &[sequence.clone(), sequence[..400].to_vec()], |seq| [600, 300][seq]);
+    for (seq, at) in [599, 299].into_iter().enumerate() {
+        let whole = model.logits(&Tokens::from_sequences([&sequence[..=at]])).unwrap();
+        let want = &whole[at * vocab..];
+        let difference = seen[seq][0].iter().zip(want).fold(0.0_f32, |m, (g, w)| m.max((g - w).abs()));
+        assert!(difference < 1e-4, "prompt {seq}: {difference}");
+    }
+}
+
+/// Mean negative log-likelihood of `ids[1..]`, and the largest difference of a logit, with the head as it is and in 8 bits.
+fn heads(model: &mut Model, ids: &[u32]) -> (f64, f64, f32) {
+    let nll = |logits: &[f32], target: u32| {
+        let max = logits.iter().fold(f32::MIN, |m, &v| m.max(v));
+        let sum: f64 = logits.iter().map(|&v| f64::from(v - max).exp()).sum();
+        sum.ln() + f64::from(max - logits[target as usize])
+    };
+    let tokens = Tokens::from_sequences([ids]);
+    let run = |model: &Model| {
+        let env = model.env(&tokens);
+        model.next_logits(&env, &model.llama.forward(&env, None)).to_vec()
+    };
+    let exact = run(model);
+    model.set_lm_head_bits(Some(8)).unwrap();
+    let coarse = run(model);
+    model.set_lm_head_bits(None).unwrap();
+    assert_eq!(run(model), exact, "the head as it is comes back");
+    let vocab = model.config.vocab_size;
+    let mean = |logits: &[f32]| {
+        let each = logits.chunks_exact(vocab).zip(&ids[1..]).map(|(logits, &id)| nll(logits, id));
+        each.sum::<f64>() / (ids.len() - 1) as f64
+    };
+    let difference = exact.iter().zip(&coarse).fold(0.0_f32, |m, (a, b)| m.max((a - b).abs()));
+    (mean(&exact), mean(&coarse), difference)
+}
+
+#[test]
+fn a_head_in_8_bits_hardly_moves_the_loss() {
+    let ids: Vec<u32> = (0..200).map(|t| (t * 7 + t * t) % 256).collect();
+    let mut models = vec![("shipped", adapted(Precision::F32), ids)];
+    if let Some(folder) = shared("models/stories260K-hf", 1) {
+        let json: serde_json::Value =
+            serde_json::from_str(&std::fs::read_to_string(folder.join("golden.json")).unwrap()).unwrap();
+        let ids = json["score_ids"].as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect();
+        models.push(("stories260K", load(&folder), ids));
+    }
+    for (name, mut model, ids) in models {
+        let (exact, coarse, difference) = heads(&mut model, &ids);
+        #[allow(clippy::print_stdout, reason = "the effect on the loss is a figure worth reading")]
+        {
+            println!(
+                "{name}: NLL {exact:.5}, with a head in 8 bits {coarse:.5}; largest change of a logit {difference:.4}"
+            );
+        }
+        assert!(difference > 0.0, "{name}: the 8-bit head was not used");
+        // A weight is off by at most 1/254 of its block's largest.
+        assert!((exact - coarse).abs() < 5e-3, "{name}: {exact} against {coarse}");
+    }
+    let file = TensorFile::open(golden("llama_gqa.safetensors")).unwrap();
+    let folder = model_folder(&file, &["model/"], |_| false);
+    let mut trained =
+        Model::load(folder.path(), &LoadOptions { precision: Precision::F32, quantize: None, full_finetuning: true })
+            .unwrap();
+    let error = trained.set_lm_head_bits(Some(8)).unwrap_err().to_string();
+    assert!(error.contains("lm_head_bits"), "{error}");
+    assert!(load(folder.path()).set_lm_head_bits(Some(4)).unwrap_err().to_string().contains("expected 8 or None"));
+}
