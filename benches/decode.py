@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
     args.shape = bench_model.SHAPES["smoke" if args.smoke else "llama-3.2-1b"]
-    args.prompt, args.new = (32, 4) if args.smoke else (512, 64)
+    args.prompt, args.new = (32, 4) if args.smoke else (512, 32)
     args.folder.mkdir(parents=True, exist_ok=True)
 
     folder = bench_model.make(args.folder, args.shape)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -11,12 +13,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from rustune import _native, banner, progress, reporting
-from rustune._native import ConfigError, DataError
+from rustune import _native, banner, evaluation, hub, progress, reporting
+from rustune._native import ConfigError, DataError, HubError
 from rustune.callbacks import CallbackHandler, Observer, TrainerControl, TrainerState
 from rustune.config import SFTConfig, TrainingArguments, settings_from, unknown_argument
 from rustune.data import formatted, is_streamed, iter_columns
-from rustune.models import Model, checkpointing_name, native_tokenizer
+from rustune.model import Model, checkpointing_name, native_tokenizer
 
 # Collators that only pad and copy ids to labels: rows are put together in the engine, which does neither need.
 _PLAIN_COLLATORS: Final = (
@@ -35,11 +37,8 @@ _MISSING: Final = (
     "infinite",
     "model_init",
     "model_init_kwargs",
-    "neftune_noise_alpha",
     "num_of_sequences",
     "optimizer_cls_and_kwargs",
-    "peft_config",
-    "preprocess_logits_for_metrics",
 )
 
 
@@ -110,7 +109,11 @@ class SFTTrainer:
         dataset_num_proc: Makes no difference: all threads tokenise.
         packing: Put rows together to packed rows of up to `max_seq_length` tokens, as `args.packing`.
         formatting_func: Turns a row, or a batch of columns, into a text or a list of them.
-        compute_metrics: Not there yet.
+        peft_config: A `LoraConfig` for a model that has no adapter yet.
+        compute_metrics: Turns an `EvalPrediction` into names and numbers, which every evaluation then reports; its
+            predictions are computed batch by batch when it asks for them.
+        preprocess_logits_for_metrics: Turns a batch's logits and labels into what `compute_metrics` gets of them.
+        neftune_noise_alpha: Another place for the setting of that name.
         callbacks: `TrainerCallback` objects or classes, ours or transformers'.
         optimizers: Not there yet.
         **unknown: An error that names the nearest argument.
@@ -139,7 +142,10 @@ class SFTTrainer:
         dataset_batch_size: int | None = None,
         packing: bool | None = None,
         formatting_func: Callable[[Any], Any] | None = None,
-        compute_metrics: Any = None,
+        peft_config: Any = None,
+        compute_metrics: Callable[..., Any] | None = None,
+        preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
+        neftune_noise_alpha: float | None = None,
         callbacks: Iterable[Any] | None = None,
         optimizers: Any = (None, None),
         **unknown: Any,
@@ -153,15 +159,31 @@ class SFTTrainer:
             raise ConfigError(
                 f"model = {type(model).__name__}: expected what FastLanguageModel.from_pretrained returns"
             )
-        if compute_metrics is not None:
-            raise ConfigError("compute_metrics: not there yet; leave it out")
+        for name, function in (
+            ("compute_metrics", compute_metrics),
+            ("preprocess_logits_for_metrics", preprocess_logits_for_metrics),
+        ):
+            if function is not None and not callable(function):
+                raise ConfigError(f"{name} = {function!r}: expected a function")
         if any(part is not None for part in optimizers or ()):
             raise ConfigError("optimizers: not there yet; use args.optim and args.lr_scheduler_type")
         _check_collator(data_collator)
+        if peft_config is not None:
+            # Here and not above: its module knows this one.
+            from rustune.peft_names import get_peft_model
+
+            model = get_peft_model(model, peft_config)
         self.model = model
         self.args = settings_from(args)
         if packing is not None and packing != self.args.packing:
             self.args = replace(self.args, packing=bool(packing))
+        if neftune_noise_alpha is not None:
+            self.args.neftune_noise_alpha = neftune_noise_alpha
+            self.args.engine_options()
+        self.compute_metrics = compute_metrics
+        self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
+        if self.args.batch_eval_metrics and compute_metrics is not None:
+            _check_takes_compute_result(compute_metrics)
         chosen = tokenizer if processing_class is None else processing_class
         self.processing_class: Any = model.tokenizer if chosen is None else chosen
         self._native_tokenizer = native_tokenizer(self.processing_class)
@@ -211,9 +233,13 @@ class SFTTrainer:
             DivergedError: If the loss is no longer finite; the weights are those of the step before.
             CheckpointError: If a checkpoint cannot be written or resumed from.
             KeyboardInterrupt: On Ctrl-C, within a step; the model can be used as it is then.
+
+        Callbacks may use the model: generate from it, call it, save it.
         """
         if self.train_dataset is None:
             raise DataError("train_dataset: not given")
+        if self.eval_dataset is None and self.args.eval_strategy != "no":
+            raise DataError(f"eval_dataset: not given, but eval_strategy = {self.args.eval_strategy}")
         resume = self._checkpoint(
             self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         )
@@ -231,7 +257,7 @@ class SFTTrainer:
                     self._engine_options(),
                     self._checkpointing(),
                     resume,
-                    Observer(self._handler, self._watcher(shown)),
+                    Observer(self._handler, self._watcher(shown), self._evaluator()),
                     self._native_tokenizer,
                     self.model.base_model,
                 )
@@ -241,17 +267,22 @@ class SFTTrainer:
         finally:
             shown.close()
         self._handler.call("on_train_end")
+        if self.args.push_to_hub:
+            print(f"uploaded to {self.push_to_hub()}")
         return TrainOutput(outcome["global_step"], outcome["training_loss"], metrics)
 
-    def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Evaluates.
 
         Args:
             eval_dataset: Rows; those the trainer was made with if not given.
+            ignore_keys: Makes no difference.
             metric_key_prefix: What the names of the metrics begin with.
 
         Returns:
-            The mean token loss, the time it took, and where training stands.
+            The mean token loss, what `compute_metrics` returns, the time it took, and where training stands.
 
         Raises:
             DataError: If there are no rows, or no token has a label.
@@ -259,42 +290,70 @@ class SFTTrainer:
         dataset = self.eval_dataset if eval_dataset is None else self._read("eval_dataset", eval_dataset)
         if dataset is None:
             raise DataError("eval_dataset: not given; pass it here or to SFTTrainer")
-        started = time.monotonic()
-        loss, _ = self.model.native.evaluate(dataset.rows, self.args.eval_batch_size, None)
-        seconds = max(time.monotonic() - started, 1e-9)
-        metrics = {
-            f"{metric_key_prefix}_loss": loss,
-            f"{metric_key_prefix}_runtime": seconds,
-            f"{metric_key_prefix}_samples_per_second": len(dataset) / seconds,
-            f"{metric_key_prefix}_steps_per_second": -(-len(dataset) // self.args.eval_batch_size) / seconds,
-            "epoch": self.state.epoch,
-        }
+        metrics = {**self._score(dataset, metric_key_prefix)[0], "epoch": self.state.epoch}
         self._handler.evaluated({**metrics, "step": self.state.global_step})
         return metrics
 
-    def predict(self, *_: Any, **__: Any) -> None:
-        """Is not there yet.
+    def predict(
+        self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test"
+    ) -> evaluation.PredictionOutput:
+        """Evaluates, and returns predictions as well.
+
+        Args:
+            test_dataset: Rows, as of `train_dataset`.
+            ignore_keys: Makes no difference.
+            metric_key_prefix: What the names of the metrics begin with.
+
+        Returns:
+            Predictions, labels and metrics. The predictions are logits computed when asked for, batch by batch, or
+            what `preprocess_logits_for_metrics` made of them.
 
         Raises:
-            ConfigError: Always.
+            DataError: If there are no rows, or no token has a label.
         """
-        raise ConfigError("predict: not there yet; call the model, or evaluate")
+        dataset = self._read("test_dataset", test_dataset)
+        if dataset is None:
+            raise DataError("test_dataset: not given")
+        metrics, outcome = self._score(dataset, metric_key_prefix, keeps=True)
+        self._handler.call("on_predict", metrics=dict(metrics))
+        return evaluation.PredictionOutput(outcome.predictions, outcome.label_ids, metrics)
 
     def hyperparameter_search(self, *_: Any, **__: Any) -> None:
-        """Is not there yet.
+        """Says that there is no search.
 
         Raises:
             ConfigError: Always.
         """
-        raise ConfigError("hyperparameter_search: not there yet")
+        raise ConfigError(
+            "hyperparameter_search: there is none; train with each SFTConfig in a loop, on a model loaded anew, and "
+            "compare what evaluate() returns"
+        )
 
-    def push_to_hub(self, *_: Any, **__: Any) -> None:
-        """Is not there yet.
+    def push_to_hub(self, commit_message: str | None = "End of training", **options: Any) -> str:
+        """Uploads what `save_model` writes, to `args.hub_model_id` or a repository named like `args.output_dir`.
+
+        Args:
+            commit_message: The commit's title.
+            **options: token, revision, private and create_pr; `blocking` and the like make no difference.
+
+        Returns:
+            The address of the commit.
 
         Raises:
-            ConfigError: Always.
+            ConfigError: If there is no token.
+            HubError: If the hub refuses.
         """
-        raise ConfigError("push_to_hub: not there yet; use save_model and the hub's own tools")
+        args = self.args
+        known = {name: options[name] for name in ("token", "revision", "private", "create_pr") if name in options}
+        settings = {"token": args.hub_token, "private": args.hub_private_repo, **known}
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_model(folder)
+            return hub.upload_folder(
+                folder,
+                args.hub_model_id or Path(args.output_dir).resolve().name,
+                commit_message=commit_message or "End of training",
+                **settings,
+            )
 
     def save_model(self, output_dir: str | os.PathLike[str] | None = None) -> None:
         """Writes the adapter (or the whole model after full fine-tuning) and the tokenizer.
@@ -418,6 +477,47 @@ class SFTTrainer:
             raise ConfigError(f"{what} = True: a streamed dataset keeps its order, row by row; leave it out")
         return steps * self.args.train_batch_size * int(self.args.gradient_accumulation_steps)
 
+    def _score(
+        self, dataset: TokenisedDataset, prefix: str, keeps: bool = False
+    ) -> tuple[dict[str, float], evaluation.Outcome]:
+        """Loss, metrics and times under their prefix, and what they came from."""
+        args, started = self.args, time.monotonic()
+        outcome = evaluation.run(
+            self.model.native,
+            dataset.rows,
+            args.eval_batch_size,
+            compute_metrics=None if args.prediction_loss_only else self.compute_metrics,
+            preprocess=self.preprocess_logits_for_metrics,
+            by_batch=bool(args.batch_eval_metrics) and not keeps,
+            keeps=keeps and not args.prediction_loss_only,
+        )
+        seconds = max(time.monotonic() - started, 1e-9)
+        named = {
+            name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": n for name, n in outcome.metrics.items()
+        }
+        metrics = {
+            f"{prefix}_loss": outcome.loss,
+            **named,
+            f"{prefix}_runtime": seconds,
+            f"{prefix}_samples_per_second": len(dataset) / seconds,
+            f"{prefix}_steps_per_second": -(-len(dataset) // args.eval_batch_size) / seconds,
+        }
+        return metrics, outcome
+
+    def _evaluator(self) -> Callable[[], dict[str, float]] | None:
+        """What evaluates in the course of a run, if the engine's own evaluation is not enough."""
+        dataset = self.eval_dataset
+        if self.compute_metrics is None or self.args.prediction_loss_only or dataset is None:
+            return None
+        return lambda: self._score(dataset, "eval")[0]
+
+    def _upload_step(self) -> None:
+        """Uploads what a checkpoint holds; a hub that fails does not end the run."""
+        try:
+            self.push_to_hub(f"Training in progress, step {self.state.global_step}")
+        except (HubError, OSError) as error:
+            warnings.warn(f"push_to_hub: step {self.state.global_step} was not uploaded: {error}", stacklevel=2)
+
     def _checkpoint(self, wanted: str | os.PathLike[str] | bool | None) -> str | None:
         """The checkpoint to go on from."""
         if wanted is None or wanted is False:
@@ -473,6 +573,8 @@ class SFTTrainer:
                 shown.log(payload)
             elif name == "evaluate":
                 shown.evaluation(payload)
+            elif name == "save" and self.args.push_to_hub and self.args.hub_strategy == "every_save":
+                self._upload_step()
 
         return watch
 
@@ -548,6 +650,13 @@ def train_on_responses_only(
 def _arguments() -> set[str]:
     code = SFTTrainer.__init__.__code__
     return set(code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount])
+
+
+def _check_takes_compute_result(compute_metrics: Callable[..., Any]) -> None:
+    """Refuses a function that batch_eval_metrics cannot call."""
+    taken = inspect.signature(compute_metrics).parameters
+    if "compute_result" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        raise ConfigError("compute_metrics: with batch_eval_metrics = True it must take an argument compute_result")
 
 
 def _check_collator(collator: Any) -> None:

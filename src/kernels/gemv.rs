@@ -60,6 +60,15 @@ pub struct Nf4Rows<'a> {
 /// Rows of W, the code book, x in order, out.
 pub type Nf4Gemv = fn(w: Nf4Rows<'_>, code: &[f32; 16], x: &[f32], out: &mut [f32]);
 
+/// The same product where x is bfloat16 and the CPU multiplies pairs of them; the weights are then rounded to bfloat16.
+#[derive(Clone, Copy)]
+pub struct Nf4Pairs {
+    /// x, all of it bfloat16, as the kernel reads it: two numbers a word;  x: `[n · 64]`, out: `[n · 32]`.
+    pub order: fn(x: &[f32], out: &mut [f32]),
+    /// As [`super::Kernels::nf4_gemv`] with x from `order`: `[n_x, cols / 2]`.
+    pub gemv: Nf4Gemv,
+}
+
 impl Nf4Rows<'_> {
     /// Number of rows; panics if the parts do not fit each other.
     pub(super) fn check(&self, x: &[f32], out: &[f32]) -> (usize, usize) {
@@ -70,6 +79,17 @@ impl Nf4Rows<'_> {
             "nf4_gemv: lengths differ"
         );
         (rows, check_x("nf4_gemv", rows, self.cols, x, out))
+    }
+
+    /// Rows of x, given in words of two numbers; panics if the parts do not fit each other.
+    pub(super) fn check_pairs(&self, x: &[f32], out: &[f32]) -> usize {
+        assert!(self.cols > 0 && self.cols.is_multiple_of(BLOCK), "nf4_pairs: {} columns", self.cols);
+        let rows = self.packed.len() / (self.cols / 2);
+        assert!(
+            self.packed.len() == rows * self.cols / 2 && self.scales.len() == rows * self.cols / BLOCK,
+            "nf4_pairs: lengths differ"
+        );
+        check_x("nf4_pairs", rows, self.cols / 2, x, out)
     }
 }
 

@@ -6,6 +6,7 @@ use super::attention::{
 };
 use super::elementwise::{AdamStep, Mask, Masked};
 use super::gemm::{PanelA, Rows, TileC};
+use super::gemv::{MAX_X, Nf4Rows, Round};
 use super::tiles::TileMut;
 use super::{Kernels, available};
 use std::ops::{Deref, DerefMut};
@@ -158,6 +159,10 @@ fn tiles_stay_in_bounds() {
         let rows = floats(count * k);
         let rows = Rows { data: &rows, stride: k, count, depth: k };
         (table.transpose)(rows, &mut floats(k * width), width, width - count);
+        (table.transpose)(rows, &mut floats(k * count), count, 0);
+        for width in [k, k + 3] {
+            (table.copy_rows)(rows, &mut floats(count * width), width);
+        }
     });
 }
 
@@ -202,5 +207,33 @@ fn attention_stays_in_bounds() {
         let mut scores = floats(3 * FEW_KEYS);
         let mut state = Softmax { scores: &mut scores, acc: &mut acc, max: &mut max, sum: &mut sum };
         (table.attention.few)(&few, &mut state);
+    });
+}
+
+#[test]
+fn products_of_few_rows_stay_in_bounds() {
+    let (code, thresholds) = ([0.5; 16], std::array::from_fn(|i| i as f32 / 7.0 - 1.0));
+    each(|table, n, floats, flush| {
+        let (rows, n_x, cols) = (n % 5 + 1, n % MAX_X + 1, n * 64 % 640 + 64);
+        let bytes = Guarded::new(&vec![0xA5_u8; rows * cols / 2][..], flush);
+        let (x, scales) = (floats(n_x * cols), floats(rows * cols / 64));
+        let (mut ordered, mut out) = (floats(n_x * cols), floats(rows * n_x));
+        (table.nf4_order)(&x, &mut ordered);
+        for round in [Round::F32, Round::Bf16, Round::F16, Round::F16ThenBf16] {
+            let w = Nf4Rows { packed: &bytes, scales: &scales, cols, round };
+            (table.nf4_gemv)(w, &code, &ordered, &mut out);
+            if let Some(pairs) = table.nf4_pairs {
+                let mut words = floats(n_x * cols / 2);
+                (pairs.order)(&x, &mut words);
+                (pairs.gemv)(w, &code, &words, &mut out);
+            }
+        }
+        (table.i8_gemv)(&Guarded::new(&vec![-7_i8; rows * cols][..], flush), &scales, cols, &x, &mut out);
+        let mut codes = Guarded::new(&vec![0_u8; cols / 2][..], flush);
+        (table.nf4_quantize)(&floats(cols), &thresholds, &mut codes);
+        // Rows of any length.
+        let x = floats(n_x * n);
+        (table.f32_gemv)(&floats(rows * n), n, &x, &mut out);
+        (table.bf16_gemv)(&Guarded::new(&vec![0x3F80_u16; rows * n][..], flush), n, &x, &mut out);
     });
 }

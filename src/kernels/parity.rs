@@ -494,6 +494,18 @@ fn gemv() {
                     // f32 sums of up to 576 products.
                     assert_close(&got, &want, 2e-6, &format!("{} nf4 {round:?} {cols} x {n_x}", table.isa));
                 }
+                if let Some(pairs) = table.nf4_pairs {
+                    let mut rounded = x.clone();
+                    (table.round_bf16)(&mut rounded);
+                    let mut words = vec![0.0; x.len() / 2];
+                    (pairs.order)(&rounded, &mut words);
+                    for round in [Round::Bf16, Round::F16ThenBf16] {
+                        let w = Nf4Rows { packed: &packed, scales: &scales, cols, round };
+                        (pairs.gemv)(w, &code, &words, &mut got);
+                        (reference.nf4_gemv)(w, &code, &rounded, &mut want);
+                        assert_close(&got, &want, 2e-6, &format!("{} pairs {round:?} {cols} x {n_x}", table.isa));
+                    }
+                }
                 let w: Vec<i8> = packed.iter().chain(&packed).map(|byte| *byte as i8).collect();
                 (table.i8_gemv)(&w, &scales, cols, &x, &mut got);
                 (reference.i8_gemv)(&w, &scales, cols, &x, &mut want);

@@ -77,15 +77,23 @@ impl Model {
     pub fn token_losses(&self, tokens: &Tokens, targets: &[i32]) -> Result<Vec<f32>> {
         self.check_targets(targets)?;
         let hidden = self.hidden(tokens)?;
-        let head = self.llama.head_matrix();
-        Ok(crate::ops::head::token_losses(
-            &self.env(tokens),
-            head,
-            self.config.vocab_size,
-            self.config.hidden_size,
-            &hidden,
-            targets,
-        ))
+        Ok(self.losses_of(&self.env(tokens), &hidden, targets))
+    }
+
+    /// [`Model::logits`] and [`Model::token_losses`] of one forward.
+    ///
+    /// # Errors
+    /// [`Error::Data`] for an id or target outside the vocabulary.
+    pub fn logits_and_losses(&self, tokens: &Tokens, targets: &[i32]) -> Result<(Vec<f32>, Vec<f32>)> {
+        self.check_targets(targets)?;
+        let hidden = self.hidden(tokens)?;
+        let env = self.env(tokens);
+        Ok((self.llama.logits(&env, &hidden).to_vec(), self.losses_of(&env, &hidden, targets)))
+    }
+
+    fn losses_of(&self, env: &Env<'_>, hidden: &[f32], targets: &[i32]) -> Vec<f32> {
+        let (head, config) = (self.llama.head_matrix(), &self.config);
+        crate::ops::head::token_losses(env, head, config.vocab_size, config.hidden_size, hidden, targets)
     }
 
     /// Hidden states after the last norm, `[n_tokens, hidden]`, without dropout.

@@ -7,7 +7,7 @@
 use super::linear::{Bias, Linear, Lora, Matrix};
 use super::weight::{Precision, Storage, Weight};
 use super::{Buf, Ctx, Env};
-use crate::kernels::gemv::{BLOCK, MAX_X, Nf4Rows, Round};
+use crate::kernels::gemv::{BLOCK, MAX_X, Nf4Pairs, Nf4Rows, Round};
 use crate::quant::nf4::{Absmax, CODE_BOOK};
 use crate::quant::{FloatKind, Int8Matrix, Nf4Tensor};
 use half::slice::HalfFloatSliceExt;
@@ -45,10 +45,17 @@ impl Input {
         if ctx.precision == Precision::Bf16 {
             (ctx.kernels.round_bf16)(&mut plain);
         }
-        let ordered = cols.is_multiple_of(BLOCK).then(|| {
-            let mut ordered = ctx.buf(plain.len());
-            (ctx.kernels.nf4_order)(&plain, &mut ordered);
-            ordered
+        let ordered = cols.is_multiple_of(BLOCK).then(|| match pairs(ctx) {
+            Some(pairs) => {
+                let mut ordered = ctx.buf(plain.len() / 2);
+                (pairs.order)(&plain, &mut ordered);
+                ordered
+            }
+            None => {
+                let mut ordered = ctx.buf(plain.len());
+                (ctx.kernels.nf4_order)(&plain, &mut ordered);
+                ordered
+            }
         });
         Self { n_rows, cols, plain, ordered }
     }
@@ -59,12 +66,18 @@ impl Input {
     }
 }
 
+/// The product of bfloat16 pairs, where x is bfloat16 and the CPU has one.
+fn pairs(ctx: &Ctx) -> Option<Nf4Pairs> {
+    ctx.kernels.nf4_pairs.filter(|_| ctx.precision == Precision::Bf16)
+}
+
 /// Scratch of one task.
 #[derive(Default)]
 struct Scratch {
     scales: Vec<f32>,
     row: Vec<f32>,
     part: Vec<f32>,
+    both: Vec<f32>,
 }
 
 thread_local! {
@@ -127,7 +140,8 @@ impl<'a> Rows<'a> {
                 let blocks = elements.start / BLOCK..elements.end / BLOCK;
                 let scales = block_scales(tensor, blocks, &mut scratch.scales);
                 let w = Nf4Rows { packed, scales, cols: x.cols, round: round(tensor.dtype, ctx.precision) };
-                (ctx.kernels.nf4_gemv)(w, &CODE_BOOK, ordered, out);
+                let gemv = pairs(ctx).map_or(ctx.kernels.nf4_gemv, |pairs| pairs.gemv);
+                gemv(w, &CODE_BOOK, ordered, out);
             }
             _ => {
                 let read = |row: usize, to: &mut [f32]| weight.read(ctx.kernels, row * x.cols, to);
@@ -296,13 +310,15 @@ pub fn gated(env: &Env<'_>, gate: &Linear, up: &Linear, x: &Input) -> Buf {
     let (gate, up) = rayon::join(|| Ready::new(env, gate, x), || Ready::new(env, up, x));
     let step = gate.rows.per_task(x.cols);
     in_tasks(&mut out, step * x.n_rows, |task, out| {
-        let mut both = ctx.buf(2 * out.len());
-        let (gate_part, up_part) = both.split_at_mut(out.len());
         SCRATCH.with_borrow_mut(|scratch| {
+            let mut both = std::mem::take(&mut scratch.both);
+            both.resize(2 * out.len(), 0.0);
+            let (gate_part, up_part) = both.split_at_mut(out.len());
             gate.multiply(ctx, x, task * step, gate_part, scratch);
             up.multiply(ctx, x, task * step, up_part, scratch);
+            (ctx.kernels.swiglu_row)(gate_part, up_part, out);
+            scratch.both = both;
         });
-        (ctx.kernels.swiglu_row)(gate_part, up_part, out);
     });
     transpose(ctx, out, x.n_rows)
 }

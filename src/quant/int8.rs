@@ -6,6 +6,8 @@ use rayon::prelude::*;
 
 /// The largest code.
 const LARGEST: f32 = 127.0;
+/// 1.5 · 2²³: added to a small number and taken away again, it leaves the nearest whole number, ties to even.
+const ROUNDER: f32 = 12_582_912.0;
 
 /// A matrix `[rows, cols]` in 8 bits: `weight[j, p] = scales[j, p / 64] · codes[j, p]`.
 pub struct Int8Matrix {
@@ -39,7 +41,7 @@ impl Int8Matrix {
                     let inverse = if largest > 0.0 { LARGEST / largest } else { 0.0 };
                     *scale = largest / LARGEST;
                     for (code, value) in codes.iter_mut().zip(values) {
-                        *code = (value * inverse).round_ties_even() as i8;
+                        *code = ((value * inverse + ROUNDER) - ROUNDER) as i8;
                     }
                 }
             },

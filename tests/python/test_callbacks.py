@@ -152,12 +152,21 @@ def test_a_callback_cancels_what_the_settings_ask_for(folder: Path, tmp_path: Pa
 
 
 def test_early_stopping_counts_evaluations_without_progress(folder: Path, tmp_path: Path) -> None:
-    settings = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 50}
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 50, "load_best_model_at_end": True}
+    settings |= {"save_strategy": "steps", "save_steps": 1}
     # No change is as large as the threshold: the first evaluation is the best, and two more end the run.
     trainer = trainer_with(folder, tmp_path, [EarlyStoppingCallback(2, 1e9)], **settings)
     assert trainer.train().global_step == 3
     with pytest.raises(ConfigError, match="eval_strategy"):
         trainer_with(folder, tmp_path, [EarlyStoppingCallback()]).train()
+    bare: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1}
+    with pytest.raises(ConfigError, match="load_best_model_at_end = False"):
+        trainer_with(folder, tmp_path, [EarlyStoppingCallback()], **bare).train()
+    with pytest.warns(UserWarning, match="without load_best_model_at_end"):
+        trainer_with(folder, tmp_path, [EarlyStoppingCallback()], metric_for_best_model="loss", **bare).train()
+    for arguments in ((0,), (1.5,), (1, -1.0), (1, "none")):
+        with pytest.raises(ConfigError, match="early_stopping_"):
+            EarlyStoppingCallback(*arguments)
     wrong = trainer_with(folder, tmp_path, [EarlyStoppingCallback()], metric_for_best_model="bleu", **settings)
     with pytest.raises(ConfigError, match="eval_bleu"):
         wrong.train()

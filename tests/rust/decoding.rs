@@ -84,10 +84,10 @@ fn token_by_token_equals_the_whole_sequence_for_any_batch() {
 fn a_sequence_decodes_to_the_same_bits_beside_others() {
     let model = adapted(Precision::F32);
     let sequences: Vec<Vec<u32>> = (0..8_u32).map(|s| (0..24).map(|t| (t * 13 + s * 29) % 256).collect()).collect();
-    let together = forced(&model, &sequences, |_| 6);
+    let together = forced(&model, &sequences, |_| 12);
     for (seq, together) in together.iter().enumerate() {
         // Alone it is the first, which ends sooner: compare what both have.
-        let alone = &forced(&model, &sequences[seq..=seq], |_| 6)[0];
+        let alone = &forced(&model, &sequences[seq..=seq], |_| 12)[0];
         assert_eq!(alone[..], together[..alone.len()], "sequence {seq}");
     }
 }

@@ -6,7 +6,7 @@ mod packed;
 
 use crate::kernels::gemm::Rows as Matrix;
 use crate::kernels::generic::Simd;
-pub(super) use packed::nf4_gemv_bf16;
+pub(super) use packed::nf4_bf16;
 use std::arch::x86_64::*;
 
 /// Proof that AVX-512 F, BW, DQ and VL may run.
@@ -108,6 +108,10 @@ impl Simd for Avx512 {
             let biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
             _mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased))
         })
+    }
+    #[inline(always)]
+    fn scale2(self, a: __m512, n: __m512) -> __m512 {
+        intrinsic!(_mm512_scalef_ps(a, n))
     }
     #[inline(always)]
     fn sum(self, a: __m512) -> f32 {

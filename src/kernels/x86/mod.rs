@@ -46,6 +46,7 @@ macro_rules! instantiate {
                 // Matrix times a few vectors (gemv.rs).
                 nf4_order: |x, out| instantiate!(@enter $token, nf4_order(x, out)),
                 nf4_gemv: |w, code, x, out| instantiate!(@enter $token, nf4_gemv(w, code, x, out)),
+                nf4_pairs: None,
                 bf16_gemv: |w, cols, x, out| instantiate!(@enter $token, bf16_gemv(w, cols, x, out)),
                 f32_gemv: |w, cols, x, out| instantiate!(@enter $token, f32_gemv(w, cols, x, out)),
                 i8_gemv: |w, scales, cols, x, out| instantiate!(@enter $token, i8_gemv(w, scales, cols, x, out)),
@@ -102,6 +103,8 @@ macro_rules! instantiate {
                 panel: 2 * <$token as generic::Simd>::LANES,
                 forward: |t, v_rows, softmax| instantiate!(@enter $token, attend(t, v_rows, softmax)),
                 backward: |t, upstream, gradients| instantiate!(@enter $token, attend_backward(t, upstream, gradients)),
+                softmax: |t, state| instantiate!(@enter $token, softmax(t, state)),
+                slopes: |t, lse, delta, p, ds| instantiate!(@enter $token, slopes(t, lse, delta, p, ds)),
                 few: |t, softmax| instantiate!(@enter $token, attend_few(t, softmax)),
             }
         }
@@ -115,6 +118,11 @@ macro_rules! instantiate {
         fn attend_backward(s: $token, t: &Block<'_>, upstream: &Upstream<'_>, gradients: &mut Gradients<'_>) {
             attention::backward::<$token, $mr>(s, t, upstream, gradients);
         }
+
+        instantiate!(@functions attention, $token, $features,
+            softmax(t: &Block<'_>, state: &mut Softmax<'_>) -> ();
+            slopes(t: &Block<'_>, lse: &[f32], delta: &[f32], p: &mut [f32], ds: &mut [f32]) -> ();
+        );
 
         #[target_feature(enable = $features)]
         fn attend_few(s: $token, t: &Few<'_>, softmax: &mut Softmax<'_>) {
@@ -147,8 +155,10 @@ pub(super) fn tables() -> impl Iterator<Item = Kernels> {
     let (fast, slow): (Vec<_>, Vec<_>) =
         avx512bf16::table().into_iter().partition(|table| table.pairs.is_some_and(|pairs| pairs.fast));
     let tables = amx::table().into_iter().chain(fast).chain(avx512::table()).chain(slow);
-    let tables = tables.map(|table| match avx512::nf4_gemv_bf16() {
-        Some(nf4_gemv) if table.pairs.is_some() => Kernels { nf4_gemv, ..table },
+    let tables = tables.map(|table| match avx512::nf4_bf16() {
+        Some((nf4_gemv, nf4_pairs)) if table.pairs.is_some() => {
+            Kernels { nf4_gemv, nf4_pairs: Some(nf4_pairs), ..table }
+        }
         _ => table,
     });
     tables.chain(avx2::table())
