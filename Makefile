@@ -34,6 +34,10 @@ test: $(VENV)/installed $(VENV)/fetched ## Rust tests, then Python tests against
 	cargo test --locked --offline
 	$(BIN)/python -m pytest
 
+.PHONY: notebooks
+notebooks: $(VENV)/installed ## run every notebook top to bottom (two minutes)
+	$(BIN)/python scripts/run_notebooks.py
+
 .PHONY: check
 check: $(VENV)/installed $(VENV)/fetched ## formatters, linters, type checkers, docs, spelling, tidiness
 	cargo fmt --all --check
@@ -57,6 +61,11 @@ fmt: $(VENV)/ready ## format everything in place
 bench: $(VENV)/fetched ## Rust benchmarks, release profile
 	cargo bench --locked --offline --benches
 
+.PHONY: sanitize
+sanitize: $(VENV)/fetched ## Rust tests under AddressSanitizer (x86-64 Linux; builds everything anew, many minutes)
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo test --locked --offline --lib --test rust \
+		--target x86_64-unknown-linux-gnu --target-dir target/sanitize --config 'profile.dev.package."*".opt-level=1'
+
 .PHONY: bench-train
 bench-train: $(VENV)/installed ## seconds, tokens and memory of training steps; PEER=python with torch, peft, bitsandbytes
 	$(BIN)/python benches/train.py --shape llama-3.2-1b-4l --batch 1 --seq 512 $(if $(PEER),--peer-python $(PEER))
@@ -65,6 +74,14 @@ bench-train: $(VENV)/installed ## seconds, tokens and memory of training steps; 
 .PHONY: golden
 golden: $(GOLDEN_VENV)/ready ## make the golden files anew from torch, transformers, PEFT and bitsandbytes (heavy)
 	$(GOLDEN_VENV)/bin/python tests/golden/make_golden.py
+
+.PHONY: peers
+peers: $(VENV)/installed $(GOLDEN_VENV)/ready ## test notebooks and objects beside torch, transformers, PEFT and TRL (heavy)
+	$(GOLDEN_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: \
+		-r requirements-dev.txt trl==1.16.0
+	$(GOLDEN_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps dist/*.whl
+	$(GOLDEN_VENV)/bin/python -m pytest tests/python/test_drop_in.py tests/python/test_drop_in_notebooks.py \
+		tests/python/test_peers.py
 
 .PHONY: model
 model: $(VENV)/installed ## train the shipped model anew, from nothing, with our own engine (up to 30 minutes)

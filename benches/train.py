@@ -81,7 +81,7 @@ def _compare(options: argparse.Namespace) -> None:
     ours = _run_child(options, "full")
     theirs = _peer(options, folder)
     n_tokens = options.batch * options.seq
-    recomputed = ours["memory"]["estimate"]["layers"][2] > 1
+    recomputed = ours["memory"]["estimate"]["layers"][2] > 0
     flops = flops_per_token(options.shape, recompute=recomputed) * n_tokens
     peak, kept = ours["peak"], ours["memory"]["estimate"]
     print(f"{options.shape} {options.mode}, {options.batch} x {options.seq} tokens, r = {options.rank}", end="")
@@ -130,7 +130,7 @@ def _run_child(options: argparse.Namespace, rows: str) -> dict[str, Any]:
         environment["RUSTUNE_ISA"] = options.isa
     if options.threads:
         environment["RAYON_NUM_THREADS"] = str(options.threads)
-    command = [sys.executable, __file__, *sys.argv[1:], "--child", rows]
+    command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--child", rows]
     return _last_json(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 

@@ -62,7 +62,7 @@ class TrainerState:
         log_history: Every log entry and evaluation, in order.
         best_metric: The best evaluation so far.
         best_global_step: The step it belongs to.
-        best_model_checkpoint: The checkpoint written at that step, if any.
+        best_model_checkpoint: The checkpoint written at such a step, the last time one was.
         logging_steps: Steps between log entries.
         eval_steps: Steps between evaluations.
         save_steps: Steps between checkpoints.
@@ -157,21 +157,46 @@ class TrainerCallback:
 class EarlyStoppingCallback(TrainerCallback):
     """Stops when the evaluation has not become better for a while.
 
+    Needs evaluations, and `load_best_model_at_end=True` or a `metric_for_best_model` to judge them by.
+
     Args:
         early_stopping_patience: Evaluations without improvement after which the run ends.
         early_stopping_threshold: The least change that counts as improvement.
+
+    Raises:
+        ConfigError: For a patience below 1 or a threshold below 0.
     """
 
     def __init__(self, early_stopping_patience: int = 1, early_stopping_threshold: float = 0.0) -> None:
+        if not isinstance(early_stopping_patience, int) or early_stopping_patience < 1:
+            raise ConfigError(f"early_stopping_patience = {early_stopping_patience!r}: expected a whole number from 1")
+        if not isinstance(early_stopping_threshold, (int, float)) or not early_stopping_threshold >= 0:
+            raise ConfigError(f"early_stopping_threshold = {early_stopping_threshold!r}: expected a number from 0")
         self.early_stopping_patience = early_stopping_patience
         self.early_stopping_threshold = early_stopping_threshold
         self.early_stopping_patience_counter = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Starts counting anew."""
-        self.early_stopping_patience_counter = 0
+        """Starts counting anew; in a resumed run, counts the evaluations before."""
         if args.eval_strategy == "no":
             raise ConfigError('EarlyStoppingCallback: eval_strategy = no: expected "steps" or "epoch"')
+        if not args.load_best_model_at_end:
+            if args.metric_for_best_model is None:
+                raise ConfigError(
+                    "EarlyStoppingCallback: load_best_model_at_end = False: expected True, or a metric_for_best_model"
+                )
+            warnings.warn(
+                "EarlyStoppingCallback without load_best_model_at_end=True: the model will be as after the last step, "
+                "not as at its best",
+                stacklevel=2,
+            )
+        self.early_stopping_patience_counter = 0
+        best: float | None = None
+        name = metric_name(args)
+        for entry in state.log_history:
+            if name in entry and entry.get("step", 0) > 0:
+                self._count(entry[name], best, args)
+                best = entry[name] if best is None or is_better(entry[name], best, args) else best
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Counts, and asks for the end when patience is over."""
@@ -180,13 +205,14 @@ class EarlyStoppingCallback(TrainerCallback):
         if name not in metrics:
             known = ", ".join(metrics)
             raise ConfigError(f"metric_for_best_model = {name}: the evaluation gives {known}")
-        best: float | None = state.best_metric
-        better = best is None or (
-            is_better(metrics[name], best, args) and abs(metrics[name] - best) > self.early_stopping_threshold
-        )
-        self.early_stopping_patience_counter = 0 if better else self.early_stopping_patience_counter + 1
+        self._count(metrics[name], state.best_metric, args)
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             control.should_training_stop = True
+
+    def _count(self, value: float, best: float | None, args: Any) -> None:
+        """Counts an evaluation that is no better than the best of those before."""
+        better = best is None or (is_better(value, best, args) and abs(value - best) > self.early_stopping_threshold)
+        self.early_stopping_patience_counter = 0 if better else self.early_stopping_patience_counter + 1
 
 
 def metric_name(args: Any) -> str:
@@ -308,12 +334,6 @@ class CallbackHandler:
         self.logged(metrics)
         self.control.should_evaluate = False
         self.call("on_evaluate", metrics=dict(metrics))
-        # After the callbacks, as in transformers: early stopping compares with the best of the evaluations before.
-        value = metrics.get(metric_name(self.args))
-        best = self.state.best_metric
-        if value is not None and (best is None or is_better(value, best, self.args)):
-            self.state.best_metric = value
-            self.state.best_global_step = self.state.global_step
 
 
 class Observer:
@@ -322,11 +342,30 @@ class Observer:
     Args:
         handler: Whom to tell.
         watch: Called with the event's name and payload after the callbacks, for the progress display.
+        evaluator: Evaluates and returns the metrics; None leaves that to the engine.
     """
 
-    def __init__(self, handler: CallbackHandler, watch: Callable[[str, Any], None]) -> None:
+    def __init__(
+        self,
+        handler: CallbackHandler,
+        watch: Callable[[str, Any], None],
+        evaluator: Callable[[], dict[str, float]] | None = None,
+    ) -> None:
         self.handler = handler
         self.watch = watch
+        self.evaluator = evaluator
+
+    def evaluate(self, status: str) -> dict[str, float] | None:
+        """Evaluates in the course of a run; the model is free.
+
+        Args:
+            status: As of `event`.
+
+        Returns:
+            The metrics, or None to let the engine do it.
+        """
+        self._note(status)
+        return None if self.evaluator is None else self.evaluator()
 
     def event(self, name: str, status: str, payload: Any) -> dict[str, bool] | None:
         """Hears of an event.
@@ -334,19 +373,24 @@ class Observer:
         Args:
             name: `train_begin`, `epoch_begin`, `step_begin`, `substep_end`, `step_end`, `log`, `evaluate`, `save`,
                 `epoch_end`, `train_end` or `warning`.
-            status: JSON with step, epoch, max_steps and tokens.
+            status: JSON with step, epoch, max_steps, tokens and the best evaluation so far.
             payload: A log entry, an evaluation, a path, a warning, or the control of `step_end` and `epoch_end`.
 
         Returns:
             What the callbacks ask for.
         """
+        self._note(status)
+        answer = self._tell(name, payload)
+        self.watch(name, payload)
+        return answer
+
+    def _note(self, status: str) -> None:
         now = json.loads(status)
         state = self.handler.state
         state.global_step, state.epoch, state.max_steps = now["step"], now["epoch"], now["max_steps"]
         state.num_input_tokens_seen = now["tokens"]
-        answer = self._tell(name, payload)
-        self.watch(name, payload)
-        return answer
+        state.best_metric, state.best_global_step = now["best_metric"], now["best_global_step"]
+        state.best_model_checkpoint = now["best_model_checkpoint"]
 
     def _tell(self, name: str, payload: Any) -> dict[str, bool] | None:
         handler, control = self.handler, self.handler.control
@@ -362,8 +406,6 @@ class Observer:
             handler.evaluated(dict(payload))
         elif name == "save":
             control.should_save = False
-            if handler.state.best_global_step == handler.state.global_step:
-                handler.state.best_model_checkpoint = str(payload)
             handler.call("on_save")
         else:
             if name == "train_begin":

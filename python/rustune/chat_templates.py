@@ -1,4 +1,4 @@
-"""Chat templates by name, and datasets brought into the form they take."""
+"""Chat templates by name; the functions that prepare conversations stand here too, where notebooks look for them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from functools import cache
 from importlib import resources
 from typing import Any, Final, NamedTuple
 
-from rustune import _native
-from rustune._native import ConfigError, DataError
-from rustune.data import iter_columns
-from rustune.trainer import train_on_responses_only as train_on_responses_only  # notebooks look for it here
+from rustune._native import ConfigError
+from rustune.sharegpt import standardize_data_formats as standardize_data_formats
+from rustune.sharegpt import standardize_sharegpt as standardize_sharegpt
+from rustune.sharegpt import to_sharegpt as to_sharegpt
+from rustune.text_templates import apply_chat_template as apply_chat_template
+from rustune.trainer import train_on_responses_only as train_on_responses_only
 
 
 class ChatTemplate(NamedTuple):
@@ -33,6 +35,7 @@ class ChatTemplate(NamedTuple):
 _NAMES: Final[dict[str, tuple[str, str | None]]] = {
     "chatml": ("chatml", "<|im_end|>"),
     "qwen-2.5": ("qwen-2.5", "<|im_end|>"),
+    "qwen-3": ("qwen-3", "<|im_end|>"),
     "phi-4": ("phi-4", "<|im_end|>"),
     "llama-3": ("llama-3", "<|eot_id|>"),
     "llama-3.1": ("llama-3.1", "<|eot_id|>"),
@@ -83,8 +86,7 @@ CHAT_TEMPLATES: Final[Mapping[str, ChatTemplate]] = _Templates()
 
 def get_chat_template(
     tokenizer: Any,
-    chat_template: str | Sequence[str | None] = "chatml",
-    *,
+    chat_template: str | Sequence[Any] = "chatml",
     mapping: Mapping[str, str] | None = None,
     map_eos_token: bool = True,
     system_message: str | None = None,
@@ -108,12 +110,20 @@ def get_chat_template(
         The tokenizer.
 
     Raises:
-        ConfigError: If there is no template of this name.
+        ConfigError: If there is no template of this name, or an argument makes no sense.
         TokenizerError: If the template is not valid Jinja.
 
     Example:
         >>> tokenizer = get_chat_template(tokenizer, "llama-3.1")  # doctest: +SKIP
     """
+    if not hasattr(tokenizer, "convert_tokens_to_ids"):
+        raise ConfigError(f"tokenizer = {type(tokenizer).__name__}: expected a tokenizer of rustune or transformers")
+    if system_message is not None and not isinstance(system_message, str):
+        raise ConfigError(f"system_message = {system_message!r}: expected a text")
+    if mapping is not None and not (
+        isinstance(mapping, Mapping) and all(isinstance(word, str) for pair in mapping.items() for word in pair)
+    ):
+        raise ConfigError(f"mapping = {mapping!r}: expected texts by texts, as {{'role': 'from', 'content': 'value'}}")
     template = _find(chat_template)
     source = template.source
     if template.eos_token is not None and map_eos_token:
@@ -148,53 +158,7 @@ def get_chat_template(
     return tokenizer
 
 
-def standardize_sharegpt(dataset: Any, **ignored: object) -> Any:
-    """Brings conversations from ShareGPT's form (`from`, `value`, human, gpt) into the one templates take.
-
-    Args:
-        dataset: A `datasets.Dataset`, a list of dicts, or anything else that can be trained on, with a column
-            `conversations` or `messages`.
-        **ignored: Whatever else notebooks pass (`num_proc`, `batch_size`).
-
-    Returns:
-        The dataset with `role` and `content`; a list of dicts unless it came from `datasets`.
-
-    Raises:
-        DataError: If there is no such column, or a message has an unknown role.
-
-    Example:
-        >>> standardize_sharegpt([{"conversations": [{"from": "human", "value": "Hi"}]}])
-        [{'conversations': [{'role': 'user', 'content': 'Hi'}]}]
-    """
-    if hasattr(dataset, "map") and hasattr(dataset, "column_names"):
-        if dataset.column_names is not None:
-            _conversations(list(dataset.column_names))
-        return dataset.map(_standardize_batch, batched=True)
-    rows: list[dict[str, Any]] = []
-    for columns in iter_columns(dataset):
-        columns = {**columns, **_standardize_batch(columns)}
-        rows.extend(dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
-    return rows
-
-
-standardize_data_formats = standardize_sharegpt
-
-
-def _standardize_batch(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The conversations of a batch; a function of the module, so that `datasets` can hash it."""
-    name = _conversations(list(columns))
-    return {name: [None if talk is None else _native.standard_messages(talk) for talk in columns[name]]}
-
-
-def _conversations(columns: list[str]) -> str:
-    """The column that holds conversations."""
-    for name in ("conversations", "messages", "conversation"):
-        if name in columns:
-            return name
-    raise DataError(f"column 'conversations': not in the dataset, whose columns are {columns}; nor is 'messages'")
-
-
-def _find(chat_template: str | Sequence[str | None]) -> ChatTemplate:
+def _find(chat_template: str | Sequence[Any]) -> ChatTemplate:
     """The template meant by a name or a pair."""
     if isinstance(chat_template, str):
         try:
@@ -206,7 +170,8 @@ def _find(chat_template: str | Sequence[str | None]) -> ChatTemplate:
                 f"chat_template = {chat_template!r}: expected one of {', '.join(CHAT_TEMPLATES)}, "
                 f"or a pair (template, eos token){hint}"
             ) from None
-    source = chat_template[0] if len(chat_template) == 2 else None
+    pair = isinstance(chat_template, Sequence) and len(chat_template) == 2
+    source = chat_template[0] if pair else None
     if not isinstance(source, str):
         raise ConfigError(f"chat_template = {chat_template!r}: expected a name or a pair (template, eos token)")
     eos_token = chat_template[1]

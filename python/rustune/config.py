@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from typing import Any, ClassVar, Final, TypeVar
 
-from rustune import _native
+from rustune import _native, reporting
 from rustune._native import ConfigError
 
 _T = TypeVar("_T")
@@ -41,7 +41,9 @@ _ENGINE: Final[dict[str, type]] = {
     "num_train_epochs": float,
     "learning_rate": float,
     "lr_scheduler_type": str,
+    "lr_scheduler_kwargs": dict,
     "optim": str,
+    "optim_args": str,
     "weight_decay": float,
     "adam_beta1": float,
     "adam_beta2": float,
@@ -55,15 +57,20 @@ _ENGINE: Final[dict[str, type]] = {
     "save_total_limit": int,
     "eval_strategy": str,
     "eval_steps": float,
+    "eval_delay": float,
+    "eval_on_start": bool,
+    "metric_for_best_model": str,
+    "greater_is_better": bool,
+    "load_best_model_at_end": bool,
     "seed": int,
     "data_seed": int,
     "output_dir": str,
+    "train_sampling_strategy": str,
     "max_length": int,
     "packing": bool,
     "group_by_length": bool,
     "neftune_noise_alpha": float,
     "embedding_learning_rate": float,
-    "load_best_model_at_end": bool,
 }
 
 # What would change the result and is not there yet: only these values pass (falsy ones always do).
@@ -74,19 +81,14 @@ _MISSING: Final[dict[str, tuple[Any, ...]]] = {
     "dataloader_drop_last": (),
     "deepspeed": (),
     "eos_token": (),
-    "eval_delay": (),
-    "eval_on_start": (),
     "eval_packing": (),
     "fsdp": (),
     "ignore_data_skip": (),
     "label_smoothing_factor": (),
     "loss_type": ("nll",),
-    "lr_scheduler_kwargs": (),
     "model_init_kwargs": (),
-    "optim_args": (),
     "optim_target_modules": (),
     "pad_token": (),
-    "push_to_hub": (),
     "save_only_model": (),
 }
 
@@ -106,8 +108,9 @@ def _checked(name: str, value: Any, kind: type) -> Any:
     """A value the engine can take, or an error that names the field."""
     if value is None:
         return None
-    expected = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}[kind]
+    expected = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", dict: "a dict"}[kind]
     fits = {
+        dict: isinstance(value, dict),
         int: isinstance(value, int) or (isinstance(value, float) and value.is_integer()),
         float: isinstance(value, (int, float)),
         str: isinstance(value, str),
@@ -118,6 +121,14 @@ def _checked(name: str, value: Any, kind: type) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name} = {value}: expected a finite number")
     return int(value) if kind is int else value
+
+
+def _from_json(name: str, text: str) -> Any:
+    """What a text of the command line says."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ConfigError(f"{name} = {text!r}: expected a dict, or one written as JSON") from None
 
 
 def unknown_argument(owner: str, name: str, known: Iterable[str]) -> ConfigError:
@@ -216,6 +227,8 @@ class TrainingArguments:
     eval_delay: float = 0
     eval_on_start: bool = False
     eval_accumulation_steps: int | None = None
+    batch_eval_metrics: bool = False
+    eval_do_concat_batches: bool = True
     do_train: bool = False
     do_eval: bool = False
     do_predict: bool = False
@@ -231,6 +244,7 @@ class TrainingArguments:
     bf16_full_eval: bool = False
     tf32: bool | None = None
     group_by_length: bool = False
+    train_sampling_strategy: Any = None
     length_column_name: str = "length"
     auto_find_batch_size: bool = False
     full_determinism: bool = False
@@ -267,6 +281,7 @@ class TrainingArguments:
     hub_strategy: str = "every_save"
     hub_token: str | None = field(default=None, repr=False)
     hub_private_repo: bool | None = None
+    hub_always_push: bool = False
     # What trl's SFTConfig adds. TrainingArguments take them too: notebooks mix both.
     max_length: int | None = None
     dataset_text_field: str = "text"
@@ -290,12 +305,22 @@ class TrainingArguments:
         """Checks every field and fills in what was not written."""
         for name in _ENGINE:
             setattr(self, name, _plain(getattr(self, name)))
+        if isinstance(self.lr_scheduler_kwargs, str):
+            self.lr_scheduler_kwargs = _from_json("lr_scheduler_kwargs", self.lr_scheduler_kwargs)
         for name, passes in _MISSING.items():
             value = _plain(getattr(self, name))
             if value and value not in passes:
                 raise ConfigError(f"{name} = {value!r}: not there yet; leave it out")
+        if self.push_to_hub and self.hub_strategy not in ("end", "every_save"):
+            raise ConfigError(
+                f"hub_strategy = {self.hub_strategy!r}: expected end: the result is uploaded once, at the end"
+            )
         if self.packing and self.packing_strategy != "bfd":
             raise ConfigError(f"packing_strategy = {self.packing_strategy!r}: not there yet; expected 'bfd'")
+        if self.push_to_hub and self.hub_strategy not in ("end", "every_save"):
+            raise ConfigError(
+                f"hub_strategy = {self.hub_strategy!r}: expected end, or every_save: whole checkpoints stay here"
+            )
         if self.fp16 and self.bf16:
             raise ConfigError("fp16 = True: contradicts bf16 = True; dtype of from_pretrained chooses the arithmetic")
         self._check_report_to()
@@ -358,11 +383,7 @@ class TrainingArguments:
 
     def _check_report_to(self) -> None:
         named = self.report_to if isinstance(self.report_to, (list, tuple)) else [self.report_to]
-        # "all" means all that are installed; none is supported yet, so it is none.
-        missing = [name for name in named if name not in (None, "none", "all")]
-        if missing:
-            raise ConfigError(f'report_to = {missing[0]!r}: not there yet; use "none", or callbacks\' on_log')
-        self.report_to = "none"
+        self.report_to = reporting.checked([name for name in map(_plain, named) if name not in (None, "none")])
 
     def _fill_in(self) -> None:
         resolved = json.loads(_native.resolve_train_options(self.engine_options(), 1))["train"]
@@ -388,6 +409,11 @@ class TrainingArguments:
         self.save_strategy, self.save_steps = _when(resolved["save"], self.save_steps)
         self.eval_strategy, self.eval_steps = _when(resolved["eval"], self.eval_steps)
         self.logging_first_step = resolved["logging_first_step"]
+        self.do_eval = self.do_eval or self.eval_strategy != "no"
+        if self.load_best_model_at_end or self.save_strategy == "best":
+            self.metric_for_best_model = self.metric_for_best_model or "loss"
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            self.greater_is_better = resolved["best"]["greater"]
         self.seed = resolved["seed"]
         self.output_dir = resolved["output_dir"]
 
@@ -431,10 +457,12 @@ def settings_from(args: Any) -> TrainingArguments:
     if not callable(getattr(args, "to_dict", None)):
         raise ConfigError(f"args = {type(args).__name__}: expected SFTConfig or TrainingArguments")
     written: dict[str, Any] = args.to_dict()
+    # Their to_dict hides whatever is called a token, eos_token and pad_token too.
+    written |= {name: getattr(args, name, None) for name in written if name.endswith("_token")}
     # Their objects list every reporter that happens to be installed, asked for or not.
     reporters = written.pop("report_to", None)
     if reporters and reporters not in ("none", ["none"], "all"):
-        warnings.warn(f"report_to = {reporters}: not there yet; nothing is reported", stacklevel=3)
+        warnings.warn(f"report_to = {reporters}: nothing is reported; write it in rustune's SFTConfig", stacklevel=3)
     # Their default, and not a wish to keep every layer: what the model was loaded with decides.
     if written.get("gradient_checkpointing") is False:
         del written["gradient_checkpointing"]

@@ -1,10 +1,10 @@
-"""Reading datasets of any kind batch by batch, as columns."""
+"""Reading datasets of any kind batch by batch, as columns; telling streams; applying formatting functions."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ def iter_columns(dataset: Any, batch: int = 1000) -> Iterator[Columns]:
 
     Args:
         dataset: A list of dicts (or any iterable of them), a dict of columns, a `datasets.Dataset` or
-            `IterableDataset`, a pandas DataFrame, a pyarrow Table, or the path of a .jsonl, .json or .parquet file.
+            `IterableDataset`, a pandas DataFrame, a pyarrow Table, RecordBatch or Dataset, or the path of a .jsonl,
+            .json or .parquet file.
         batch: Rows a batch.
 
     Yields:
@@ -39,16 +40,21 @@ def iter_columns(dataset: Any, batch: int = 1000) -> Iterator[Columns]:
     elif isinstance(dataset, Mapping):
         yield from _mapping(dataset, batch)
     elif hasattr(dataset, "to_batches") and hasattr(dataset, "schema"):  # pyarrow
-        for part in dataset.to_batches(max_chunksize=batch):
+        # A table cuts itself up; a dataset of files reads batches.
+        size = "max_chunksize" if hasattr(dataset, "num_rows") else "batch_size"
+        for part in dataset.to_batches(**{size: batch}):
             if part.num_rows:
                 yield part.to_pydict()
+    elif hasattr(dataset, "to_pydict") and hasattr(dataset, "schema"):  # pyarrow's RecordBatch
+        yield from _mapping(dataset.to_pydict(), batch)
     elif hasattr(dataset, "iloc") and hasattr(dataset, "columns"):  # pandas
         for start in range(0, len(dataset), batch):
             part = dataset.iloc[start : start + batch]
-            yield {str(name): part[name].tolist() for name in part.columns}
+            # Missing values have several forms there (NaN, NA, NaT), which none of its rows may become text of.
+            yield {str(name): _without_na(part[name]) for name in part.columns}
     elif hasattr(dataset, "iter") and hasattr(dataset, "column_names"):  # datasets
         for part in dataset.iter(batch_size=batch):
-            yield {name: _listed(values) for name, values in part.items()}
+            yield {name: listed(values) for name, values in part.items()}
     elif isinstance(dataset, Iterable) and not isinstance(dataset, (bytes, bytearray)):
         yield from _rows(iter(dataset), batch, "dataset")
     elif hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):  # torch's map-style datasets
@@ -60,16 +66,102 @@ def iter_columns(dataset: Any, batch: int = 1000) -> Iterator[Columns]:
         )
 
 
-def _listed(values: Any) -> list[Any]:
-    """A column as a list, whatever format the dataset was set to."""
+def is_streamed(dataset: Any) -> bool:
+    """Tells whether a dataset can only be read from its beginning and has no length: an `IterableDataset`.
+
+    Args:
+        dataset: What `iter_columns` takes.
+
+    Returns:
+        Whether a run over it needs `max_steps`.
+
+    Example:
+        >>> is_streamed([{"text": "a"}])
+        False
+    """
+    return hasattr(dataset, "column_names") and hasattr(dataset, "take") and not hasattr(dataset, "__len__")
+
+
+def formatted(batches: Iterable[Columns], function: Callable[[Any], Any]) -> Iterator[Columns]:
+    """Applies a user's formatting function, which may take a row or a batch of columns: tried out once.
+
+    Args:
+        batches: Columns, as of `iter_columns`.
+        function: Gives a text, or a list of texts; or a dict that holds them as `text`.
+
+    Yields:
+        The texts as the column `text`. A function of rows may give several texts for one.
+
+    Raises:
+        DataError: If it gives something else.
+
+    Example:
+        >>> list(formatted([{"q": ["1", "2"]}], lambda row: row["q"] + "!"))
+        [{'text': ['1!', '2!']}]
+    """
+    if not callable(function):
+        raise DataError(f"formatting_func = {function!r}: expected a function of a row or of a batch of columns")
+    by_batch: bool | None = None
+    for batch in batches:
+        n_rows = len(next(iter(batch.values()), []))
+        if n_rows == 0:
+            continue
+        if by_batch is None:
+            by_batch = _takes_batches(function, batch)
+        rows = [batch] if by_batch else ({name: column[i] for name, column in batch.items()} for i in range(n_rows))
+        texts = [text for row in rows for text in _texts_of(function(row))]
+        if by_batch and len(texts) != n_rows:
+            raise DataError(f"formatting_func: expected a text for each row, got {len(texts)} texts for {n_rows} rows")
+        yield {"text": texts}
+
+
+def _texts_of(made: Any) -> list[str]:
+    """What a formatting function gave, as texts."""
+    if isinstance(made, Mapping) and "text" in made:
+        made = made["text"]
+    texts = [made] if isinstance(made, str) else list(made) if isinstance(made, (list, tuple)) else [made]
+    for text in texts:
+        if not isinstance(text, str):
+            raise DataError(f"formatting_func: expected a text for each row, got {type(text).__name__}")
+    return texts
+
+
+def _takes_batches(function: Callable[[Any], Any], batch: Columns) -> bool:
+    """Whether the function makes as many texts as it is given rows as columns."""
+    # Two numbers of rows, because a function of rows may always give two texts.
+    for n_rows in (2, 3):
+        columns = {name: [column[0], column[-1], column[0]][:n_rows] for name, column in batch.items()}
+        try:
+            made = function(columns)
+            if isinstance(made, str) or len(_texts_of(made)) != n_rows:
+                return False
+        except Exception:  # whatever a function of the user's raises when it is given what it does not take
+            return False
+    return True
+
+
+def listed(values: Any) -> list[Any]:
+    """A column as a list, whatever format the dataset was set to.
+
+    Args:
+        values: A list, an array, a tensor or a lazy column.
+
+    Returns:
+        The same values.
+    """
     return list(values.tolist()) if hasattr(values, "tolist") else list(values)
+
+
+def _without_na(column: Any) -> list[Any]:
+    """A pandas column as a list, None where a value is missing."""
+    return [None if missing is True else value for value, missing in zip(column.tolist(), column.isna(), strict=True)]
 
 
 def _mapping(columns: Mapping[str, Any], batch: int) -> Iterator[Columns]:
     """A dict of columns; a dict of splits is asked back."""
     if any(hasattr(value, "column_names") for value in columns.values()):
         raise DataError(f"dataset: has the splits {', '.join(map(str, columns))}; give one of them")
-    plain = {str(name): _listed(values) for name, values in columns.items()}
+    plain = {str(name): listed(values) for name, values in columns.items()}
     lengths = {name: len(values) for name, values in plain.items()}
     if len(set(lengths.values())) > 1:
         raise DataError(f"dataset: columns of different lengths: {lengths}")

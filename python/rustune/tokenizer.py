@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rustune import _native
-from rustune._native import ConfigError, DataError, HubError, TokenizerError
+from rustune._native import ConfigError, DataError, TokenizerError
+from rustune.hub import upload_folder
 
 IGNORE: Final = -100
 """The label of a token that is not trained."""
@@ -73,6 +75,19 @@ class TokenArray(np.ndarray[Any, np.dtype[np.int64]]):
     def dim(self) -> int:
         """Returns the number of axes."""
         return self.ndim
+
+    def numel(self) -> int:
+        """Returns the number of elements."""
+        return self.size
+
+    def clone(self) -> TokenArray:
+        """Returns a copy."""
+        made: TokenArray = self.copy()
+        return made
+
+    def long(self) -> TokenArray:
+        """Returns the array as int64."""
+        return as_tokens(self)
 
 
 def as_tokens(values: Any) -> TokenArray:
@@ -350,18 +365,25 @@ class Tokenizer:
 
     def decode(
         self, token_ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
-    ) -> str:
+    ) -> Any:
         """Turns ids into text.
 
         Args:
-            token_ids: One id, or a list, array or tensor of them; negative ones (masked labels) are left out.
+            token_ids: One id, or a list, array or tensor of them; negative ones (masked labels) are left out. Rows of
+                ids, as of `batch_decode`, give a list.
             skip_special_tokens: Whether to leave out special tokens.
             clean_up_tokenization_spaces: Ignored: the text is what the tokens spell.
 
         Returns:
             The text.
+
+        Raises:
+            DataError: If these are no ids.
         """
-        return self.native.decode(_ids(token_ids), skip_special_tokens)
+        plain = _plain(token_ids)
+        if isinstance(plain, (list, tuple)) and any(isinstance(_plain(row), (list, tuple)) for row in plain):
+            return self.batch_decode(plain, skip_special_tokens)
+        return self.native.decode(_ids(plain), skip_special_tokens)
 
     def batch_decode(
         self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
@@ -376,7 +398,7 @@ class Tokenizer:
         Returns:
             A text for each row.
         """
-        return [self.decode(row, skip_special_tokens) for row in _plain(sequences)]
+        return [self.native.decode(_ids(row), skip_special_tokens) for row in _plain(sequences)]
 
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> Any:
         """Looks tokens up.
@@ -546,17 +568,24 @@ class Tokenizer:
         names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
         return tuple(str(folder / name) for name in names if (folder / name).is_file())
 
-    def push_to_hub(self, repo_id: str, **options: object) -> None:
-        """Says that uploading is not there yet.
+    def push_to_hub(self, repo_id: str, *, commit_message: str | None = None, **options: Any) -> str:
+        """Uploads what `save_pretrained` writes.
 
         Args:
-            repo_id: The repository.
-            **options: Ignored.
+            repo_id: `owner/name`, or a name alone for the token's owner; made if it is not there.
+            commit_message: The commit's title.
+            **options: token, private, commit_description, revision and create_pr, as of `Model.push_to_hub`.
+
+        Returns:
+            The address of the commit.
 
         Raises:
-            HubError: Always.
+            ConfigError: If there is no token.
+            HubError: If the hub refuses.
         """
-        raise HubError(f"{repo_id}: uploading is not there yet; save_pretrained(...) and upload with huggingface_hub")
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload_folder(folder, repo_id, commit_message=commit_message or "Upload a tokenizer", **options)
 
     @property
     def content_hash(self) -> str:
@@ -733,15 +762,21 @@ def _ids(values: Any) -> list[int]:
     plain = _plain(values)
     if isinstance(plain, int):
         plain = [plain]
-    flat = [int(_plain(value)) for value in plain]
-    return [value for value in flat if value >= 0]
+    try:
+        flat = [int(_plain(value)) for value in plain]
+    except (TypeError, ValueError):
+        raise DataError(f"decode: expected ids or rows of ids, got {type(values).__name__}") from None
+    return [value for value in flat if 0 <= value < 2**32]
 
 
 def _texts(values: Any) -> list[str]:
     """Several texts, checked."""
     if values is None or isinstance(values, (bytes, Mapping)):
         raise DataError(f"tokenizer: expected a text or a list of texts, got {type(values).__name__}")
-    texts = list(_plain(values))
+    plain = _plain(values)
+    if not isinstance(plain, Iterable):
+        raise DataError(f"tokenizer: expected a text or a list of texts, got {type(values).__name__}")
+    texts = list(plain)
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise DataError(f"tokenizer: expected texts, but item {i} is {type(text).__name__}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -11,12 +13,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from rustune import _native, progress
-from rustune._native import ConfigError, DataError
+from rustune import _native, banner, evaluation, hub, progress, reporting
+from rustune._native import ConfigError, DataError, HubError
 from rustune.callbacks import CallbackHandler, Observer, TrainerControl, TrainerState
 from rustune.config import SFTConfig, TrainingArguments, settings_from, unknown_argument
-from rustune.data import iter_columns
-from rustune.models import Model, checkpointing_name, native_tokenizer
+from rustune.data import formatted, is_streamed, iter_columns
+from rustune.model import Model, checkpointing_name, native_tokenizer
 
 # Collators that only pad and copy ids to labels: rows are put together in the engine, which does neither need.
 _PLAIN_COLLATORS: Final = (
@@ -35,11 +37,8 @@ _MISSING: Final = (
     "infinite",
     "model_init",
     "model_init_kwargs",
-    "neftune_noise_alpha",
     "num_of_sequences",
     "optimizer_cls_and_kwargs",
-    "peft_config",
-    "preprocess_logits_for_metrics",
 )
 
 
@@ -101,15 +100,20 @@ class SFTTrainer:
         args: `SFTConfig` or `TrainingArguments`, ours or transformers'.
         tokenizer: Ours or transformers'; the one the model was loaded with if not given.
         processing_class: Another name of `tokenizer`.
-        train_dataset: `datasets`, lists of dicts, pandas, pyarrow, or a path to .jsonl or .parquet.
-        eval_dataset: The same, for evaluation.
+        train_dataset: `datasets`, lists of dicts, pandas, pyarrow, or a path to .jsonl or .parquet. Of an
+            `IterableDataset` as many rows are read, here and at once, as `max_steps` need; they keep their order.
+        eval_dataset: The same, for evaluation; an `IterableDataset` is read to its end.
         dataset_text_field: The column of plain text; `args.dataset_text_field` if not given.
         max_seq_length: Longest row in tokens; `args.max_length`, then the model's, if not given.
         data_collator: A collator of transformers; it changes nothing.
         dataset_num_proc: Makes no difference: all threads tokenise.
         packing: Put rows together to packed rows of up to `max_seq_length` tokens, as `args.packing`.
-        formatting_func: Turns a row, or a batch of columns, into text.
-        compute_metrics: Not there yet.
+        formatting_func: Turns a row, or a batch of columns, into a text or a list of them.
+        peft_config: A `LoraConfig` for a model that has no adapter yet.
+        compute_metrics: Turns an `EvalPrediction` into names and numbers, which every evaluation then reports; its
+            predictions are computed batch by batch when it asks for them.
+        preprocess_logits_for_metrics: Turns a batch's logits and labels into what `compute_metrics` gets of them.
+        neftune_noise_alpha: Another place for the setting of that name.
         callbacks: `TrainerCallback` objects or classes, ours or transformers'.
         optimizers: Not there yet.
         **unknown: An error that names the nearest argument.
@@ -138,7 +142,10 @@ class SFTTrainer:
         dataset_batch_size: int | None = None,
         packing: bool | None = None,
         formatting_func: Callable[[Any], Any] | None = None,
-        compute_metrics: Any = None,
+        peft_config: Any = None,
+        compute_metrics: Callable[..., Any] | None = None,
+        preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
+        neftune_noise_alpha: float | None = None,
         callbacks: Iterable[Any] | None = None,
         optimizers: Any = (None, None),
         **unknown: Any,
@@ -152,15 +159,31 @@ class SFTTrainer:
             raise ConfigError(
                 f"model = {type(model).__name__}: expected what FastLanguageModel.from_pretrained returns"
             )
-        if compute_metrics is not None:
-            raise ConfigError("compute_metrics: not there yet; leave it out")
+        for name, function in (
+            ("compute_metrics", compute_metrics),
+            ("preprocess_logits_for_metrics", preprocess_logits_for_metrics),
+        ):
+            if function is not None and not callable(function):
+                raise ConfigError(f"{name} = {function!r}: expected a function")
         if any(part is not None for part in optimizers or ()):
             raise ConfigError("optimizers: not there yet; use args.optim and args.lr_scheduler_type")
         _check_collator(data_collator)
+        if peft_config is not None:
+            # Here and not above: its module knows this one.
+            from rustune.peft_names import get_peft_model
+
+            model = get_peft_model(model, peft_config)
         self.model = model
         self.args = settings_from(args)
         if packing is not None and packing != self.args.packing:
             self.args = replace(self.args, packing=bool(packing))
+        if neftune_noise_alpha is not None:
+            self.args.neftune_noise_alpha = neftune_noise_alpha
+            self.args.engine_options()
+        self.compute_metrics = compute_metrics
+        self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
+        if self.args.batch_eval_metrics and compute_metrics is not None:
+            _check_takes_compute_result(compute_metrics)
         chosen = tokenizer if processing_class is None else processing_class
         self.processing_class: Any = model.tokenizer if chosen is None else chosen
         self._native_tokenizer = native_tokenizer(self.processing_class)
@@ -168,6 +191,7 @@ class SFTTrainer:
         self.max_seq_length: int = model.max_seq_length if length is None else int(length)
         self._text_field = dataset_text_field or self.args.dataset_text_field
         self._formatting_func = formatting_func
+        self._keeps_order = False
         self.train_dataset = self._read("train_dataset", train_dataset)
         self.eval_dataset = self._read("eval_dataset", eval_dataset)
         self.state = TrainerState()
@@ -180,7 +204,8 @@ class SFTTrainer:
             "train_dataloader": None,
             "eval_dataloader": None,
         }
-        self._handler = CallbackHandler(callbacks or (), self.args, self.state, context)
+        reporters = reporting.callbacks(self.args.report_to)
+        self._handler = CallbackHandler([*reporters, *(callbacks or ())], self.args, self.state, context)
         self._handler.call("on_init_end")
 
     @property
@@ -208,9 +233,13 @@ class SFTTrainer:
             DivergedError: If the loss is no longer finite; the weights are those of the step before.
             CheckpointError: If a checkpoint cannot be written or resumed from.
             KeyboardInterrupt: On Ctrl-C, within a step; the model can be used as it is then.
+
+        Callbacks may use the model: generate from it, call it, save it.
         """
         if self.train_dataset is None:
             raise DataError("train_dataset: not given")
+        if self.eval_dataset is None and self.args.eval_strategy != "no":
+            raise DataError(f"eval_dataset: not given, but eval_strategy = {self.args.eval_strategy}")
         resume = self._checkpoint(
             self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         )
@@ -218,7 +247,7 @@ class SFTTrainer:
         plan = self.args.plan(rows.n_packed(self.max_seq_length) if self.args.packing else len(rows))
         self._begin(plan, resume)
         shown = progress.choose(self.args.disable_tqdm)
-        shown.banner(self._banner(plan))
+        shown.banner(*banner.texts(self, plan))
         eval_rows = None if self.eval_dataset is None else self.eval_dataset.rows
         try:
             outcome = json.loads(
@@ -228,7 +257,7 @@ class SFTTrainer:
                     self._engine_options(),
                     self._checkpointing(),
                     resume,
-                    Observer(self._handler, self._watcher(shown)),
+                    Observer(self._handler, self._watcher(shown), self._evaluator()),
                     self._native_tokenizer,
                     self.model.base_model,
                 )
@@ -238,17 +267,22 @@ class SFTTrainer:
         finally:
             shown.close()
         self._handler.call("on_train_end")
+        if self.args.push_to_hub:
+            print(f"uploaded to {self.push_to_hub()}")
         return TrainOutput(outcome["global_step"], outcome["training_loss"], metrics)
 
-    def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Evaluates.
 
         Args:
             eval_dataset: Rows; those the trainer was made with if not given.
+            ignore_keys: Makes no difference.
             metric_key_prefix: What the names of the metrics begin with.
 
         Returns:
-            The mean token loss, the time it took, and where training stands.
+            The mean token loss, what `compute_metrics` returns, the time it took, and where training stands.
 
         Raises:
             DataError: If there are no rows, or no token has a label.
@@ -256,42 +290,70 @@ class SFTTrainer:
         dataset = self.eval_dataset if eval_dataset is None else self._read("eval_dataset", eval_dataset)
         if dataset is None:
             raise DataError("eval_dataset: not given; pass it here or to SFTTrainer")
-        started = time.monotonic()
-        loss, _ = self.model.native.evaluate(dataset.rows, self.args.eval_batch_size, None)
-        seconds = max(time.monotonic() - started, 1e-9)
-        metrics = {
-            f"{metric_key_prefix}_loss": loss,
-            f"{metric_key_prefix}_runtime": seconds,
-            f"{metric_key_prefix}_samples_per_second": len(dataset) / seconds,
-            f"{metric_key_prefix}_steps_per_second": -(-len(dataset) // self.args.eval_batch_size) / seconds,
-            "epoch": self.state.epoch,
-        }
+        metrics = {**self._score(dataset, metric_key_prefix)[0], "epoch": self.state.epoch}
         self._handler.evaluated({**metrics, "step": self.state.global_step})
         return metrics
 
-    def predict(self, *_: Any, **__: Any) -> None:
-        """Is not there yet.
+    def predict(
+        self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test"
+    ) -> evaluation.PredictionOutput:
+        """Evaluates, and returns predictions as well.
+
+        Args:
+            test_dataset: Rows, as of `train_dataset`.
+            ignore_keys: Makes no difference.
+            metric_key_prefix: What the names of the metrics begin with.
+
+        Returns:
+            Predictions, labels and metrics. The predictions are logits computed when asked for, batch by batch, or
+            what `preprocess_logits_for_metrics` made of them.
 
         Raises:
-            ConfigError: Always.
+            DataError: If there are no rows, or no token has a label.
         """
-        raise ConfigError("predict: not there yet; call the model, or evaluate")
+        dataset = self._read("test_dataset", test_dataset)
+        if dataset is None:
+            raise DataError("test_dataset: not given")
+        metrics, outcome = self._score(dataset, metric_key_prefix, keeps=True)
+        self._handler.call("on_predict", metrics=dict(metrics))
+        return evaluation.PredictionOutput(outcome.predictions, outcome.label_ids, metrics)
 
     def hyperparameter_search(self, *_: Any, **__: Any) -> None:
-        """Is not there yet.
+        """Says that there is no search.
 
         Raises:
             ConfigError: Always.
         """
-        raise ConfigError("hyperparameter_search: not there yet")
+        raise ConfigError(
+            "hyperparameter_search: there is none; train with each SFTConfig in a loop, on a model loaded anew, and "
+            "compare what evaluate() returns"
+        )
 
-    def push_to_hub(self, *_: Any, **__: Any) -> None:
-        """Is not there yet.
+    def push_to_hub(self, commit_message: str | None = "End of training", **options: Any) -> str:
+        """Uploads what `save_model` writes, to `args.hub_model_id` or a repository named like `args.output_dir`.
+
+        Args:
+            commit_message: The commit's title.
+            **options: token, revision, private and create_pr; `blocking` and the like make no difference.
+
+        Returns:
+            The address of the commit.
 
         Raises:
-            ConfigError: Always.
+            ConfigError: If there is no token.
+            HubError: If the hub refuses.
         """
-        raise ConfigError("push_to_hub: not there yet; use save_model and the hub's own tools")
+        args = self.args
+        known = {name: options[name] for name in ("token", "revision", "private", "create_pr") if name in options}
+        settings = {"token": args.hub_token, "private": args.hub_private_repo, **known}
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_model(folder)
+            return hub.upload_folder(
+                folder,
+                args.hub_model_id or Path(args.output_dir).resolve().name,
+                commit_message=commit_message or "End of training",
+                **settings,
+            )
 
     def save_model(self, output_dir: str | os.PathLike[str] | None = None) -> None:
         """Writes the adapter (or the whole model after full fine-tuning) and the tokenizer.
@@ -356,19 +418,41 @@ class SFTTrainer:
         """
         self._handler.logged({**logs, "epoch": self.state.epoch, "step": self.state.global_step})
 
+    def plot_loss(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Draws the losses of training and evaluation.
+
+        Args:
+            path: A file to write it to as well, whose ending says the format.
+
+        Returns:
+            A figure of matplotlib, which a notebook shows.
+
+        Raises:
+            ConfigError: If matplotlib is not installed.
+            DataError: If nothing was logged yet.
+
+        Example:
+            >>> trainer.plot_loss("loss.png")  # doctest: +SKIP
+        """
+        from rustune import plots
+
+        return plots.loss_curves(self, path=path)
+
     def _read(self, what: str, dataset: Any) -> TokenisedDataset | None:
         """Tokenises a dataset, and says what was left out."""
         if dataset is None:
             return None
         if isinstance(dataset, TokenisedDataset):
             return dataset
-        batches = iter_columns(dataset)
+        max_rows = self._rows_of_stream(dataset) if what == "train_dataset" else None
+        batches = iter_columns(dataset, 1000 if max_rows is None else min(max_rows, 1000))
         text_field = self._text_field
         if self._formatting_func is not None:
-            batches, text_field = _formatted(batches, self._formatting_func), "text"
+            batches, text_field = formatted(batches, self._formatting_func), "text"
         options = {
             "text_field": text_field,
             "max_length": self.max_seq_length,
+            "max_rows": max_rows,
             "completion_only_loss": self.args.completion_only_loss,
             "assistant_only_loss": self.args.assistant_only_loss,
         }
@@ -377,6 +461,62 @@ class SFTTrainer:
         if left_out:
             warnings.warn(f"{what}: left out of {made.report['rows']} rows: {', '.join(left_out)}", stacklevel=3)
         return made
+
+    def _rows_of_stream(self, dataset: Any) -> int | None:
+        """How many rows of a stream the run needs; None for a dataset with a length."""
+        self._keeps_order = is_streamed(dataset)
+        if not self._keeps_order:
+            return None
+        steps = int(self.args.max_steps or 0)
+        if steps < 1:
+            raise ConfigError(
+                f"max_steps = {steps}: a streamed dataset has no length, so say how long to train: max_steps=60"
+            )
+        if self.args.packing or self.args.group_by_length:
+            what = "packing" if self.args.packing else "group_by_length"
+            raise ConfigError(f"{what} = True: a streamed dataset keeps its order, row by row; leave it out")
+        return steps * self.args.train_batch_size * int(self.args.gradient_accumulation_steps)
+
+    def _score(
+        self, dataset: TokenisedDataset, prefix: str, keeps: bool = False
+    ) -> tuple[dict[str, float], evaluation.Outcome]:
+        """Loss, metrics and times under their prefix, and what they came from."""
+        args, started = self.args, time.monotonic()
+        outcome = evaluation.run(
+            self.model.native,
+            dataset.rows,
+            args.eval_batch_size,
+            compute_metrics=None if args.prediction_loss_only else self.compute_metrics,
+            preprocess=self.preprocess_logits_for_metrics,
+            by_batch=bool(args.batch_eval_metrics) and not keeps,
+            keeps=keeps and not args.prediction_loss_only,
+        )
+        seconds = max(time.monotonic() - started, 1e-9)
+        named = {
+            name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": n for name, n in outcome.metrics.items()
+        }
+        metrics = {
+            f"{prefix}_loss": outcome.loss,
+            **named,
+            f"{prefix}_runtime": seconds,
+            f"{prefix}_samples_per_second": len(dataset) / seconds,
+            f"{prefix}_steps_per_second": -(-len(dataset) // args.eval_batch_size) / seconds,
+        }
+        return metrics, outcome
+
+    def _evaluator(self) -> Callable[[], dict[str, float]] | None:
+        """What evaluates in the course of a run, if the engine's own evaluation is not enough."""
+        dataset = self.eval_dataset
+        if self.compute_metrics is None or self.args.prediction_loss_only or dataset is None:
+            return None
+        return lambda: self._score(dataset, "eval")[0]
+
+    def _upload_step(self) -> None:
+        """Uploads what a checkpoint holds; a hub that fails does not end the run."""
+        try:
+            self.push_to_hub(f"Training in progress, step {self.state.global_step}")
+        except (HubError, OSError) as error:
+            warnings.warn(f"push_to_hub: step {self.state.global_step} was not uploaded: {error}", stacklevel=2)
 
     def _checkpoint(self, wanted: str | os.PathLike[str] | bool | None) -> str | None:
         """The checkpoint to go on from."""
@@ -389,6 +529,8 @@ class SFTTrainer:
             warnings.warn(f"{folder}: passed over: {reason}", stacklevel=3)
         if path is None:
             print(f"{self.args.output_dir} holds no checkpoint to go on from: starting afresh")
+        else:
+            print(f"going on from {path}")
         return None if path is None else os.fspath(path)
 
     def _begin(self, plan: dict[str, int], resume: str | None) -> None:
@@ -411,6 +553,8 @@ class SFTTrainer:
 
     def _engine_options(self) -> str:
         options = json.loads(self.args.engine_options())
+        if self._keeps_order:
+            options["train_sampling_strategy"] = "sequential"
         return json.dumps({**options, "max_length": self.max_seq_length})
 
     def _checkpointing(self) -> str:
@@ -429,6 +573,8 @@ class SFTTrainer:
                 shown.log(payload)
             elif name == "evaluate":
                 shown.evaluation(payload)
+            elif name == "save" and self.args.push_to_hub and self.args.hub_strategy == "every_save":
+                self._upload_step()
 
         return watch
 
@@ -445,51 +591,6 @@ class SFTTrainer:
             "epoch": outcome["epoch"],
         }
 
-    def _banner(self, plan: dict[str, int]) -> str:
-        """What is about to be done, in a few lines."""
-        dataset, args = self.train_dataset, self.args
-        if dataset is None:
-            return ""
-        trained, total = self.model.get_nb_trainable_parameters()
-        batch, accumulation = args.train_batch_size, int(args.gradient_accumulation_steps)
-        lines = [
-            f"{len(dataset):,} examples, {dataset.rows.n_tokens:,} tokens, {dataset.rows.n_trained:,} of them trained",
-            f"batch {batch} x {accumulation} accumulation, {plan['total_steps']:,} steps, {plan['epochs']} epochs",
-            f"{trained:,} of {total:,} parameters trained ({100 * trained / max(total, 1):.2f} %), {args.optim},"
-            f" learning rate {args.learning_rate:g} {args.lr_scheduler_type}",
-        ]
-        cut, rows = dataset.report.get("cut", 0), max(dataset.report.get("rows", 0), 1)
-        lines.append(
-            f"rows are cut after {self.max_seq_length:,} tokens: {100 * cut / rows:.1f} % of them"
-            + (f", {dataset.report.get('tokens_lost', 0):,} tokens lost" if cut else "")
-        )
-        if args.packing:
-            lines.append(f"packed to {dataset.rows.n_packed(self.max_seq_length):,} rows")
-        lines.append(self._memory_line())
-        return "\n".join(lines)
-
-    def _memory_line(self) -> str:
-        """What the run will take of the memory there is."""
-        if self.train_dataset is None:
-            return ""
-        memory = json.loads(
-            self.model.native.training_memory(self.train_dataset.rows, self._engine_options(), self._checkpointing())
-        )
-        parts, available, gib = memory["estimate"], memory["available"], 2.0**30
-        kept, in_part, again = parts["layers"]
-        total = sum(parts[name] for name in ("model", "optimizer", "gradients", "kept", "workspace"))
-        line = (
-            f"memory: about {(memory['peak'] or total) / gib:.1f} GiB at most"
-            f" (model {parts['model'] / gib:.2f},"
-            f" optimizer and gradients {(parts['optimizer'] + parts['gradients']) / gib:.2f},"
-            f" activations {(parts['kept'] + parts['workspace']) / gib:.2f}"
-            f" for {parts['n_tokens']:,} tokens: {kept} layers kept, {in_part} in part, {again} recomputed)"
-        )
-        if available is None:
-            return line
-        enough = "" if memory["fits"] else ": NOT ENOUGH; take smaller batches or shorter rows"
-        return f"{line}; {available / gib:.1f} GiB are free{enough}"
-
 
 _LEFT_OUT: Final = (("empty", "without text"), ("untrained", "without a trained token"))
 
@@ -498,7 +599,11 @@ def train_on_responses_only(
     trainer: SFTTrainer,
     instruction_part: str | None = None,
     response_part: str | None = None,
-    **ignored: Any,
+    force_match: bool = True,
+    tokenizer: Any = None,
+    return_function: bool = False,
+    num_proc: int | None = None,
+    **unknown: Any,
 ) -> SFTTrainer:
     """Leaves only the answers to be trained, in the training and the evaluation rows.
 
@@ -506,26 +611,36 @@ def train_on_responses_only(
         trainer: The trainer; its datasets are replaced.
         instruction_part: The text before each question; found from the chat template if not given.
         response_part: The text before each answer; found from the chat template if not given.
-        **ignored: `num_proc` and the like.
+        force_match: Makes no difference: markers are found by their text, not by their ids.
+        tokenizer: The one the rows were made with; the trainer's if not given.
+        return_function: Not there yet.
+        num_proc: Makes no difference: all threads search.
+        **unknown: An error that names the nearest argument.
 
     Returns:
         The same trainer.
 
     Raises:
-        ConfigError: If only one of the two was given, or there is no tokenizer.
+        ConfigError: If only one of the two was given, or there is no tokenizer, or for an argument that does not exist.
         DataError: If no token would be trained, naming the marker and the nearest text found.
 
     Example:
         >>> trainer = train_on_responses_only(trainer)  # doctest: +SKIP
     """
-    tokenizer = native_tokenizer(trainer.processing_class)
-    if tokenizer is None:
+    for name in unknown:
+        raise unknown_argument("train_on_responses_only", name, train_on_responses_only.__annotations__)
+    if return_function:
+        raise ConfigError("return_function = True: not there yet; give a trainer")
+    if not isinstance(trainer, SFTTrainer):
+        raise ConfigError(f"trainer = {type(trainer).__name__}: expected an SFTTrainer")
+    native = native_tokenizer(trainer.processing_class if tokenizer is None else tokenizer)
+    if native is None:
         raise ConfigError("train_on_responses_only: needs a tokenizer; give one to SFTTrainer")
     for name in ("train_dataset", "eval_dataset"):
         dataset: TokenisedDataset | None = getattr(trainer, name)
         if dataset is None:
             continue
-        rows, _, _, dropped = dataset.rows.train_on_responses_only(tokenizer, instruction_part, response_part)
+        rows, _, _, dropped = dataset.rows.train_on_responses_only(native, instruction_part, response_part)
         if dropped:
             warnings.warn(f"{name}: {dropped} of {len(dataset)} rows have no answer and are left out", stacklevel=2)
         setattr(trainer, name, TokenisedDataset(rows))
@@ -535,6 +650,13 @@ def train_on_responses_only(
 def _arguments() -> set[str]:
     code = SFTTrainer.__init__.__code__
     return set(code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount])
+
+
+def _check_takes_compute_result(compute_metrics: Callable[..., Any]) -> None:
+    """Refuses a function that batch_eval_metrics cannot call."""
+    taken = inspect.signature(compute_metrics).parameters
+    if "compute_result" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        raise ConfigError("compute_metrics: with batch_eval_metrics = True it must take an argument compute_result")
 
 
 def _check_collator(collator: Any) -> None:
@@ -548,36 +670,3 @@ def _check_collator(collator: Any) -> None:
         raise ConfigError(f"data_collator = {name}: not there yet; rows are put together without padding by the engine")
     if name == "DataCollatorForLanguageModeling" and getattr(collator, "mlm", False):
         raise ConfigError("data_collator.mlm = True: expected False: the model predicts the next token")
-
-
-def _formatted(
-    batches: Iterable[dict[str, list[Any]]], function: Callable[[Any], Any]
-) -> Iterator[dict[str, list[Any]]]:
-    """Applies a formatting function, which takes a row or a batch of columns: tried out once."""
-    by_batch: bool | None = None
-    for batch in batches:
-        n_rows = len(next(iter(batch.values()), []))
-        if by_batch is None and n_rows:
-            by_batch = _takes_batches(function, batch)
-        if by_batch:
-            texts = function(batch)
-        else:
-            texts = [function({name: column[i] for name, column in batch.items()}) for i in range(n_rows)]
-            # Some return a list of one for a row.
-            texts = [text[0] if isinstance(text, list) and len(text) == 1 else text for text in texts]
-        wrong = [text for text in texts if not isinstance(text, str)]
-        if wrong or len(texts) != n_rows:
-            got = type(wrong[0]).__name__ if wrong else f"{len(texts)} texts for {n_rows} rows"
-            raise DataError(f"formatting_func: expected a text for each row, got {got}")
-        yield {"text": list(texts)}
-
-
-def _takes_batches(function: Callable[[Any], Any], batch: dict[str, list[Any]]) -> bool:
-    """Whether the function makes two texts of two rows given as columns."""
-    # A row function that returns [text] makes one of any batch, so two rows tell them apart.
-    two = {name: [column[0], column[-1]] for name, column in batch.items()}
-    try:
-        texts = function(two)
-    except Exception:  # whatever a function of the user's raises when it is given what it does not take
-        return False
-    return isinstance(texts, list) and len(texts) == 2 and all(isinstance(text, str) for text in texts)

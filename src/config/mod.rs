@@ -5,13 +5,17 @@
 
 pub mod generate;
 pub mod lora;
+pub mod optimizer;
 pub mod quantization;
+pub mod schedule;
 pub mod train;
 
 pub use generate::{Generate, GenerateOptions};
 pub use lora::{InitWeights, Lora, LoraOptions};
+pub use optimizer::{AdamHyper, OptimizerKind};
 pub use quantization::{Quantization, QuantizationOptions};
-pub use train::{AdamHyper, OptimizerKind, Preset, ScheduleKind, Train, TrainOptions};
+pub use schedule::ScheduleKind;
+pub use train::{Preset, Train, TrainOptions};
 
 use crate::error::{Error, Result};
 

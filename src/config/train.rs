@@ -3,87 +3,40 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
-use super::{at_least_one, number, refuse_if};
+use super::{AdamHyper, OptimizerKind, ScheduleKind, at_least_one, number};
 use crate::error::{Error, Result};
 
-/// How the learning rate goes after warm-up.
+/// The order rows are trained in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum ScheduleKind {
-    /// Down to zero in a straight line.
-    Linear,
-    /// Down to zero along half a cosine (Loshchilov and Hutter 2017, without restarts).
-    Cosine,
-    /// No change and no warm-up.
-    Constant,
-    /// No change.
-    ConstantWithWarmup,
+pub enum RowOrder {
+    /// Shuffled anew in every pass over the data.
+    Random,
+    /// As they come, in every pass.
+    Sequential,
+    /// Neighbours of about the same length, in an order that is random otherwise.
+    GroupByLength,
 }
 
-impl ScheduleKind {
-    /// The schedule of a name as transformers spells it.
+impl RowOrder {
+    /// The order of a name as transformers 5 spells it (`train_sampling_strategy`).
     ///
     /// # Errors
-    /// [`Error::Config`] for a schedule that is not there.
+    /// [`Error::Config`] for an order that is not there.
     pub fn from_name(name: &str) -> Result<Self> {
         match name {
-            "linear" => Ok(Self::Linear),
-            "cosine" => Ok(Self::Cosine),
-            "constant" => Ok(Self::Constant),
-            "constant_with_warmup" => Ok(Self::ConstantWithWarmup),
+            "random" => Ok(Self::Random),
+            "sequential" => Ok(Self::Sequential),
+            "group_by_length" => Ok(Self::GroupByLength),
             _ => Err(Error::config(
-                "lr_scheduler_type",
+                "train_sampling_strategy",
                 name,
-                "not there; expected linear, cosine, constant or constant_with_warmup",
+                "not there; expected random, sequential or group_by_length",
             )),
         }
     }
-}
-
-/// The optimizers there are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum OptimizerKind {
-    /// AdamW with f32 state, 8 bytes a parameter.
-    #[serde(rename = "adamw")]
-    AdamW,
-    /// AdamW with 8-bit state in blocks of 256, 2.03 bytes a parameter.
-    #[serde(rename = "adamw_8bit")]
-    AdamW8bit,
-}
-
-impl OptimizerKind {
-    /// The optimizer of a name as transformers spells it; paging makes no difference on a CPU.
-    ///
-    /// # Errors
-    /// [`Error::Config`] for an optimizer that is not there.
-    pub fn from_name(name: &str) -> Result<Self> {
-        match name {
-            "adamw" | "adamw_hf" | "adamw_torch" | "adamw_torch_fused" | "paged_adamw" | "paged_adamw_32bit" => {
-                Ok(Self::AdamW)
-            }
-            "adamw_8bit" | "adamw_bnb_8bit" | "paged_adamw_8bit" => Ok(Self::AdamW8bit),
-            _ => Err(Error::config(
-                "optim",
-                name,
-                "not there; expected adamw_8bit (also adamw_bnb_8bit, paged_adamw_8bit) or adamw_torch \
-                 (also adamw_torch_fused, adamw_hf, paged_adamw_32bit)",
-            )),
-        }
-    }
-}
-
-/// The settings of Adam with decoupled weight decay.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct AdamHyper {
-    /// Decay of the first moment.
-    pub beta1: f64,
-    /// Decay of the second moment.
-    pub beta2: f64,
-    /// Added to the root of the corrected second moment.
-    pub eps: f64,
-    /// Share of a parameter taken away in a step, times the learning rate; not from norms and biases.
-    pub weight_decay: f64,
 }
 
 /// Whose defaults fill in what was not written.
@@ -119,10 +72,14 @@ pub struct TrainOptions {
     pub num_train_epochs: Option<f64>,
     /// The highest learning rate; default 5e-5.
     pub learning_rate: Option<f64>,
-    /// See [`ScheduleKind::from_name`]; default linear.
+    /// See [`ScheduleKind::resolve`]; default linear.
     pub lr_scheduler_type: Option<String>,
-    /// See [`OptimizerKind::from_name`]; default `adamw_8bit`, or `adamw_torch`.
+    /// Numbers of the schedule by name.
+    pub lr_scheduler_kwargs: Option<Map<String, Value>>,
+    /// See [`OptimizerKind::resolve`]; default `adamw_8bit`, or `adamw_torch`.
     pub optim: Option<String>,
+    /// Numbers of the optimizer, `name=value` separated by commas.
+    pub optim_args: Option<String>,
     /// Default 0.001, or 0.
     pub weight_decay: Option<f64>,
     /// Default 0.9.
@@ -133,13 +90,13 @@ pub struct TrainOptions {
     pub adam_epsilon: Option<f64>,
     /// Norm the gradients are clipped to, 0 for no clipping; default 1.
     pub max_grad_norm: Option<f64>,
-    /// `steps` or `no`; default steps.
+    /// `steps`, `epoch` or `no`; default steps.
     pub logging_strategy: Option<String>,
     /// Steps between log lines, or below 1 their share of the run; default 1, or 500.
     pub logging_steps: Option<f64>,
     /// Whether step 1 is logged too; default false.
     pub logging_first_step: Option<bool>,
-    /// `steps`, `epoch` or `no`; default steps.
+    /// `steps`, `epoch`, `best` (after an evaluation better than all before) or `no`; default steps.
     pub save_strategy: Option<String>,
     /// Steps between checkpoints, or below 1 their share of the run; default 500.
     pub save_steps: Option<f64>,
@@ -149,12 +106,24 @@ pub struct TrainOptions {
     pub eval_strategy: Option<String>,
     /// Steps between evaluations, or below 1 their share of the run; default `logging_steps`.
     pub eval_steps: Option<f64>,
+    /// Steps, or with the strategy `epoch` epochs, before the first evaluation; default 0.
+    pub eval_delay: Option<f64>,
+    /// Whether the evaluation data is scored before the first step too; default false.
+    pub eval_on_start: Option<bool>,
+    /// The metric that tells the best evaluation, with or without `eval_`; default the loss.
+    pub metric_for_best_model: Option<String>,
+    /// Whether more of it is better; default: unless its name ends in `loss`.
+    pub greater_is_better: Option<bool>,
+    /// Whether the run ends with the weights of the best checkpoint, which is kept; default false.
+    pub load_best_model_at_end: Option<bool>,
     /// Seed of dropout and, unless `data_seed` is given, of the order of rows; default 3407, or 42.
     pub seed: Option<u64>,
     /// Seed of the order of rows; default `seed`.
     pub data_seed: Option<u64>,
     /// Where checkpoints go; default `outputs`.
     pub output_dir: Option<PathBuf>,
+    /// See [`RowOrder::from_name`]; default random.
+    pub train_sampling_strategy: Option<String>,
     /// Longest row in tokens, cut beyond; default: what the model was loaded with.
     pub max_length: Option<i64>,
     /// Whether rows are put together to packed rows of up to `max_length` tokens, each of which counts as a row; default
@@ -162,12 +131,10 @@ pub struct TrainOptions {
     pub packing: Option<bool>,
     /// Whether the rows of a step are of about the same length; default false.
     pub group_by_length: Option<bool>,
-    /// Not there yet.
+    /// Strength of the noise on the embeddings (NEFTune); default none.
     pub neftune_noise_alpha: Option<f64>,
-    /// Not there yet.
+    /// The highest learning rate of the embeddings and the head where they are trained; default `learning_rate`.
     pub embedding_learning_rate: Option<f64>,
-    /// Not there yet.
-    pub load_best_model_at_end: Option<bool>,
 }
 
 /// When something is done in the course of a run.
@@ -180,26 +147,45 @@ pub enum When {
     Steps(usize),
     /// Each time after this share of the run.
     Share(f64),
-    /// At the end of each pass over the data.
+    /// At the end of each pass over the data, and of the run.
     Epoch,
+    /// After an evaluation better than all before.
+    Best,
 }
 
 impl When {
     /// Optimizer steps between two times in a run of `total_steps`; `None` if it does not go by steps.
     pub fn every(self, total_steps: usize) -> Option<usize> {
         match self {
-            Self::Never | Self::Epoch => None,
+            Self::Never | Self::Epoch | Self::Best => None,
             Self::Steps(n) => Some(n),
             Self::Share(share) => Some(((total_steps as f64 * share).ceil() as usize).max(1)),
         }
     }
 
-    /// Whether it is time after `done` optimizer steps of a plan.
-    pub fn is_due(self, done: usize, plan: &Plan) -> bool {
-        match self.every(plan.total_steps) {
-            Some(every) => done.is_multiple_of(every),
-            None => self == Self::Epoch && (done.is_multiple_of(plan.steps_per_epoch) || done == plan.total_steps),
-        }
+    /// Whether it is time after `done` optimizer steps of a run of `total_steps`, by its steps alone.
+    pub fn is_due(self, done: usize, total_steps: usize) -> bool {
+        self.every(total_steps).is_some_and(|every| done.is_multiple_of(every))
+    }
+}
+
+/// What makes an evaluation the best, and what becomes of its checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Best {
+    /// The metric's name, with `eval_`.
+    pub metric: String,
+    /// Whether more is better.
+    pub greater: bool,
+    /// Whether the best checkpoint outlives `save_total_limit`.
+    pub keep: bool,
+    /// Whether the run ends with its weights.
+    pub load_at_end: bool,
+}
+
+impl Best {
+    /// Whether a value beats the best so far.
+    pub fn is_better(&self, value: f64, best: Option<f64>) -> bool {
+        best.is_none_or(|best| if self.greater { value > best } else { value < best })
     }
 }
 
@@ -245,6 +231,7 @@ pub struct Plan {
 }
 
 /// A run as it will go.
+#[expect(clippy::struct_excessive_bools, reason = "independent switches, named as in transformers")]
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Train {
     /// Rows of a micro-batch.
@@ -277,18 +264,28 @@ pub struct Train {
     pub save_total_limit: Option<usize>,
     /// When the evaluation data is scored.
     pub eval: When,
+    /// Steps, or epochs, before that begins.
+    pub eval_delay: f64,
+    /// Whether it is scored before the first step too.
+    pub eval_on_start: bool,
+    /// What makes an evaluation the best.
+    pub best: Best,
+    /// Strength of the noise on the embeddings; 0 for none.
+    pub noise_alpha: f64,
+    /// The highest learning rate of embeddings and head, where it is not that of everything.
+    pub embedding_learning_rate: Option<f64>,
     /// Seed of dropout.
     pub seed: u64,
     /// Seed of the order of rows.
     pub data_seed: u64,
+    /// The order of rows.
+    pub order: RowOrder,
     /// Where checkpoints go.
     pub output_dir: PathBuf,
     /// Longest row in tokens; `None` for the model's.
     pub max_length: Option<usize>,
     /// Whether rows are put together to packed rows of up to `max_length` tokens (of the longest row, without one).
     pub packing: bool,
-    /// Whether the rows of a step are of about the same length.
-    pub group_by_length: bool,
 }
 
 impl TrainOptions {
@@ -297,7 +294,6 @@ impl TrainOptions {
     /// # Errors
     /// [`Error::Config`] naming a setting that is out of range, contradicts another, or is not there yet.
     pub fn resolve(&self) -> Result<Train> {
-        self.refuse_what_is_missing()?;
         let sft = self.preset == Preset::Sft;
         let batch =
             at_least_one("per_device_train_batch_size", self.per_device_train_batch_size, if sft { 4 } else { 8 })?;
@@ -310,6 +306,15 @@ impl TrainOptions {
         let seed = self.seed.unwrap_or(if sft { 3407 } else { 42 });
         let optim = self.optim.as_deref().unwrap_or(if sft { "adamw_8bit" } else { "adamw_torch" });
         let not_below_zero = |x: f64| x >= 0.0;
+        let learning_rate = number("learning_rate", self.learning_rate, 5e-5, not_below_zero, not_negative)?;
+        let save = when(
+            ("save_strategy", self.save_strategy.as_deref().unwrap_or("steps")),
+            ("save_steps", self.save_steps.unwrap_or(500.0)),
+        )?;
+        let eval = when(
+            ("eval_strategy", self.eval_strategy.as_deref().unwrap_or("no")),
+            ("eval_steps", self.eval_steps.unwrap_or(logging_steps)),
+        )?;
         Ok(Train {
             per_device_train_batch_size: batch,
             per_device_eval_batch_size: at_least_one(
@@ -327,9 +332,13 @@ impl TrainOptions {
                 Some(steps) if steps > 0 => Length::Steps(steps as usize),
                 _ => Length::Epochs(number("num_train_epochs", self.num_train_epochs, 3.0, |x| x > 0.0, positive)?),
             },
-            learning_rate: number("learning_rate", self.learning_rate, 5e-5, not_below_zero, not_negative)?,
-            schedule: ScheduleKind::from_name(self.lr_scheduler_type.as_deref().unwrap_or("linear"))?,
-            optimizer: OptimizerKind::from_name(optim)?,
+            learning_rate,
+            schedule: ScheduleKind::resolve(
+                self.lr_scheduler_type.as_deref().unwrap_or("linear"),
+                self.lr_scheduler_kwargs.as_ref().unwrap_or(&Map::new()),
+                learning_rate,
+            )?,
+            optimizer: OptimizerKind::resolve(optim, self.optim_args.as_deref().unwrap_or_default())?,
             adam: AdamHyper {
                 beta1: number("adam_beta1", self.adam_beta1, 0.9, |x| (0.0..1.0).contains(&x), share)?,
                 beta2: number("adam_beta2", self.adam_beta2, 0.999, |x| (0.0..1.0).contains(&x), share)?,
@@ -348,40 +357,81 @@ impl TrainOptions {
                 ("logging_steps", logging_steps),
             )?,
             logging_first_step: self.logging_first_step.unwrap_or(false),
-            save: when(
-                ("save_strategy", self.save_strategy.as_deref().unwrap_or("steps")),
-                ("save_steps", self.save_steps.unwrap_or(500.0)),
-            )?,
+            save,
             save_total_limit: self.save_total_limit.and_then(|n| usize::try_from(n).ok()).filter(|&n| n > 0),
-            eval: when(
-                ("eval_strategy", self.eval_strategy.as_deref().unwrap_or("no")),
-                ("eval_steps", self.eval_steps.unwrap_or(logging_steps)),
-            )?,
+            eval,
+            eval_delay: number("eval_delay", self.eval_delay, 0.0, not_below_zero, not_negative)?,
+            eval_on_start: self.eval_on_start.unwrap_or(false),
+            best: self.best(save, eval)?,
+            noise_alpha: number("neftune_noise_alpha", self.neftune_noise_alpha, 0.0, not_below_zero, not_negative)?,
+            embedding_learning_rate: match self.embedding_learning_rate {
+                None => None,
+                written => Some(number("embedding_learning_rate", written, 0.0, not_below_zero, not_negative)?),
+            },
             seed,
             data_seed: self.data_seed.unwrap_or(seed),
+            order: self.order()?,
             output_dir: self.output_dir.clone().unwrap_or_else(|| PathBuf::from("outputs")),
             max_length: match self.max_length {
                 None => None,
                 Some(_) => Some(at_least_one("max_length", self.max_length, 1)?),
             },
             packing: self.packing.unwrap_or(false),
-            group_by_length: self.group_by_length.unwrap_or(false),
         })
     }
 
-    fn refuse_what_is_missing(&self) -> Result<()> {
-        refuse_if(
-            self.load_best_model_at_end == Some(true),
-            "load_best_model_at_end",
-            true,
-            "load the checkpoint you want with from_pretrained",
-        )?;
-        if let Some(alpha) = self.neftune_noise_alpha {
-            refuse_if(alpha != 0.0, "neftune_noise_alpha", alpha, "leave it None")?;
+    fn best(&self, save: When, eval: When) -> Result<Best> {
+        let load_at_end = self.load_best_model_at_end.unwrap_or(false);
+        if (load_at_end || save == When::Best || self.eval_on_start == Some(true)) && eval == When::Never {
+            let (field, value) = match save {
+                _ if load_at_end => ("load_best_model_at_end", "true"),
+                When::Best => ("save_strategy", "best"),
+                _ => ("eval_on_start", "true"),
+            };
+            return Err(Error::config(field, value, "needs evaluations: set eval_strategy to steps or epoch"));
         }
-        match self.embedding_learning_rate {
-            Some(lr) => refuse_if(true, "embedding_learning_rate", lr, "embeddings are not trained under LoRA"),
-            None => Ok(()),
+        if load_at_end && save != When::Best {
+            let fits = match (save, eval) {
+                (When::Epoch, When::Epoch) => true,
+                (When::Steps(save), When::Steps(eval)) => save.is_multiple_of(eval),
+                (When::Share(save), When::Share(eval)) => ((save / eval).round() * eval - save).abs() < 1e-9,
+                _ => false,
+            };
+            if !fits {
+                let shown = |when: When| match when {
+                    When::Steps(n) => format!("every {n} steps"),
+                    When::Share(share) => format!("every {share} of the run"),
+                    When::Epoch => "every epoch".to_owned(),
+                    When::Never | When::Best => "never".to_owned(),
+                };
+                let expected = format!(
+                    "the best model must have been saved: expected save_strategy to be eval_strategy or best, and \
+                     save_steps a multiple of eval_steps; it is saved {} and evaluated {}",
+                    shown(save),
+                    shown(eval)
+                );
+                return Err(Error::config("load_best_model_at_end", true, expected));
+            }
+        }
+        let written = self.metric_for_best_model.as_deref().unwrap_or("loss");
+        let metric = if written.starts_with("eval_") { written.to_owned() } else { format!("eval_{written}") };
+        let greater = self.greater_is_better.unwrap_or(!metric.ends_with("loss"));
+        let keep = load_at_end || save == When::Best || self.metric_for_best_model.is_some();
+        Ok(Best { metric, greater, keep, load_at_end })
+    }
+
+    /// The order of rows: `group_by_length` is the older way to ask for [`RowOrder::GroupByLength`].
+    fn order(&self) -> Result<RowOrder> {
+        match (self.train_sampling_strategy.as_deref(), self.group_by_length) {
+            (None, Some(true)) => Ok(RowOrder::GroupByLength),
+            (name, grouped) => {
+                let order = RowOrder::from_name(name.unwrap_or("random"))?;
+                if grouped == Some(true) && order != RowOrder::GroupByLength {
+                    let expected = "contradicts train_sampling_strategy; write one of them";
+                    return Err(Error::config("group_by_length", true, expected));
+                }
+                Ok(order)
+            }
         }
     }
 
@@ -431,9 +481,13 @@ fn when((strategy_field, strategy): (&'static str, &str), (field, steps): (&'sta
     match strategy {
         "no" => Ok(When::Never),
         "epoch" => Ok(When::Epoch),
+        "best" if strategy_field == "save_strategy" => Ok(When::Best),
         "steps" if steps >= 1.0 => Ok(When::Steps(whole(field, steps)?)),
         "steps" if steps > 0.0 => Ok(When::Share(steps)),
         "steps" => Err(Error::config(field, steps, "expected at least 1 step, or a share of the run below 1")),
+        _ if strategy_field == "save_strategy" => {
+            Err(Error::config(strategy_field, strategy, "expected steps, epoch, best or no"))
+        }
         _ => Err(Error::config(strategy_field, strategy, "expected steps, epoch or no")),
     }
 }
@@ -479,17 +533,7 @@ mod tests {
         assert_eq!((train.warmup.steps(60), train.length), (5, Length::Steps(60)));
         assert_eq!((train.per_device_eval_batch_size, train.data_seed, train.max_length), (2, 7, Some(128)));
         assert_eq!((train.eval, train.save, train.save_total_limit), (When::Steps(1), When::Epoch, Some(2)));
-        assert_eq!(train.schedule, ScheduleKind::Cosine);
-    }
-
-    #[test]
-    fn names_of_optimizers() {
-        for name in ["adamw_torch", "adamw_torch_fused", "adamw_hf", "paged_adamw_32bit"] {
-            assert_eq!(OptimizerKind::from_name(name).unwrap(), OptimizerKind::AdamW);
-        }
-        for name in ["adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"] {
-            assert_eq!(OptimizerKind::from_name(name).unwrap(), OptimizerKind::AdamW8bit);
-        }
+        assert_eq!(train.schedule, ScheduleKind::Cosine { num_cycles: 0.5 });
     }
 
     #[test]
@@ -513,10 +557,10 @@ mod tests {
         assert!(resolve(json!({})).unwrap().plan(0).unwrap_err().to_string().contains("no rows"));
 
         let due = |when: When, plan: &Plan| {
-            (1..=plan.total_steps).filter(|&done| when.is_due(done, plan)).collect::<Vec<_>>()
+            (1..=plan.total_steps).filter(|&done| when.is_due(done, plan.total_steps)).collect::<Vec<_>>()
         };
         assert_eq!(due(When::Steps(4), &plan_21), [4, 8]);
-        assert_eq!(due(When::Epoch, &capped), [3, 4]);
+        assert_eq!(due(When::Epoch, &capped), [0usize; 0]);
         assert_eq!(due(When::Share(0.25), &plan_21), [3, 6, 9]);
         assert_eq!(due(When::Never, &plan_21), [0usize; 0]);
         assert_eq!((Warmup::Share(0.1).steps(60), Warmup::Share(0.1).steps(61)), (6, 7));
@@ -529,6 +573,26 @@ mod tests {
         assert_eq!(warmup(json!({"warmup_steps": 0.03})), Warmup::Share(0.03));
         assert_eq!(warmup(json!({"warmup_steps": 0})), Warmup::Share(0.0));
         assert_eq!(warmup(json!({"warmup_steps": 0, "warmup_ratio": 0.2})), Warmup::Share(0.2));
+    }
+
+    #[test]
+    fn what_is_best_follows_from_its_name() {
+        let best = |options: Value| resolve(options).unwrap().best;
+        let loss = best(json!({}));
+        assert_eq!(
+            (loss.metric.as_str(), loss.greater, loss.keep, loss.load_at_end),
+            ("eval_loss", false, false, false)
+        );
+        assert!(loss.is_better(1.0, None) && loss.is_better(1.0, Some(2.0)) && !loss.is_better(1.0, Some(1.0)));
+        let steps = json!({"eval_strategy": "steps", "eval_steps": 0.1, "save_steps": 0.2, "load_best_model_at_end": true,
+            "metric_for_best_model": "accuracy"});
+        let accuracy = best(steps);
+        assert_eq!((accuracy.metric.as_str(), accuracy.greater, accuracy.load_at_end), ("eval_accuracy", true, true));
+        assert!(accuracy.keep && accuracy.is_better(2.0, Some(1.0)));
+        let error = best(json!({"metric_for_best_model": "eval_error", "greater_is_better": false}));
+        assert_eq!((error.metric.as_str(), error.greater, error.keep), ("eval_error", false, true));
+        let saved = json!({"load_best_model_at_end": true, "eval_strategy": "epoch", "save_strategy": "best"});
+        assert_eq!(resolve(saved).unwrap().save, When::Best);
     }
 
     #[test]
@@ -550,12 +614,27 @@ mod tests {
             (json!({"logging_steps": 0}), "logging_steps = 0"),
             (json!({"save_steps": 2.5}), "save_steps = 2.5"),
             (json!({"eval_strategy": "often"}), "eval_strategy = often: expected steps, epoch or no"),
-            (json!({"optim": "lion_8bit"}), "optim = lion_8bit: not there; expected adamw_8bit"),
-            (json!({"lr_scheduler_type": "polynomial"}), "lr_scheduler_type = polynomial: not there"),
+            (json!({"save_strategy": "often"}), "save_strategy = often: expected steps, epoch, best or no"),
+            (json!({"eval_strategy": "best"}), "eval_strategy = best: expected steps, epoch or no"),
+            (json!({"eval_delay": -1}), "eval_delay = -1"),
+            (json!({"optim": "lion_4bit"}), "optim = lion_4bit: not there; expected adamw_torch, adamw_8bit"),
+            (json!({"optim": "sgd", "optim_args": "moment=1"}), "optim_args = moment=1: sgd takes momentum"),
+            (json!({"lr_scheduler_type": "sine"}), "lr_scheduler_type = sine: not there"),
+            (json!({"lr_scheduler_kwargs": {"power": 2}}), "lr_scheduler_kwargs = power: linear takes nothing"),
             (json!({"max_length": 0}), "max_length = 0"),
-            (json!({"neftune_noise_alpha": 5}), "neftune_noise_alpha = 5"),
-            (json!({"embedding_learning_rate": 1e-5}), "embedding_learning_rate"),
-            (json!({"load_best_model_at_end": true}), "load_best_model_at_end"),
+            (json!({"neftune_noise_alpha": -5}), "neftune_noise_alpha = -5"),
+            (json!({"embedding_learning_rate": -1e-5}), "embedding_learning_rate = -0.00001"),
+            (json!({"load_best_model_at_end": true}), "load_best_model_at_end = true: needs evaluations"),
+            (json!({"save_strategy": "best"}), "save_strategy = best: needs evaluations"),
+            (json!({"eval_on_start": true}), "eval_on_start = true: needs evaluations"),
+            (
+                json!({"load_best_model_at_end": true, "eval_strategy": "steps", "eval_steps": 4, "save_steps": 6}),
+                "it is saved every 6 steps and evaluated every 4 steps",
+            ),
+            (
+                json!({"load_best_model_at_end": true, "eval_strategy": "epoch", "save_strategy": "no"}),
+                "it is saved never and evaluated every epoch",
+            ),
         ] {
             let error = resolve(options.clone()).unwrap_err().to_string();
             assert!(error.contains(message), "{options}: {error}");

@@ -5,6 +5,7 @@
 //! `{% generation %}` block around what the model is to say. Those blocks become two private-use characters in the
 //! output, so the answers are known as positions in the text and never have to be searched for among token ids.
 
+use super::markup;
 use crate::error::{Error, Result};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, ValueKind};
@@ -66,6 +67,7 @@ impl ChatTemplate {
     /// [`Error::Tokenizer`] with the line if it is not valid Jinja.
     pub fn new(source: &str) -> Result<Self> {
         let (marked, marks_answers) = mark_answers(source);
+        let marked = markup::rewrite_sums(marked);
         let mut env = Environment::new();
         let mut syntax = SyntaxConfig::builder();
         syntax.trim_blocks(true).lstrip_blocks(true);
@@ -75,6 +77,8 @@ impl ChatTemplate {
         env.set_formatter(write_as_python);
         env.add_filter("tojson", tojson);
         env.add_filter("string", |value: &Jinja| python_str(value));
+        env.add_filter("indent", indent);
+        env.add_function(markup::ADD, |terms: Vec<Jinja>| markup::add(&terms));
         env.add_test("iterable", |value: &Jinja| !value.is_none() && value.try_iter().is_ok());
         env.add_function("raise_exception", |message: String| -> std::result::Result<Jinja, minijinja::Error> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
@@ -321,6 +325,57 @@ fn tojson(value: &Jinja, options: Kwargs) -> std::result::Result<String, minijin
     let mut out = String::new();
     layout.write(value, 0, &mut out)?;
     Ok(out)
+}
+
+/// The filter `indent(width=4, first=false, blank=false)`, which keeps a line break at the end (minijinja's drops it).
+#[expect(clippy::needless_pass_by_value, reason = "minijinja hands filters their keyword arguments by value")]
+fn indent(
+    text: &str,
+    width: Option<Jinja>,
+    first: Option<bool>,
+    blank: Option<bool>,
+    options: Kwargs,
+) -> std::result::Result<String, minijinja::Error> {
+    let width = width.or(options.get("width")?);
+    let first = first.or(options.get("first")?).unwrap_or(false);
+    let blank = blank.or(options.get("blank")?).unwrap_or(false);
+    options.assert_all_used()?;
+    let margin = match width.as_ref().map(|width| (width.as_str(), width.as_usize())) {
+        None => "    ".to_owned(),
+        Some((Some(margin), _)) => margin.to_owned(),
+        Some((None, Some(spaces))) => " ".repeat(spaces),
+        Some((None, None)) => {
+            return Err(minijinja::Error::new(ErrorKind::InvalidOperation, "indent: expected a width"));
+        }
+    };
+    let mut out = String::with_capacity(text.len());
+    for (i, line) in python_lines(text).enumerate() {
+        if i > 0 {
+            out.push('\n');
+        }
+        if if i == 0 { first } else { blank || !line.is_empty() } {
+            out.push_str(&margin);
+        }
+        out.push_str(line);
+    }
+    Ok(out)
+}
+
+/// The lines of `text + "\n"` as Python's `splitlines` finds them.
+fn python_lines(text: &str) -> impl Iterator<Item = &str> {
+    const ENDS: [char; 10] = ['\n', '\r', '\x0b', '\x0c', '\x1c', '\x1d', '\x1e', '\u{85}', '\u{2028}', '\u{2029}'];
+    let mut rest = Some(text);
+    std::iter::from_fn(move || {
+        let text = rest?;
+        let Some(at) = text.find(ENDS) else {
+            rest = None;
+            return Some(text);
+        };
+        let length =
+            if text[at..].starts_with("\r\n") { 2 } else { text[at..].chars().next().map_or(1, char::len_utf8) };
+        rest = Some(&text[at + length..]);
+        Some(&text[..at])
+    })
 }
 
 /// How `tojson` lays its text out.

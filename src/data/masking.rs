@@ -73,7 +73,9 @@ fn answer_marker<'a>(between: &'a str, prompt: &str) -> Option<&'a str> {
         return None;
     }
     if let Some(at) = between.rfind(trimmed) {
-        return Some(&between[at..]);
+        // Blanks after it belong to the marker; what else follows (an empty `<think>` block) is part of the answer.
+        let rest = &between[at + trimmed.len()..];
+        return Some(&between[at..between.len() - rest.trim_start().len()]);
     }
     // Reasoning models' prompts go on (`<think>`) where a finished answer does not.
     let prefixes = trimmed.char_indices().map(|(at, _)| &trimmed[..at]).filter(|prefix| !prefix.trim().is_empty());
@@ -99,6 +101,8 @@ pub struct ResponseMasker<'a> {
     /// Ways the markers' bytes may come back out of the vocabulary, likeliest first.
     instruction: Vec<Vec<u8>>,
     response: Vec<Vec<u8>>,
+    /// Tokens that end a turn.
+    turn_ends: Vec<u32>,
 }
 
 impl<'a> ResponseMasker<'a> {
@@ -114,16 +118,24 @@ impl<'a> ResponseMasker<'a> {
         }
         let instruction = spellings(tokenizer, &markers.instruction)?;
         let response = spellings(tokenizer, &markers.response)?;
-        Ok(Self { tokenizer, markers, instruction, response })
+        Ok(Self { tokenizer, markers, instruction, response, turn_ends: turn_ends(tokenizer)? })
     }
 
     /// Labels for `ids`: the id itself inside an answer (its end of turn included), [`IGNORE`] elsewhere.
     ///
-    /// An answer reaches from the end of a response marker to the next instruction marker or the end of the row. A
-    /// token that lies partly in an answer is trained.
+    /// An answer reaches from the end of a response marker to the first token that ends a turn, which belongs to it; in
+    /// formats without one, to the next instruction marker or the end of the row. A token that lies partly in an
+    /// answer is trained.
     pub fn labels(&self, ids: &[u32]) -> Vec<i32> {
         let (bytes, starts) = self.tokenizer.bytes_of(ids);
-        let answers = self.answers(&bytes);
+        let mut answers = self.answers(&bytes);
+        for (start, end) in &mut answers {
+            let first = starts.partition_point(|at| at < start);
+            let inside = first..starts.partition_point(|at| at < end).min(ids.len());
+            if let Some(last) = inside.into_iter().find(|&i| self.turn_ends.contains(&ids[i])) {
+                *end = starts[last + 1];
+            }
+        }
         let spans: Vec<(usize, usize)> = starts.windows(2).map(|pair| (pair[0], pair[1])).collect();
         labels_inside(ids, &spans, &answers)
     }
@@ -202,6 +214,22 @@ pub(super) fn is_trained(labels: &[i32]) -> bool {
     labels.iter().skip(1).any(|&label| label != IGNORE)
 }
 
+/// The tokenizer's eos ids, and the token its chat template writes first after an answer.
+///
+/// A template may end turns with a token that ends no text (`<|end|>` of Phi-3, whose eos token is `<|endoftext|>`).
+fn turn_ends(tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+    let mut ends = tokenizer.eos_ids().to_vec();
+    let word = "Rb2Yv";
+    let talk = [json!({"role": "user", "content": "Qa1Zu"}), json!({"role": "assistant", "content": word})];
+    // A tokenizer without a template, or with one that refuses such a conversation, has its eos ids.
+    let rendered = tokenizer.render(&RenderInput::new(&talk)).map(|rendered| rendered.text).unwrap_or_default();
+    if let Some((_, after)) = rendered.split_once(word) {
+        let added = tokenizer.added_ids();
+        ends.extend(tokenizer.encode(after, false)?.into_iter().find(|id| added.contains(id)));
+    }
+    Ok(ends)
+}
+
 /// The marker as written, as the vocabulary spells it (which may add or drop spaces), and both without outer blanks.
 fn spellings(tokenizer: &Tokenizer, marker: &str) -> Result<Vec<Vec<u8>>> {
     let (again, _) = tokenizer.bytes_of(&tokenizer.encode(marker, false)?);
@@ -271,6 +299,10 @@ mod tests {
         let thinking = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + eos_token }}{% endfor %}\
             {% if add_generation_prompt %}{{ '<|assistant|><think>' }}{% endif %}";
         assert_eq!(found(thinking), pair("<|user|>", "<|assistant|>"));
+        let empty_thoughts = "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if loop.last and m.role == 'assistant' %}\
+            {{ '\n<think></think>\n' }}{% else %}{{ '\n' }}{% endif %}{{ m.content + eos_token }}{% endfor %}\
+            {% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}";
+        assert_eq!(found(empty_thoughts), pair("<|user|>\n", "<|assistant|>\n"));
         let unclear =
             tokenizer_with(&serde_json::json!({"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}));
         assert!(Markers::from_template(&unclear).unwrap_err().to_string().contains("response_part"));
@@ -284,8 +316,30 @@ mod tests {
                     <|im_start|>user\nB<|im_end|>\n<|im_start|>assistant\nend<|im_end|>\n";
         let ids = tokenizer.encode(text, false).unwrap();
         let labels = masker.labels(&ids);
-        assert_eq!(trained(&tokenizer, &labels), "Hi you<|im_end|>\nend<|im_end|>\n");
+        // The line break after a turn belongs to the format, not to the answer.
+        assert_eq!(trained(&tokenizer, &labels), "Hi you<|im_end|>end<|im_end|>");
         assert_eq!(labels.len(), ids.len());
+        // What a tool says between two answers is given, not said.
+        let text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\ncall<|im_end|>\n<|im_start|>tool\n7<|im_end|>\n\
+                    <|im_start|>assistant\nseven<|im_end|>\n";
+        let ids = tokenizer.encode(text, false).unwrap();
+        assert_eq!(trained(&tokenizer, &masker.labels(&ids)), "call<|im_end|>seven<|im_end|>");
+    }
+
+    #[test]
+    fn a_turn_may_end_with_another_token_than_a_text() {
+        let template = crate::data::testing::CHATML;
+        let config = serde_json::json!({"bos_token": "<s>", "eos_token": "</s>", "chat_template": template});
+        let tokenizer = tokenizer_with(&config);
+        let masker = ResponseMasker::new(&tokenizer, Markers::from_template(&tokenizer).unwrap()).unwrap();
+        let ids =
+            tokenizer.encode("<|im_start|>assistant\nA<|im_end|>\n<|im_start|>tool\nB<|im_end|>\n</s>", false).unwrap();
+        assert_eq!(trained(&tokenizer, &masker.labels(&ids)), "A<|im_end|>");
+        // Without a token that ends turns, the next question does.
+        let plain = tokenizer_with(&serde_json::json!({}));
+        let masker = ResponseMasker::new(&plain, markers("Q:", "A:")).unwrap();
+        let ids = plain.encode("Q:x A:yes Q:y A:no", false).unwrap();
+        assert_eq!(trained(&plain, &masker.labels(&ids)), "yes no");
     }
 
     #[test]

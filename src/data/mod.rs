@@ -2,6 +2,7 @@
 
 pub mod chat_template;
 pub mod collate;
+mod markup;
 pub mod masking;
 pub mod nearest;
 pub mod order;
@@ -11,3 +12,4 @@ pub mod rows;
 mod testing;
 pub mod threads;
 pub mod tokenizer;
+mod words;

@@ -35,6 +35,8 @@ pub struct RowOptions {
     pub text_field: String,
     /// Longest row in tokens; the rest is cut off. `None` cuts nothing.
     pub max_length: Option<usize>,
+    /// Rows to keep; reading ends when there are so many. `None` keeps all.
+    pub max_rows: Option<usize>,
     /// Train on the completion only. `None`: yes for prompt/completion rows, no for instruction rows.
     pub completion_only_loss: Option<bool>,
     /// Train on the assistant's turns of a conversation only.
@@ -48,6 +50,7 @@ impl Default for RowOptions {
         Self {
             text_field: "text".to_owned(),
             max_length: None,
+            max_rows: None,
             completion_only_loss: None,
             assistant_only_loss: false,
             variables: Map::new(),
@@ -139,11 +142,19 @@ impl<'a> RowReader<'a> {
                 other => other,
             })
         })?;
-        self.report.rows += n_rows;
         for example in read {
+            if self.is_full() {
+                break;
+            }
+            self.report.rows += 1;
             self.keep(example?);
         }
         Ok(())
+    }
+
+    /// Whether there are as many examples as [`RowOptions::max_rows`] asks for.
+    pub fn is_full(&self) -> bool {
+        self.options.max_rows.is_some_and(|rows| self.examples.len() >= rows)
     }
 
     /// The examples, in the order of the rows, and what became of the rest.
@@ -278,13 +289,18 @@ impl<'a> RowReader<'a> {
         let tokenizer = self.tokenizer();
         let input = self.render_input(messages, row);
         let rendered = tokenizer.render(&input)?;
-        let encoded = tokenizer.encode_with_spans(&rendered.text, false)?;
-        let labels = match (&self.masker, self.options.assistant_only_loss) {
-            (Some(masker), _) => masker.labels(&encoded.ids),
-            (None, true) => labels_inside(&encoded.ids, &encoded.spans, &rendered.answers),
-            (None, false) => encoded.ids.iter().map(|&id| id as i32).collect(),
+        if self.options.assistant_only_loss && self.masker.is_none() {
+            let encoded = tokenizer.encode_with_spans(&rendered.text, false)?;
+            let labels = labels_inside(&encoded.ids, &encoded.spans, &rendered.answers);
+            return Ok(Some(Example { input_ids: encoded.ids, labels }));
+        }
+        // Spans cost as much as the ids do.
+        let input_ids = tokenizer.encode(&rendered.text, false)?;
+        let labels = match &self.masker {
+            Some(masker) => masker.labels(&input_ids),
+            None => input_ids.iter().map(|&id| id as i32).collect(),
         };
-        Ok(Some(Example { input_ids: encoded.ids, labels }))
+        Ok(Some(Example { input_ids, labels }))
     }
 
     fn render_input<'r>(&'r self, messages: &'r [Value], row: &'r Row<'_>) -> RenderInput<'r> {
@@ -317,16 +333,17 @@ impl<'a> RowReader<'a> {
         }
         let tokenizer = self.tokenizer();
         let whole = tokenizer.render(&self.render_input(messages, row))?;
+        if !masked && !self.options.assistant_only_loss {
+            let input_ids = tokenizer.encode(&whole.text, false)?;
+            let labels = input_ids.iter().map(|&id| id as i32).collect();
+            return Ok(Some(Example { input_ids, labels }));
+        }
         let encoded = tokenizer.encode_with_spans(&whole.text, false)?;
-        let labels = if masked || self.options.assistant_only_loss {
-            let input = self.render_input(&messages[..n_prompt], row);
-            let prompt = tokenizer.render(&RenderInput { add_generation_prompt: true, ..input })?;
-            // Some prompts end in more than a finished conversation has there (`<think>`): the common start counts.
-            let same = prompt.text.bytes().zip(whole.text.bytes()).take_while(|(a, b)| a == b).count();
-            labels_inside(&encoded.ids, &encoded.spans, &[(same, whole.text.len())])
-        } else {
-            encoded.ids.iter().map(|&id| id as i32).collect()
-        };
+        let input = self.render_input(&messages[..n_prompt], row);
+        let prompt = tokenizer.render(&RenderInput { add_generation_prompt: true, ..input })?;
+        // Some prompts end in more than a finished conversation has there (`<think>`): the common start counts.
+        let same = prompt.text.bytes().zip(whole.text.bytes()).take_while(|(a, b)| a == b).count();
+        let labels = labels_inside(&encoded.ids, &encoded.spans, &[(same, whole.text.len())]);
         Ok(Some(Example { input_ids: encoded.ids, labels }))
     }
 
@@ -588,7 +605,7 @@ mod tests {
             let unmarked = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "");
             let other = tokenizer_with(&json!({"eos_token": "<|im_end|>", "chat_template": unmarked}));
             let (examples, _) = read(Some(&other), options, rows).unwrap();
-            assert_eq!(texts(&other, &examples[0]).1, "A<|im_end|>\n");
+            assert_eq!(texts(&other, &examples[0]).1, "A<|im_end|>");
         }
     }
 
@@ -653,6 +670,18 @@ mod tests {
         let (examples, report) = read(None, options, &rows).unwrap();
         assert_eq!(examples[0].input_ids, [1, 2, 3]);
         assert_eq!(report, RowReport { rows: 3, kept: 2, cut: 2, tokens_lost: 3, empty: 0, untrained: 1 });
+    }
+
+    #[test]
+    fn reading_ends_with_the_rows_asked_for() {
+        let rows = json!({"input_ids": [[1, 2], [], [3, 4], [5, 6], [7, 8]]});
+        let options = RowOptions { max_rows: Some(2), ..RowOptions::default() };
+        let mut reader = RowReader::new(None, options);
+        reader.push(&columns(&rows)).unwrap();
+        assert!(reader.is_full());
+        let (examples, report) = reader.finish().unwrap();
+        assert_eq!(examples.iter().map(|example| example.input_ids[0]).collect::<Vec<_>>(), [1, 3]);
+        assert_eq!((report.rows, report.kept, report.empty), (3, 2, 1));
     }
 
     #[test]

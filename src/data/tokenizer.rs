@@ -6,6 +6,7 @@
 
 use super::chat_template::{ChatTemplate, RenderInput, Rendered};
 use super::threads;
+use super::words::Words;
 use crate::error::{Error, Result};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
@@ -88,6 +89,14 @@ pub struct Encoded {
     pub spans: Vec<(usize, usize)>,
 }
 
+/// What encoding needs to know of a vocabulary.
+#[derive(Debug, Clone)]
+struct Known {
+    words: Words,
+    /// The ids put before and after every text; `None` if that is not all the post-processor does.
+    frame: Option<(Vec<u32>, Vec<u32>)>,
+}
+
 /// A vocabulary with its special tokens and chat templates.
 #[derive(Clone)]
 pub struct Tokenizer {
@@ -105,6 +114,8 @@ pub struct Tokenizer {
     padding_side: PaddingSide,
     /// What each id stands for, made when first asked for.
     pieces: OnceLock<Vec<Box<[u8]>>>,
+    /// How words are remembered, and what the post-processor puts around a text; made when first asked for.
+    known: OnceLock<Known>,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -158,6 +169,7 @@ impl Tokenizer {
             },
             config,
             pieces: OnceLock::new(),
+            known: OnceLock::new(),
         };
         tokenizer.add_listed_tokens(folder, &added)?;
         tokenizer.name_special_tokens(&legacy_map)?;
@@ -190,6 +202,9 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] if the vocabulary cannot spell the text.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        if self.known().words.are_remembered() {
+            return self.encode_with_spans(text, add_special).map(|encoded| encoded.ids);
+        }
         let encoding = self.inner.encode_fast(text, add_special).map_err(|e| bad("encode", e))?;
         Ok(encoding.get_ids().to_vec())
     }
@@ -199,6 +214,35 @@ impl Tokenizer {
     /// # Errors
     /// As [`encode`](Self::encode).
     pub fn encode_with_spans(&self, text: &str, add_special: bool) -> Result<Encoded> {
+        let known = self.known();
+        let encoded = |text: &str| known.words.encode(text, |piece| self.spell(piece, false));
+        match (add_special, &known.frame) {
+            (false, _) => encoded(text),
+            (true, None) => self.spell(text, true),
+            (true, Some((before, after))) => {
+                let inner = encoded(text)?;
+                let end = inner.spans.iter().map(|span| span.1).max().unwrap_or(0);
+                let spans = [vec![(0, 0); before.len()], inner.spans, vec![(end, end); after.len()]];
+                Ok(Encoded { ids: [&before[..], &inner.ids, after].concat(), spans: spans.concat() })
+            }
+        }
+    }
+
+    /// What of the vocabulary encoding makes use of.
+    fn known(&self) -> &Known {
+        self.known.get_or_init(|| self.look_at_vocabulary())
+    }
+
+    fn look_at_vocabulary(&self) -> Known {
+        let probe = |add_special| self.spell("a", add_special).map(|encoded| encoded.ids).unwrap_or_default();
+        let (framed, bare) = (probe(true), probe(false));
+        let at = framed.windows(bare.len().max(1)).position(|window| window == bare);
+        let frame = at.map(|at| (framed[..at].to_vec(), framed[at + bare.len()..].to_vec()));
+        Known { words: Words::of(&self.inner), frame }
+    }
+
+    /// The tokens of a text as the vocabulary spells it, nothing remembered.
+    pub(super) fn spell(&self, text: &str, add_special: bool) -> Result<Encoded> {
         let encoding = self.inner.encode(text, add_special).map_err(|e| bad("encode", e))?;
         let mut end = 0;
         let spans = encoding
@@ -289,6 +333,11 @@ impl Tokenizer {
         ids
     }
 
+    /// Ids of all added tokens, special or not: those that are never part of a word.
+    pub fn added_ids(&self) -> Vec<u32> {
+        self.inner.get_added_tokens_decoder().keys().copied().collect()
+    }
+
     /// Gives `token` a role; it is added to the vocabulary if it is not there.
     ///
     /// Returns how many tokens were added, 0 or 1.
@@ -343,6 +392,7 @@ impl Tokenizer {
         let tokens = tokens.iter().map(|token| AddedToken::from(token.as_str(), false));
         self.inner.add_tokens(tokens).map_err(|e| bad("add_tokens", e))?;
         self.pieces = OnceLock::new();
+        self.known = OnceLock::new();
         Ok(self.len() - before)
     }
 
@@ -521,6 +571,7 @@ impl Tokenizer {
             templates: templates.collect::<Result<_>>()?,
             padding_side: state.padding_side.parse()?,
             pieces: OnceLock::new(),
+            known: OnceLock::new(),
         })
     }
 
@@ -596,6 +647,7 @@ impl Tokenizer {
         if !missing.is_empty() {
             self.inner.add_special_tokens(missing).map_err(|e| bad("add_special_tokens", e))?;
             self.pieces = OnceLock::new();
+            self.known = OnceLock::new();
         }
         Ok(self.len() - before)
     }
@@ -746,6 +798,7 @@ impl Tokenizer {
             .build()
             .map_err(|e| bad("post_processor", e))?;
         self.inner.with_post_processor(Some(PostProcessorWrapper::from(template)));
+        self.known = OnceLock::new();
         Ok(())
     }
 

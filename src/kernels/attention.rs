@@ -39,9 +39,16 @@ pub struct Attention {
     pub forward: fn(&Block<'_>, v_rows: &[f32], &mut Softmax<'_>),
     /// Adds a block of keys' part to the gradients of a tile of queries, and the tile's to those of the keys and values.
     pub backward: fn(&Block<'_>, &Upstream<'_>, &mut Gradients<'_>),
+    /// The middle of `forward`: adds the scores in `Softmax::scores` to the running softmax, leaving p in their place.
+    pub softmax: fn(&Block<'_>, &mut Softmax<'_>),
+    /// The middle of `backward`: `(p, ds)` hold `q kᵀ` and `dout vᵀ` before and p and ds after.
+    pub slopes: Slopes,
     /// Adds keys and values, as they lie in memory, to the running softmax of a few query rows.
     pub few: fn(&Few<'_>, &mut Softmax<'_>),
 }
+
+/// A function of a block, the log-sum-exp and delta of its queries, and two matrices `[n, KEYS]`.
+pub type Slopes = fn(&Block<'_>, lse: &[f32], delta: &[f32], p: &mut [f32], ds: &mut [f32]);
 
 /// A tile of queries of one head and a block of keys.
 #[derive(Clone, Copy)]
@@ -136,13 +143,13 @@ impl Block<'_> {
 
     /// Keys that query `i` sees.
     #[inline(always)]
-    pub(super) fn seen(&self, i: usize) -> usize {
+    pub fn seen(&self, i: usize) -> usize {
         (i as isize + self.ahead + 1).clamp(0, self.keys as isize) as usize
     }
 
     /// The first query that sees key `j`.
     #[inline(always)]
-    pub(super) fn first_query(&self, j: usize) -> usize {
+    pub fn first_query(&self, j: usize) -> usize {
         (j as isize - self.ahead).clamp(0, self.n as isize) as usize
     }
 
@@ -160,10 +167,12 @@ fn exp2<S: Simd>(s: S, x: S::V) -> S::V {
     let n = s.round(x);
     let r = s.sub(x, n);
     let mut p = s.splat(0.001_326_472_7);
-    for c in [0.009_671_513, 0.055_507_336, 0.240_222_42, 0.693_147, 1.0] {
+    // Beside ln 2, where it deviates least, not ln 2 itself.
+    let linear = f32::from_bits(0x3F317215);
+    for c in [0.009_671_513, 0.055_507_336, 0.240_222_42, linear, 1.0] {
         p = s.fma(p, r, s.splat(c));
     }
-    s.mul(p, s.exp2i(n))
+    s.scale2(p, n)
 }
 
 /// Operands of [`tile`]: the left one, read by rows or by columns `STRIDE` apart, and the right one.
@@ -206,11 +215,11 @@ fn tile<S: Simd, const MR: usize, const NV: usize, const BY_ROWS: bool, const ST
             for (v, b_vec) in b_vec.iter_mut().enumerate() {
                 *b_vec = s.load(&b[v * S::LANES..]);
             }
-            for r in 0..MR {
+            for (r, acc) in acc.iter_mut().enumerate() {
                 // SAFETY: r < MR and p < count, and the assert on `a` covers the last of both.
                 let a = s.splat(unsafe { *a.get_unchecked(r * by_row + p * by_depth) });
-                for v in 0..NV {
-                    acc[r][v] = s.fma(a, b_vec[v], acc[r][v]);
+                for (acc, b) in acc.iter_mut().zip(&b_vec) {
+                    *acc = s.fma(a, *b, *acc);
                 }
             }
         }
@@ -367,39 +376,36 @@ fn softmax_row<S: Simd>(
 }
 
 #[inline(always)]
-pub(super) fn forward<S: Simd, const MR: usize>(s: S, t: &Block<'_>, v_rows: &[f32], st: &mut Softmax<'_>) {
-    t.check();
+pub(super) fn softmax<S: Simd>(s: S, t: &Block<'_>, st: &mut Softmax<'_>) {
     let (width, c) = (t.width(), t.scale * std::f32::consts::LOG2_E);
-    score_product::<S, MR>(s, t, t.q, t.k_panels, st.scores);
     for i in 0..t.n {
-        let row = &mut st.scores[i * KEYS..][..t.keys];
+        // The row with its padding; keys may end between two vectors.
+        let row = &mut st.scores[i * KEYS..][..t.keys.next_multiple_of(S::LANES)];
         let seen = t.seen(i);
         if seen == 0 {
             row.fill(0.0);
             continue;
         }
-        // The row with its padding; keys may end between two vectors.
-        let row = &mut st.scores[i * KEYS..][..t.keys.next_multiple_of(S::LANES)];
         let acc = &mut st.acc[i * width..][..width];
         (st.max[i], st.sum[i]) = softmax_row(s, row, seen, t.bf16, c, (st.max[i], st.sum[i]), acc);
     }
+}
+
+#[inline(always)]
+pub(super) fn forward<S: Simd, const MR: usize>(s: S, t: &Block<'_>, v_rows: &[f32], st: &mut Softmax<'_>) {
+    t.check();
+    score_product::<S, MR>(s, t, t.q, t.k_panels, st.scores);
+    softmax(s, t, st);
     row_product::<S, MR>(s, t, st.scores, v_rows, st.acc);
 }
 
 #[inline(always)]
-pub(super) fn backward<S: Simd, const MR: usize>(s: S, t: &Block<'_>, u: &Upstream<'_>, g: &mut Gradients<'_>) {
-    t.check();
-    if t.n == 0 {
-        return;
-    }
-    let c = t.scale * std::f32::consts::LOG2_E;
-    score_product::<S, MR>(s, t, t.q, t.k_panels, g.p);
-    score_product::<S, MR>(s, t, u.dout, u.v_panels, g.ds);
+pub(super) fn slopes<S: Simd>(s: S, t: &Block<'_>, lse: &[f32], delta: &[f32], p: &mut [f32], ds: &mut [f32]) {
+    let (scale, padded) = (s.splat(t.scale * std::f32::consts::LOG2_E), t.keys.next_multiple_of(S::LANES));
     for i in 0..t.n {
-        let (seen, padded) = (t.seen(i), t.keys.next_multiple_of(S::LANES));
-        let (p_row, ds_row) = (&mut g.p[i * KEYS..][..padded], &mut g.ds[i * KEYS..][..padded]);
-        let (shift, delta) = (s.splat(-u.lse[i] * std::f32::consts::LOG2_E), s.splat(u.delta[i]));
-        let scale = s.splat(c);
+        let seen = t.seen(i);
+        let (p_row, ds_row) = (&mut p[i * KEYS..][..padded], &mut ds[i * KEYS..][..padded]);
+        let (shift, delta) = (s.splat(-lse[i] * std::f32::consts::LOG2_E), s.splat(delta[i]));
         let lanes = seen.next_multiple_of(S::LANES);
         let pairs = p_row[..lanes].chunks_exact_mut(S::LANES).zip(ds_row[..lanes].chunks_exact_mut(S::LANES));
         for (p, ds) in pairs {
@@ -416,6 +422,17 @@ pub(super) fn backward<S: Simd, const MR: usize>(s: S, t: &Block<'_>, u: &Upstre
         p_row[seen..].fill(0.0);
         ds_row[seen..].fill(0.0);
     }
+}
+
+#[inline(always)]
+pub(super) fn backward<S: Simd, const MR: usize>(s: S, t: &Block<'_>, u: &Upstream<'_>, g: &mut Gradients<'_>) {
+    t.check();
+    if t.n == 0 {
+        return;
+    }
+    score_product::<S, MR>(s, t, t.q, t.k_panels, g.p);
+    score_product::<S, MR>(s, t, u.dout, u.v_panels, g.ds);
+    slopes(s, t, u.lse, u.delta, g.p, g.ds);
     column_product::<S, MR>(s, t, g.p, u.dout, g.dv);
     column_product::<S, MR>(s, t, g.ds, t.q, g.dk);
     row_product::<S, MR>(s, t, g.ds, u.k_rows, g.dq);

@@ -150,7 +150,7 @@ pub(super) fn dropout_row_scalar(m: &Mask, how: Masked<'_>, y: &mut [f32]) {
 #[inline(always)]
 pub(super) fn rope_row<S: Simd>(s: S, x: &mut [f32], cos: &[f32], sin: &[f32], sign: f32) {
     let half = cos.len();
-    assert!(sin.len() == half && x.len() % (2 * half) == 0, "rope_row: lengths differ");
+    assert!(sin.len() == half && x.len().is_multiple_of(2 * half), "rope_row: lengths differ");
     let (body, sign) = (half - half % S::LANES, s.splat(sign));
     for head in x.chunks_exact_mut(2 * half) {
         let (x1, x2) = head.split_at_mut(half);
@@ -173,13 +173,15 @@ pub(super) fn rope_row<S: Simd>(s: S, x: &mut [f32], cos: &[f32], sin: &[f32], s
 pub(super) fn rms_norm_gain<S: Simd>(s: S, x: &[f32], rstd: f32, dy: &[f32], dw: &mut [f32]) {
     let n = x.len();
     assert!([dy.len(), dw.len()] == [n; 2], "rms_norm_gain: lengths differ");
-    let (body, r) = (n - n % S::LANES, s.splat(rstd));
-    for i in (0..body).step_by(S::LANES) {
-        let term = s.mul(s.load(&dy[i..]), s.load(&x[i..]));
-        s.store(s.fma(term, r, s.load(&dw[i..])), &mut dw[i..]);
+    let r = s.splat(rstd);
+    let (mut xs, mut dys) = (x.chunks_exact(S::LANES), dy.chunks_exact(S::LANES));
+    let mut dws = dw.chunks_exact_mut(S::LANES);
+    for ((x, dy), dw) in (&mut xs).zip(&mut dys).zip(&mut dws) {
+        s.store(s.fma(s.mul(s.load(dy), s.load(x)), r, s.load(dw)), dw);
     }
-    let term = s.mul(s.load_tail(&dy[body..]), s.load_tail(&x[body..]));
-    s.store_tail(s.fma(term, r, s.load_tail(&dw[body..])), &mut dw[body..]);
+    let term = s.mul(s.load_tail(dys.remainder()), s.load_tail(xs.remainder()));
+    let dw = dws.into_remainder();
+    s.store_tail(s.fma(term, r, s.load_tail(dw)), dw);
 }
 
 /// One vector of parameters and moments, updated.
@@ -195,16 +197,16 @@ fn adam<S: Simd>(s: S, step: &AdamStep, p: S::V, g: S::V, m: S::V, v: S::V) -> (
 
 #[inline(always)]
 pub(super) fn adamw_row<S: Simd>(s: S, step: &AdamStep, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
-    let n = p.len();
-    assert!([g.len(), m.len(), v.len()] == [n; 3], "adamw_row: lengths differ");
-    let body = n - n % S::LANES;
-    for i in (0..body).step_by(S::LANES) {
-        let new = adam(s, step, s.load(&p[i..]), s.load(&g[i..]), s.load(&m[i..]), s.load(&v[i..]));
-        s.store(new.0, &mut p[i..]);
-        s.store(new.1, &mut m[i..]);
-        s.store(new.2, &mut v[i..]);
+    assert!([g.len(), m.len(), v.len()] == [p.len(); 3], "adamw_row: lengths differ");
+    let (mut ps, mut gs) = (p.chunks_exact_mut(S::LANES), g.chunks_exact(S::LANES));
+    let (mut ms, mut vs) = (m.chunks_exact_mut(S::LANES), v.chunks_exact_mut(S::LANES));
+    for (((p, g), m), v) in (&mut ps).zip(&mut gs).zip(&mut ms).zip(&mut vs) {
+        let new = adam(s, step, s.load(p), s.load(g), s.load(m), s.load(v));
+        s.store(new.0, p);
+        s.store(new.1, m);
+        s.store(new.2, v);
     }
-    let (p, g, m, v) = (&mut p[body..], &g[body..], &mut m[body..], &mut v[body..]);
+    let (p, g, m, v) = (ps.into_remainder(), gs.remainder(), ms.into_remainder(), vs.into_remainder());
     let new = adam(s, step, s.load_tail(p), s.load_tail(g), s.load_tail(m), s.load_tail(v));
     s.store_tail(new.0, p);
     s.store_tail(new.1, m);

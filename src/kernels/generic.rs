@@ -32,6 +32,10 @@ pub(super) trait Simd: Copy {
     fn round(self, a: Self::V) -> Self::V;
     /// `2^n` for an integral `n` in -126 ..= 127.
     fn exp2i(self, n: Self::V) -> Self::V;
+    /// `a · 2^n` for an integral `n` in -126 ..= 127.
+    fn scale2(self, a: Self::V, n: Self::V) -> Self::V {
+        self.mul(a, self.exp2i(n))
+    }
     fn sum(self, a: Self::V) -> f32;
     fn max_lane(self, a: Self::V) -> f32;
     /// Every lane rounded to bfloat16, ties to even; NaN stays NaN.
@@ -71,7 +75,7 @@ fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
         p = s.fma(p, r, s.splat(c));
     }
-    s.mul(p, s.exp2i(n))
+    s.scale2(p, n)
 }
 
 #[inline(always)]
@@ -129,33 +133,35 @@ pub(super) fn rms_norm_row<S: Simd>(s: S, x: &[f32], w: &[f32], eps: f32, y: &mu
 pub(super) fn rms_norm_row_backward<S: Simd>(s: S, x: &[f32], w: &[f32], rstd: f32, dy: &[f32], dx: &mut [f32]) {
     let n = x.len();
     assert!([w.len(), dy.len(), dx.len()] == [n; 3], "rms_norm_row_backward: lengths differ");
-    let body = n - n % S::LANES;
+    let vectors = |x| <[f32]>::chunks_exact(x, S::LANES);
+    let (mut xs, mut ws, mut dys) = (vectors(x), vectors(w), vectors(dy));
     let mut acc = s.splat(0.0);
-    for i in (0..body).step_by(S::LANES) {
-        acc = s.fma(s.mul(s.load(&x[i..]), s.load(&w[i..])), s.load(&dy[i..]), acc);
+    for ((x, w), dy) in (&mut xs).zip(&mut ws).zip(&mut dys) {
+        acc = s.fma(s.mul(s.load(x), s.load(w)), s.load(dy), acc);
     }
-    let (xt, wt, dyt) = (s.load_tail(&x[body..]), s.load_tail(&w[body..]), s.load_tail(&dy[body..]));
-    acc = s.fma(s.mul(xt, wt), dyt, acc);
+    let tail = (s.load_tail(xs.remainder()), s.load_tail(ws.remainder()), s.load_tail(dys.remainder()));
+    acc = s.fma(s.mul(tail.0, tail.1), tail.2, acc);
     let (r, pull) = (s.splat(rstd), s.splat(-s.sum(acc) / n as f32 * rstd * rstd));
-    for i in (0..body).step_by(S::LANES) {
-        let inner = s.fma(s.load(&x[i..]), pull, s.mul(s.load(&w[i..]), s.load(&dy[i..])));
-        s.store(s.fma(r, inner, s.load(&dx[i..])), &mut dx[i..]);
+    let mut dxs = dx.chunks_exact_mut(S::LANES);
+    for (((x, w), dy), dx) in vectors(x).zip(vectors(w)).zip(vectors(dy)).zip(&mut dxs) {
+        let inner = s.fma(s.load(x), pull, s.mul(s.load(w), s.load(dy)));
+        s.store(s.fma(r, inner, s.load(dx)), dx);
     }
-    let inner = s.fma(xt, pull, s.mul(wt, dyt));
-    s.store_tail(s.fma(r, inner, s.load_tail(&dx[body..])), &mut dx[body..]);
+    let (inner, dx) = (s.fma(tail.0, pull, s.mul(tail.1, tail.2)), dxs.into_remainder());
+    s.store_tail(s.fma(r, inner, s.load_tail(dx)), dx);
 }
 
 #[inline(always)]
 pub(super) fn swiglu_row<S: Simd>(s: S, gate: &[f32], up: &[f32], y: &mut [f32]) {
-    let n = gate.len();
-    assert!([up.len(), y.len()] == [n; 2], "swiglu_row: lengths differ");
-    let body = n - n % S::LANES;
-    for i in (0..body).step_by(S::LANES) {
-        let g = s.load(&gate[i..]);
-        s.store(s.mul(s.mul(g, sigmoid(s, g)), s.load(&up[i..])), &mut y[i..]);
+    assert!([up.len(), y.len()] == [gate.len(); 2], "swiglu_row: lengths differ");
+    let (mut gates, mut ups) = (gate.chunks_exact(S::LANES), up.chunks_exact(S::LANES));
+    let mut ys = y.chunks_exact_mut(S::LANES);
+    for ((gate, up), y) in (&mut gates).zip(&mut ups).zip(&mut ys) {
+        let g = s.load(gate);
+        s.store(s.mul(s.mul(g, sigmoid(s, g)), s.load(up)), y);
     }
-    let g = s.load_tail(&gate[body..]);
-    s.store_tail(s.mul(s.mul(g, sigmoid(s, g)), s.load_tail(&up[body..])), &mut y[body..]);
+    let g = s.load_tail(gates.remainder());
+    s.store_tail(s.mul(s.mul(g, sigmoid(s, g)), s.load_tail(ups.remainder())), ys.into_remainder());
 }
 
 /// `(dgate, dup)` of one vector.
@@ -177,15 +183,18 @@ pub(super) fn swiglu_row_backward<S: Simd>(
 ) {
     let n = gate.len();
     assert!([up.len(), dy.len(), dgate.len(), dup.len()] == [n; 4], "swiglu_row_backward: lengths differ");
-    let body = n - n % S::LANES;
-    for i in (0..body).step_by(S::LANES) {
-        let (dg, du) = swiglu_backward(s, s.load(&gate[i..]), s.load(&up[i..]), s.load(&dy[i..]));
-        s.store(dg, &mut dgate[i..]);
-        s.store(du, &mut dup[i..]);
+    let (mut gates, mut ups) = (gate.chunks_exact(S::LANES), up.chunks_exact(S::LANES));
+    let mut dys = dy.chunks_exact(S::LANES);
+    let (mut dgates, mut dups) = (dgate.chunks_exact_mut(S::LANES), dup.chunks_exact_mut(S::LANES));
+    for ((((gate, up), dy), dgate), dup) in (&mut gates).zip(&mut ups).zip(&mut dys).zip(&mut dgates).zip(&mut dups) {
+        let (dg, du) = swiglu_backward(s, s.load(gate), s.load(up), s.load(dy));
+        s.store(dg, dgate);
+        s.store(du, dup);
     }
-    let (dg, du) = swiglu_backward(s, s.load_tail(&gate[body..]), s.load_tail(&up[body..]), s.load_tail(&dy[body..]));
-    s.store_tail(dg, &mut dgate[body..]);
-    s.store_tail(du, &mut dup[body..]);
+    let (gate, up, dy) = (gates.remainder(), ups.remainder(), dys.remainder());
+    let (dg, du) = swiglu_backward(s, s.load_tail(gate), s.load_tail(up), s.load_tail(dy));
+    s.store_tail(dg, dgates.into_remainder());
+    s.store_tail(du, dups.into_remainder());
 }
 
 #[inline(always)]

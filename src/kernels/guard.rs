@@ -159,6 +159,10 @@ fn tiles_stay_in_bounds() {
         let rows = floats(count * k);
         let rows = Rows { data: &rows, stride: k, count, depth: k };
         (table.transpose)(rows, &mut floats(k * width), width, width - count);
+        (table.transpose)(rows, &mut floats(k * count), count, 0);
+        for width in [k, k + 3] {
+            (table.copy_rows)(rows, &mut floats(count * width), width);
+        }
     });
 }
 

@@ -37,7 +37,14 @@ pub(super) fn table() -> Kernels {
         max_row,
         exp_row,
         round_bf16,
-        attention: Attention { panel: PANEL, forward: attend, backward: attend_backward, few: attend_few },
+        attention: Attention {
+            panel: PANEL,
+            forward: attend,
+            backward: attend_backward,
+            softmax,
+            slopes,
+            few: attend_few,
+        },
         rope_row,
         rms_norm_gain,
         dropout_row: dropout_row_scalar,
@@ -121,7 +128,7 @@ fn exp_row(x: &mut [f32], scale: f32, shift: f32) -> f32 {
 
 fn rope_row(x: &mut [f32], cos: &[f32], sin: &[f32], sign: f32) {
     let half = cos.len();
-    assert!(sin.len() == half && x.len() % (2 * half) == 0, "rope_row: lengths differ");
+    assert!(sin.len() == half && x.len().is_multiple_of(2 * half), "rope_row: lengths differ");
     for head in x.chunks_exact_mut(2 * half) {
         let (first, second) = head.split_at_mut(half);
         for (((x1, x2), c), s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
@@ -165,7 +172,9 @@ fn operand(x: f32, bf16: bool) -> f32 {
 fn softmax_row(scores: &mut [f32], c: f32, bf16: bool, max: &mut f32, sum: &mut f32, acc: &mut [f32]) {
     let new_max = scores.iter().fold(*max, |m, s| m.max(s * c));
     let shrink = (*max - new_max).exp2();
-    acc.iter_mut().for_each(|o| *o *= shrink);
+    for o in acc.iter_mut() {
+        *o *= shrink;
+    }
     let mut total = f64::from(*sum * shrink);
     for score in scores {
         let p = (*score * c - new_max).exp2();
@@ -175,22 +184,47 @@ fn softmax_row(scores: &mut [f32], c: f32, bf16: bool, max: &mut f32, sum: &mut 
     (*max, *sum) = (new_max, total as f32);
 }
 
+fn softmax(t: &Block<'_>, st: &mut Softmax<'_>) {
+    let width = t.width();
+    for i in 0..t.n {
+        let (row, seen) = (&mut st.scores[i * KEYS..][..t.keys], t.seen(i));
+        row[seen..].fill(0.0);
+        if seen > 0 {
+            let c = t.scale * std::f32::consts::LOG2_E;
+            let acc = &mut st.acc[i * width..][..width];
+            softmax_row(&mut row[..seen], c, t.bf16, &mut st.max[i], &mut st.sum[i], acc);
+        }
+    }
+}
+
+/// `out[i, j] = q_i · k_j` of packed queries and panels, where query i sees key j.
+fn scores(t: &Block<'_>, q: &[f32], panels: &[f32], out: &mut [f32]) {
+    for i in 0..t.n {
+        for j in 0..t.seen(i) {
+            out[i * KEYS + j] = score(t, q, panels, i, j);
+        }
+    }
+}
+
 fn attend(t: &Block<'_>, v_rows: &[f32], st: &mut Softmax<'_>) {
     t.check();
     let width = t.width();
+    scores(t, t.q, t.k_panels, st.scores);
+    softmax(t, st);
     for i in 0..t.n {
-        let seen = t.seen(i);
-        if seen == 0 {
-            continue;
+        for (p, v) in st.scores[i * KEYS..][..t.keys].iter().zip(v_rows.chunks_exact(width)) {
+            axpy(*p, v, &mut st.acc[i * width..][..width]);
         }
-        let row = &mut st.scores[i * KEYS..][..seen];
-        for (j, s) in row.iter_mut().enumerate() {
-            *s = score(t, t.q, t.k_panels, i, j);
-        }
-        let acc = &mut st.acc[i * width..][..width];
-        softmax_row(row, t.scale * std::f32::consts::LOG2_E, t.bf16, &mut st.max[i], &mut st.sum[i], acc);
-        for (p, v) in row.iter().zip(v_rows.chunks_exact(width)) {
-            axpy(*p, v, acc);
+    }
+}
+
+fn slopes(t: &Block<'_>, lse: &[f32], delta: &[f32], p: &mut [f32], ds: &mut [f32]) {
+    for i in 0..t.n {
+        let rows = p[i * KEYS..][..t.keys].iter_mut().zip(&mut ds[i * KEYS..][..t.keys]);
+        for (j, (p, ds)) in rows.enumerate() {
+            let power = if j < t.seen(i) { (t.scale * *p - lse[i]).exp() } else { 0.0 };
+            let slope = if j < t.seen(i) { power * (*ds - delta[i]) } else { 0.0 };
+            (*p, *ds) = (operand(power, t.bf16), operand(slope, t.bf16));
         }
     }
 }
@@ -198,11 +232,12 @@ fn attend(t: &Block<'_>, v_rows: &[f32], st: &mut Softmax<'_>) {
 fn attend_backward(t: &Block<'_>, u: &Upstream<'_>, g: &mut Gradients<'_>) {
     t.check();
     let width = t.width();
+    scores(t, t.q, t.k_panels, g.p);
+    scores(t, u.dout, u.v_panels, g.ds);
+    slopes(t, u.lse, u.delta, g.p, g.ds);
     for i in 0..t.n {
         for j in 0..t.seen(i) {
-            let p = (t.scale * score(t, t.q, t.k_panels, i, j) - u.lse[i]).exp();
-            let ds = operand(p * (score(t, u.dout, u.v_panels, i, j) - u.delta[i]), t.bf16);
-            let p = operand(p, t.bf16);
+            let (p, ds) = (g.p[i * KEYS + j], g.ds[i * KEYS + j]);
             for d in 0..t.dim {
                 g.dv[j * width + d] += p * packed_query(u.dout, i, d);
                 g.dk[j * width + d] += ds * packed_query(t.q, i, d);

@@ -28,8 +28,10 @@ pub struct ModelConfig {
     pub rope_theta: f64,
     /// Scaling of the rotary frequencies.
     pub rope_scaling: RopeScaling,
-    /// The length the model was made for.
+    /// The longest row there are positions for.
     pub max_position_embeddings: usize,
+    /// The length the model was made for; less than `max_position_embeddings` after [`stretch_to`](Self::stretch_to).
+    pub original_positions: usize,
     /// Whether the LM head is the embedding table.
     pub tie_word_embeddings: bool,
     /// Whether q, k, v and o have biases.
@@ -63,6 +65,26 @@ impl ModelConfig {
         let mut config = Self::from_json(json).map_err(|problem| Error::Model { path, problem })?;
         config.read_generation_config(folder);
         Ok(config)
+    }
+
+    /// Makes room for `length` positions: beyond `max_position_embeddings` the rotary positions are divided by
+    /// `length / max_position_embeddings` (Chen et al. 2023, position interpolation), in place of the scaling there was,
+    /// and `json` says so, in the spelling it has. Does nothing if there is room already.
+    pub fn stretch_to(&mut self, length: usize) {
+        if length <= self.max_position_embeddings {
+            return;
+        }
+        let factor = length as f64 / self.max_position_embeddings as f64;
+        self.rope_scaling = RopeScaling::Linear { factor };
+        self.max_position_embeddings = length;
+        self.json["max_position_embeddings"] = length.into();
+        let mut scaling = serde_json::json!({"rope_type": "linear", "factor": factor});
+        if self.json["rope_parameters"].is_object() {
+            scaling["rope_theta"] = self.rope_theta.into();
+            self.json["rope_parameters"] = scaling;
+        } else {
+            self.json["rope_scaling"] = scaling;
+        }
     }
 
     /// The config that `json` describes, or what is wrong with it.
@@ -118,6 +140,7 @@ impl ModelConfig {
             rope_theta,
             rope_scaling,
             max_position_embeddings: optional("max_position_embeddings", 2048)?,
+            original_positions: optional("max_position_embeddings", 2048)?,
             tie_word_embeddings: flag("tie_word_embeddings", false),
             attention_bias: flag("attention_bias", false),
             mlp_bias: flag("mlp_bias", false),
@@ -193,6 +216,28 @@ mod tests {
         let (old, new) = (ModelConfig::from_json(old).unwrap(), ModelConfig::from_json(new).unwrap());
         assert_eq!((old.rope_theta, &old.rope_scaling), (new.rope_theta, &new.rope_scaling));
         assert!(matches!(new.rope_scaling, RopeScaling::Llama3 { factor, .. } if factor == 32.0));
+    }
+
+    #[test]
+    fn longer_rows_squeeze_the_positions() {
+        let mut old = minimal();
+        old["max_position_embeddings"] = json!(512);
+        old["rope_theta"] = json!(500_000.0);
+        let mut new = minimal();
+        new["max_position_embeddings"] = json!(512);
+        new["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 500_000.0});
+        for json in [old, new] {
+            let mut config = ModelConfig::from_json(json.clone()).unwrap();
+            config.stretch_to(512);
+            assert_eq!((&config.rope_scaling, &config.json), (&RopeScaling::None, &json));
+            config.stretch_to(2048);
+            assert_eq!(config.original_positions, 512);
+            // Written out and read again it is the same.
+            for config in [ModelConfig::from_json(config.json.clone()).unwrap(), config] {
+                assert!(matches!(config.rope_scaling, RopeScaling::Linear { factor } if factor == 4.0));
+                assert_eq!((config.max_position_embeddings, config.rope_theta), (2048, 500_000.0));
+            }
+        }
     }
 
     #[test]

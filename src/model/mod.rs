@@ -42,7 +42,19 @@ impl Model {
     /// [`Error::Io`] if a file is missing, [`Error::Model`] for a `config.json` we cannot run, [`Error::Weights`] for a
     /// missing, misshapen or non-finite tensor, [`Error::Config`] for `RUSTUNE_ISA`.
     pub fn load(folder: &Path, options: &LoadOptions) -> Result<Self> {
-        let config = ModelConfig::read(folder)?;
+        Self::load_for(folder, options, None)
+    }
+
+    /// Loads a model for rows of up to `max_seq_length` tokens, more than it was made for if need be: its positions are
+    /// then squeezed, see [`ModelConfig::stretch_to`].
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_for(folder: &Path, options: &LoadOptions, max_seq_length: Option<usize>) -> Result<Self> {
+        let mut config = ModelConfig::read(folder)?;
+        if let Some(length) = max_seq_length {
+            config.stretch_to(length);
+        }
         let ctx = Ctx::new(options.precision)?;
         let mut params = ParamStore::default();
         let llama = weights::load(folder, &config, options, &mut params)?;
@@ -65,15 +77,23 @@ impl Model {
     pub fn token_losses(&self, tokens: &Tokens, targets: &[i32]) -> Result<Vec<f32>> {
         self.check_targets(targets)?;
         let hidden = self.hidden(tokens)?;
-        let head = self.llama.head_matrix();
-        Ok(crate::ops::head::token_losses(
-            &self.env(tokens),
-            head,
-            self.config.vocab_size,
-            self.config.hidden_size,
-            &hidden,
-            targets,
-        ))
+        Ok(self.losses_of(&self.env(tokens), &hidden, targets))
+    }
+
+    /// [`Model::logits`] and [`Model::token_losses`] of one forward.
+    ///
+    /// # Errors
+    /// [`Error::Data`] for an id or target outside the vocabulary.
+    pub fn logits_and_losses(&self, tokens: &Tokens, targets: &[i32]) -> Result<(Vec<f32>, Vec<f32>)> {
+        self.check_targets(targets)?;
+        let hidden = self.hidden(tokens)?;
+        let env = self.env(tokens);
+        Ok((self.llama.logits(&env, &hidden).to_vec(), self.losses_of(&env, &hidden, targets)))
+    }
+
+    fn losses_of(&self, env: &Env<'_>, hidden: &[f32], targets: &[i32]) -> Vec<f32> {
+        let (head, config) = (self.llama.head_matrix(), &self.config);
+        crate::ops::head::token_losses(env, head, config.vocab_size, config.hidden_size, hidden, targets)
     }
 
     /// Hidden states after the last norm, `[n_tokens, hidden]`, without dropout.

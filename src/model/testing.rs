@@ -91,7 +91,8 @@ pub(crate) fn random_model(s: TestShape) -> Model {
         rope: Rope::new(s.heads.head_dim, 10_000.0, &RopeScaling::None),
     };
     let config = ModelConfig::read(folder.path()).unwrap();
-    Model { folder: PathBuf::new(), config, llama, params, ctx: Ctx::new(s.precision).unwrap(), int8_head: None }
+    let ctx = Ctx::new(s.precision).unwrap();
+    Model { folder: PathBuf::new(), config, llama, params, ctx, int8_head: None }
 }
 
 /// Sequences of these lengths with ids below `vocab`, and their shifted targets.

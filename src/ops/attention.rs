@@ -8,6 +8,8 @@
 //! A few queries (decoding) read keys and values where they lie, in ranges that are merged afterwards.
 //! The arithmetic of a tile stands in [`crate::kernels::attention`].
 
+use super::attention_pairs::{self as pairs, Rows};
+use super::pack::Form;
 use super::{Buf, Ctx, Precision};
 use crate::kernels::attention::{
     Block, FEW_KEYS, Few, Gradients, KEYS, PAD, QUERIES, Softmax, Upstream, pack_panels, pack_queries, pack_rows,
@@ -105,6 +107,17 @@ struct Scratch {
     sum: Vec<f32>,
     dk: Vec<f32>,
     dv: Vec<f32>,
+    pairs: pairs::Scratch,
+}
+
+/// The product of pairs of bf16, where that is what the products are made of.
+fn pair_form(ctx: &Ctx) -> Option<Form> {
+    (ctx.precision == Precision::Bf16 && ctx.kernels.pairs.is_some()).then(|| Form::of(ctx))
+}
+
+/// Queries of a tile.
+fn tile_queries(form: Option<&Form>) -> usize {
+    if form.is_some() { pairs::QUERIES } else { QUERIES }
 }
 
 thread_local! {
@@ -124,12 +137,12 @@ fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
     buffer
 }
 
-/// How packed keys or values lie.
+/// What packed keys or values are for.
 #[derive(Clone, Copy, PartialEq)]
 enum Layout {
-    /// `[panel][head_dim][panel width]`.
+    /// Products with their transpose; in f32 `[panel][head_dim][panel width]`.
     Panels,
-    /// `[keys][padded head_dim]`.
+    /// Products with them; in f32 `[keys][padded head_dim]`.
     Rows,
 }
 
@@ -146,8 +159,14 @@ struct Packed {
 impl Packed {
     /// Packs `lengths[s]` rows of `[_, kv_width]` for each segment.
     fn new(ctx: &Ctx, shape: Heads, matrices: &[&[f32]], layout: Layout) -> Self {
-        let (panel, dim) = (ctx.kernels.attention.panel, shape.head_dim);
-        let per_key = if layout == Layout::Panels { dim } else { shape.padded() };
+        let (dim, form) = (shape.head_dim, pair_form(ctx));
+        let panel = if form.is_some() { pairs::UNIT } else { ctx.kernels.attention.panel };
+        let per_key = match (&form, layout) {
+            (None, Layout::Panels) => dim,
+            (None, Layout::Rows) => shape.padded(),
+            (Some(form), Layout::Panels) => form.depth(dim),
+            (Some(form), Layout::Rows) => dim.next_multiple_of(form.tile.nr) / 2,
+        };
         let lengths: Vec<usize> = matrices.iter().map(|m| m.len() / shape.kv_width()).collect();
         let mut starts = vec![0];
         for len in &lengths {
@@ -167,8 +186,13 @@ impl Packed {
             }
         }
         tasks.into_par_iter().for_each(|(segment, head, first, out)| {
-            let count = lengths[segment] - first;
+            let count = (lengths[segment] - first).min(KEYS);
             let src = &matrices[segment][first * shape.kv_width() + head * dim..];
+            if let Some(form) = &form {
+                let rows = Rows { data: src, stride: shape.kv_width(), count, dim };
+                let pack = if layout == Layout::Panels { pairs::pack_transposed } else { pairs::pack_rows };
+                return SCRATCH.with_borrow_mut(|scratch| pack(ctx, form, rows, out, &mut scratch.pairs.words));
+            }
             match layout {
                 Layout::Panels => pack_panels(src, shape.kv_width(), count, dim, panel, out),
                 Layout::Rows => pack_rows(src, shape.kv_width(), count, dim, per_key, out),
@@ -206,7 +230,8 @@ fn forward_many(ctx: &Ctx, shape: Heads, q: &[f32], segments: &[&Segment<'_>], (
     if segments.is_empty() {
         return;
     }
-    let (dim, group) = (shape.head_dim, shape.group());
+    let (dim, group, form) = (shape.head_dim, shape.group(), pair_form(ctx));
+    let queries = tile_queries(form.as_ref());
     let k_width = shape.kv_width();
     let k: Vec<&[f32]> = segments.iter().map(|segment| &segment.k[..segment.kv_len * k_width]).collect();
     let v: Vec<&[f32]> = segments.iter().map(|segment| &segment.v[..segment.kv_len * k_width]).collect();
@@ -217,8 +242,8 @@ fn forward_many(ctx: &Ctx, shape: Heads, q: &[f32], segments: &[&Segment<'_>], (
     for (s, segment) in segments.iter().enumerate() {
         rows.push(segment.q_start);
         owner.push(None);
-        for i in (0..segment.q_len).step_by(QUERIES) {
-            rows.push(segment.q_start + (i + QUERIES).min(segment.q_len));
+        for i in (0..segment.q_len).step_by(queries) {
+            rows.push(segment.q_start + (i + queries).min(segment.q_len));
             owner.push(Some(s));
         }
     }
@@ -241,14 +266,15 @@ fn forward_many(ctx: &Ctx, shape: Heads, q: &[f32], segments: &[&Segment<'_>], (
     tasks.reverse();
     tasks.into_par_iter().with_max_len(1).for_each(|(segment, out, lse)| {
         SCRATCH.with_borrow_mut(|scratch| {
-            forward_tile(ctx, shape, q, (segment, segments[segment]), (&k, &v), (out, lse), scratch)
+            let of = (segment, segments[segment]);
+            forward_tile((ctx, form.as_ref()), shape, q, of, (&k, &v), (out, lse), scratch);
         });
     });
 }
 
 /// A tile of queries of some heads of one group against all keys they see.
 fn forward_tile(
-    ctx: &Ctx,
+    (ctx, form): (&Ctx, Option<&Form>),
     shape: Heads,
     q: &[f32],
     (index, segment): (usize, &Segment<'_>),
@@ -262,9 +288,15 @@ fn forward_tile(
     // Position among the keys of the tile's first query.
     let first = segment.kv_len - segment.q_len + out.row0 - segment.q_start;
     let queries = queries_len(dim);
-    let packed_q = sized(&mut scratch.q, heads * queries);
-    for (h, packed_q) in packed_q.chunks_exact_mut(queries).enumerate() {
-        pack_queries(&q[out.row0 * shape.q_width() + (head0 + h) * dim..], shape.q_width(), n, dim, packed_q);
+    let packed_q = sized(&mut scratch.q, if form.is_some() { 0 } else { heads * queries });
+    for h in 0..heads {
+        let rows = &q[out.row0 * shape.q_width() + (head0 + h) * dim..];
+        if let Some(form) = form {
+            let rows = Rows { data: rows, stride: shape.q_width(), count: n, dim };
+            pairs::pack_queries(ctx, form, rows, h, &mut scratch.pairs);
+        } else {
+            pack_queries(rows, shape.q_width(), n, dim, &mut packed_q[h * queries..][..queries]);
+        }
     }
     if ctx.precision == Precision::Bf16 {
         (ctx.kernels.round_bf16)(packed_q);
@@ -272,19 +304,20 @@ fn forward_tile(
     let acc = filled(&mut scratch.acc, heads * n * width, 0.0);
     let max = filled(&mut scratch.max, heads * n, f32::NEG_INFINITY);
     let sum = filled(&mut scratch.sum, heads * n, 0.0);
-    let scores = sized(&mut scratch.scores, QUERIES * KEYS);
+    let scores = sized(&mut scratch.scores, tile_queries(form) * KEYS);
     for k0 in (0..first + n).step_by(KEYS) {
         let (k_panels, v_rows) = (k.block(index, kv_head, k0), v.block(index, kv_head, k0));
         for h in 0..heads {
             let block = Block {
-                q: &packed_q[h * queries..][..queries],
+                q: if form.is_some() { &[] } else { &packed_q[h * queries..][..queries] },
                 k_panels,
                 n,
-                keys: KEYS.min(first + n - k0),
+                keys: KEYS.min(segment.kv_len - k0),
                 dim,
                 ahead: first as isize - k0 as isize,
                 scale: shape.scale(),
-                bf16: ctx.precision == Precision::Bf16,
+                // Pairs are rounded as they are packed.
+                bf16: ctx.precision == Precision::Bf16 && form.is_none(),
             };
             let mut softmax = Softmax {
                 scores,
@@ -292,7 +325,10 @@ fn forward_tile(
                 max: &mut max[h * n..][..n],
                 sum: &mut sum[h * n..][..n],
             };
-            (ctx.kernels.attention.forward)(&block, v_rows, &mut softmax);
+            match form {
+                Some(form) => pairs::forward(ctx, form, &block, h, v_rows, &mut softmax, &mut scratch.pairs),
+                None => (ctx.kernels.attention.forward)(&block, v_rows, &mut softmax),
+            }
         }
     }
     for i in 0..n {
@@ -373,7 +409,9 @@ fn merge(parts: &[f32], (rows, width): (usize, usize), row: usize, out: &mut [f3
             *o += weight * a;
         }
     }
-    out.iter_mut().for_each(|o| *o /= sum);
+    for o in out.iter_mut() {
+        *o /= sum;
+    }
     (max + sum.log2()) * std::f32::consts::LN_2
 }
 
@@ -536,47 +574,55 @@ fn backward_cell(
 ) {
     let (dim, width, group, scale) = (shape.head_dim, shape.padded(), shape.group(), shape.scale());
     let (k0, keys) = (cell.dk.row0 - cell.start, cell.dk.rows());
-    let bf16 = ctx.precision == Precision::Bf16;
     let dk = filled(&mut scratch.dk, keys * width, 0.0);
     let dv = filled(&mut scratch.dv, keys * width, 0.0);
-    let (p, ds) = (sized(&mut scratch.scores, QUERIES * KEYS), sized(&mut scratch.dscores, QUERIES * KEYS));
+    let (form, bf16) = (pair_form(ctx), ctx.precision == Precision::Bf16);
+    let tile = tile_queries(form.as_ref());
+    let (p, ds) = (sized(&mut scratch.scores, tile * KEYS), sized(&mut scratch.dscores, tile * KEYS));
     let (q, packed_dout) = (sized(&mut scratch.q, queries_len(dim)), sized(&mut scratch.dout, queries_len(dim)));
-    let (mut lse_tile, mut delta_tile) = ([0.0; QUERIES], [0.0; QUERIES]);
-    for i0 in (0..cell.dq.rows()).step_by(QUERIES) {
-        let n = QUERIES.min(cell.dq.rows() - i0);
+    let (mut lse_tile, mut delta_tile) = ([0.0; pairs::QUERIES], [0.0; pairs::QUERIES]);
+    for i0 in (0..cell.dq.rows()).step_by(tile) {
+        let n = tile.min(cell.dq.rows() - i0);
         let row0 = cell.dq.row0 + i0;
         for h in 0..group {
             let head = cell.kv_head * group + h;
             let at = row0 * shape.q_width() + head * dim;
-            pack_queries(&f.q[at..], shape.q_width(), n, dim, q);
-            pack_queries(&dout[at..], shape.q_width(), n, dim, packed_dout);
-            if bf16 {
-                (ctx.kernels.round_bf16)(q);
-                (ctx.kernels.round_bf16)(packed_dout);
-            }
             for i in 0..n {
                 let at = (row0 + i) * shape.heads + head;
                 (lse_tile[i], delta_tile[i]) = (f.lse[at], delta[at]);
             }
             let dq = filled(&mut scratch.acc, n * width, 0.0);
+            let k_rows = kv.k_rows.block(cell.segment, cell.kv_head, k0);
+            let v_panels = kv.v_panels.block(cell.segment, cell.kv_head, k0);
+            let (lse, delta) = (&lse_tile[..n], &delta_tile[..n]);
             let block = Block {
-                q,
+                q: &[],
                 k_panels: kv.k_panels.block(cell.segment, cell.kv_head, k0),
                 n,
                 keys,
                 dim,
                 ahead: (row0 - cell.start) as isize - k0 as isize,
                 scale,
-                bf16,
+                // Pairs are rounded as they are packed.
+                bf16: bf16 && form.is_none(),
             };
-            let upstream = Upstream {
-                dout: packed_dout,
-                v_panels: kv.v_panels.block(cell.segment, cell.kv_head, k0),
-                k_rows: kv.k_rows.block(cell.segment, cell.kv_head, k0),
-                lse: &lse_tile[..n],
-                delta: &delta_tile[..n],
-            };
-            (ctx.kernels.attention.backward)(&block, &upstream, &mut Gradients { p, ds, dq, dk, dv });
+            if let Some(form) = &form {
+                let rows = |data| Rows { data, stride: shape.q_width(), count: n, dim };
+                let (q, dout) = (rows(&f.q[at..]), rows(&dout[at..]));
+                let v_transposed = v_panels;
+                let mut b = pairs::Backward { q, dout, v_transposed, k_rows, lse, delta, p, ds, dq, dk, dv };
+                pairs::backward(ctx, form, &block, &mut b, &mut scratch.pairs);
+            } else {
+                pack_queries(&f.q[at..], shape.q_width(), n, dim, q);
+                pack_queries(&dout[at..], shape.q_width(), n, dim, packed_dout);
+                if bf16 {
+                    (ctx.kernels.round_bf16)(q);
+                    (ctx.kernels.round_bf16)(packed_dout);
+                }
+                let upstream = Upstream { dout: packed_dout, v_panels, k_rows, lse, delta };
+                let mut gradients = Gradients { p, ds, dq, dk, dv };
+                (ctx.kernels.attention.backward)(&Block { q, ..block }, &upstream, &mut gradients);
+            }
             for (i, dq) in dq.chunks_exact(width).enumerate() {
                 (ctx.kernels.axpy)(scale, &dq[..dim], &mut cell.dq.row(i0 + i)[h * dim..][..dim]);
             }
@@ -590,7 +636,102 @@ fn backward_cell(
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
     use super::*;
+    use crate::ops::tape::test_floats as floats;
+
+    fn context(kernels: &'static crate::kernels::Kernels, precision: Precision) -> Ctx {
+        Ctx { kernels, ..Ctx::new(precision).unwrap() }
+    }
+
+    /// out, lse, dq, dk, dv of sequences that end at `cu_seqlens`, of inputs that are bf16 already.
+    fn run(ctx: &Ctx, shape: Heads, cu_seqlens: &[usize]) -> [Vec<f32>; 5] {
+        let n = cu_seqlens[cu_seqlens.len() - 1];
+        let halves = |width: usize, seed: u32| {
+            let values = floats(n * width, seed).into_iter();
+            values.map(|v| half::bf16::from_f32(2.0 * v).to_f32()).collect::<Vec<_>>()
+        };
+        let (q, k) = (halves(shape.q_width(), 1), halves(shape.kv_width(), 2));
+        let (v, dout) = (halves(shape.kv_width(), 3), halves(shape.q_width(), 4));
+        let (out, lse) = forward(ctx, shape, &q, &segments(cu_seqlens, shape.kv_width(), &k, &v));
+        let f = Forward { q: &q, k: &k, v: &v, out: &out, lse: &lse };
+        let (dq, dk, dv) = backward(ctx, shape, cu_seqlens, f, &dout);
+        [out.to_vec(), lse.to_vec(), dq.to_vec(), dk.to_vec(), dv.to_vec()]
+    }
+
+    fn assert_near(what: &str, got: &[f32], want: &[f32], tolerance: f32) {
+        let scale = want.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
+        for (i, (g, w)) in got.iter().zip(want).enumerate() {
+            assert!((g - w).abs() <= tolerance * scale, "{what}[{i}]: {g} against {w}");
+        }
+    }
+
+    #[test]
+    fn pairs_of_bf16_give_what_f32_gives_on_rounded_inputs() {
+        let mut seen = Vec::new();
+        for table in crate::kernels::tables() {
+            if table.pairs.is_none() {
+                continue;
+            }
+            seen.push(table.isa);
+            for (heads, kv_heads, head_dim, cu_seqlens) in [
+                (4, 2, 16, vec![0, 7, 107, 108, 300]),
+                (3, 3, 40, vec![0, 97, 290]),
+                (5, 1, 64, vec![0, 33, 33, 225]),
+                (2, 2, 130, vec![0, 50]),
+            ] {
+                let shape = Heads { heads, kv_heads, head_dim };
+                let got = run(&context(table, Precision::Bf16), shape, &cu_seqlens);
+                let want = run(&context(table, Precision::F32), shape, &cu_seqlens);
+                let names = ["out", "lse", "dq", "dk", "dv"];
+                for ((name, got), want) in names.iter().zip(&got).zip(&want) {
+                    // p and ds are rounded to 8 bits: 2^-9 of each.
+                    assert_near(&format!("{} {shape:?} {name}", table.isa), got, want, 6e-3);
+                }
+            }
+        }
+        eprintln!("pairs multiplied by: {seen:?}");
+    }
+
+    #[test]
+    fn few_queries_against_a_cache_equal_the_last_rows_of_the_whole() {
+        for table in crate::kernels::available() {
+            for precision in [Precision::F32, Precision::Bf16] {
+                for (heads, kv_heads, head_dim, len) in [(4, 2, 16, 700), (6, 2, 20, 259), (3, 3, 5, 9)] {
+                    let (ctx, shape) = (context(table, precision), Heads { heads, kv_heads, head_dim });
+                    let q = floats(len * shape.q_width(), 1);
+                    let (k, v) = (floats(len * shape.kv_width(), 2), floats(len * shape.kv_width(), 3));
+                    let whole = segments(&[0, len], shape.kv_width(), &k, &v);
+                    let (out, lse) = forward(&ctx, shape, &q, &whole);
+                    for q_len in [1, 2, FEW_QUERIES, FEW_QUERIES + 1] {
+                        let at = (len - q_len) * shape.q_width();
+                        let last = [Segment { q_start: 0, q_len, ..whole[0] }];
+                        let (few_out, few_lse) = forward(&ctx, shape, &q[at..], &last);
+                        let what = format!("{} {precision:?} {shape:?} {q_len} of {len}", table.isa);
+                        // f32: sums in another order; bf16: p is rounded relative to another maximum.
+                        let tolerance = if precision == Precision::F32 { 2e-6 } else { 6e-3 };
+                        assert_near(&what, &few_out, &out[at..], tolerance);
+                        assert_near(&what, &few_lse, &lse[(len - q_len) * heads..], tolerance);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn threads_do_not_change_a_bit() {
+        let shape = Heads { heads: 4, kv_heads: 2, head_dim: 16 };
+        for precision in [Precision::F32, Precision::Bf16] {
+            let with = |threads| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let ctx = Ctx::new(precision).unwrap();
+                let bits = |x: &Vec<f32>| x.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+                pool.install(|| run(&ctx, shape, &[0, 3, 650, 900]).iter().map(bits).collect::<Vec<_>>())
+            };
+            let one = with(1);
+            assert!(with(2) == one && with(5) == one, "{precision:?}");
+        }
+    }
 
     #[test]
     fn rounds_hold_every_pair_once_and_no_block_twice() {

@@ -6,6 +6,7 @@
 //! never on the number of threads.
 
 pub mod attention;
+mod attention_pairs;
 pub mod dropout;
 pub mod embedding;
 pub mod gemv;
@@ -47,6 +48,7 @@ impl Ctx {
     /// # Errors
     /// See [`crate::kernels::active`].
     pub fn new(precision: Precision) -> crate::Result<Self> {
+        crate::io::os::return_large_blocks();
         Ok(Self { kernels: crate::kernels::active()?, precision, pool: Arc::new(Pool::default()) })
     }
 

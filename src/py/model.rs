@@ -138,9 +138,16 @@ fn busy() -> Error {
 impl Model {
     /// Loads a Hugging Face folder.
     #[staticmethod]
-    fn load(py: Python<'_>, folder: PathBuf, dtype: Option<&str>, quantization: &str) -> PyResult<Self> {
+    #[pyo3(signature = (folder, dtype, quantization, max_seq_length=None))]
+    fn load(
+        py: Python<'_>,
+        folder: PathBuf,
+        dtype: Option<&str>,
+        quantization: &str,
+        max_seq_length: Option<usize>,
+    ) -> PyResult<Self> {
         let options = load_options(dtype, quantization)?;
-        let core = enter(py, || with_pool(|| Core::load(&folder, &options)))?;
+        let core = enter(py, || with_pool(|| Core::load_for(&folder, &options, max_seq_length)))?;
         Ok(Self { state: RwLock::new(State { core, adapter: None }), training: AtomicBool::new(false) })
     }
 
@@ -264,6 +271,12 @@ impl Model {
     #[getter]
     fn max_position_embeddings(&self) -> PyResult<usize> {
         Ok(self.read()?.core.config.max_position_embeddings)
+    }
+
+    /// The length the model was made for, which `max_seq_length` may have exceeded.
+    #[getter]
+    fn original_positions(&self) -> PyResult<usize> {
+        Ok(self.read()?.core.config.original_positions)
     }
 
     /// Number of tokens.
@@ -395,6 +408,34 @@ impl Model {
         enter(py, || train::training_memory(self, &rows, &options, asked))
     }
 
+    /// Of the rows from `start` to `stop`: the logits of each, f32 `[len, vocab]`, the sum of the token losses, and the
+    /// number of tokens that have a label.
+    fn predict<'py>(&self, py: Python<'py>, rows: &Rows, start: usize, stop: usize) -> PyResult<Predicted<'py>> {
+        let examples = rows.examples.clone();
+        let Some(examples) = examples.get(start..stop) else {
+            let got = vec![start, stop];
+            return Err(
+                Error::Shape { op: "predict", expected: format!("rows of {}", rows.examples.len()), got }.into()
+            );
+        };
+        let (logits, sum, trained, vocab) = enter(py, || {
+            let state = self.read()?;
+            let batch = collate(&examples.iter().zip(start as u32..).collect::<Vec<_>>());
+            let trained = batch.n_trained();
+            let (tokens, targets) = split(batch);
+            let (logits, losses) = with_pool(|| state.core.logits_and_losses(&tokens, &targets))?;
+            let sum = losses.iter().map(|&v| f64::from(v)).sum::<f64>();
+            Ok((logits, sum, trained, state.core.config.vocab_size))
+        })?;
+        let mut rest = &logits[..];
+        let arrays = examples.iter().map(|row| {
+            let (part, tail) = rest.split_at(row.input_ids.len() * vocab);
+            rest = tail;
+            PyArray1::from_slice(py, part).reshape([row.input_ids.len(), vocab])
+        });
+        Ok((arrays.collect::<PyResult<_>>()?, sum, trained))
+    }
+
     /// Mean token loss over rows, and the number of tokens it is the mean of.
     #[pyo3(signature = (rows, batch_size, observer=None))]
     fn evaluate(
@@ -438,6 +479,9 @@ pub(super) fn load_options(dtype: Option<&str>, quantization: &str) -> Result<Lo
     };
     Ok(LoadOptions { precision, quantize, full_finetuning })
 }
+
+/// The logits of each row, the sum of their token losses, and the number of tokens that have a label.
+type Predicted<'py> = (Vec<Bound<'py, PyArray2<f32>>>, f64, usize);
 
 /// A Python exception on its way through Rust.
 pub(super) fn callback(error: PyErr) -> Error {

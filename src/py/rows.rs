@@ -32,7 +32,9 @@ impl Rows {
         let options: RowOptions = super::parse("dataset options", options)?;
         let guard = tokenizer.map(Tokenizer::shared);
         let mut reader = RowReader::new(guard.as_deref(), options);
-        for batch in PyIterator::from_object(batches)? {
+        let mut batches = PyIterator::from_object(batches)?;
+        while !reader.is_full() {
+            let Some(batch) = batches.next() else { break };
             let columns = columns(&batch?.cast_into::<PyDict>()?)?;
             let reader = &mut reader;
             enter(py, move || reader.push(&columns))?;

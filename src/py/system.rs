@@ -126,7 +126,7 @@ fn estimate_memory(
 ) -> PyResult<String> {
     let options = load_options(dtype, quantization)?;
     let lora: LoraOptions = parse("get_peft_model", lora)?;
-    let (optimizer, asked) = (OptimizerKind::from_name(optim)?, Checkpointing::from_name(checkpointing)?);
+    let (optimizer, asked) = (OptimizerKind::resolve(optim, "")?, Checkpointing::from_name(checkpointing)?);
     enter(py, || {
         let config = ModelConfig::read(&folder)?;
         let run = Run::planned(&config, &options, &lora.resolve(config.num_layers)?, optimizer, n_tokens)?;

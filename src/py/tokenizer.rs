@@ -9,6 +9,7 @@ use crate::data::tokenizer::{DEFAULT_TEMPLATE, ROLES, Tokenizer as Inner};
 use crate::error::Error;
 use crate::io::os;
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -152,6 +153,12 @@ impl Tokenizer {
     /// Gives a token a role; returns how many tokens were added to the vocabulary.
     fn set_special(&mut self, role: &str, token: &str) -> PyResult<usize> {
         Ok(Arc::make_mut(&mut self.inner).set_special(role, token)?)
+    }
+
+    /// The bytes the ids stand for, end to end, and where each starts (`n + 1` numbers).
+    fn spell<'py>(&self, py: Python<'py>, ids: Vec<u32>) -> (Bound<'py, PyBytes>, Vec<usize>) {
+        let (bytes, starts) = self.inner.bytes_of(&ids);
+        (PyBytes::new(py, &bytes), starts)
     }
 
     /// Every role with its token.

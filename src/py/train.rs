@@ -11,7 +11,7 @@ use crate::train::{Control, Event, Job, Observer, Recompute, Settings, Status, r
 use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -30,10 +30,7 @@ impl PyObserver {
     fn call(&self, py: Python<'_>, event: Event<'_>, status: &Status, control: &mut Control) -> PyResult<()> {
         let Some(object) = &self.object else { return Ok(()) };
         let (name, payload) = describe(py, event, *control)?;
-        let status = json!({
-            "step": status.step, "epoch": status.epoch, "max_steps": status.max_steps, "tokens": status.tokens,
-        });
-        let answer = object.bind(py).call_method1("event", (name, status.to_string(), payload))?;
+        let answer = object.bind(py).call_method1("event", (name, described(status), payload))?;
         if answer.is_none() {
             return Ok(());
         }
@@ -52,6 +49,20 @@ impl PyObserver {
         }
         Ok(())
     }
+}
+
+/// A status as Python reads it.
+fn described(status: &Status) -> String {
+    json!({
+        "step": status.step,
+        "epoch": status.epoch,
+        "max_steps": status.max_steps,
+        "tokens": status.tokens,
+        "best_metric": status.best_metric,
+        "best_global_step": status.best_step,
+        "best_model_checkpoint": status.best_checkpoint,
+    })
+    .to_string()
 }
 
 /// An event's name and payload.
@@ -83,6 +94,16 @@ fn describe(py: Python<'_>, event: Event<'_>, control: Control) -> PyResult<(&'s
 impl Observer for PyObserver {
     fn event(&mut self, event: Event<'_>, status: &Status, control: &mut Control) -> Result<()> {
         Python::attach(|py| self.call(py, event, status, control)).map_err(callback)
+    }
+
+    fn evaluate(&mut self, status: &Status) -> Result<Option<Map<String, Value>>> {
+        let Some(object) = &self.object else { return Ok(None) };
+        Python::attach(|py| {
+            let answer = object.bind(py).call_method1("evaluate", (described(status),))?;
+            let Value::Object(entry) = json::from_python(&answer)? else { return Ok(None) };
+            Ok(Some(entry))
+        })
+        .map_err(callback)
     }
 
     fn poll(&mut self) -> Result<()> {

@@ -8,17 +8,20 @@ use std::sync::OnceLock;
 /// Entries in a map, one per value of a byte.
 pub const MAP_LEN: usize = 256;
 
-/// Bits of an f32 that select a bucket of [`DynamicMap::encode`]: sign, exponent and four bits of mantissa.
-const BUCKET_SHIFT: u32 = 19;
+/// Bits of a magnitude below those that select a bucket of [`DynamicMap::encode`]: exponent and five bits of mantissa.
+const BUCKET_SHIFT: u32 = 18;
+
+/// The largest number of bounds in a bucket, of both maps.
+const STEPS: usize = 3;
 
 /// A sorted table of 256 values in [-1, 1] and a fast way from a number to the nearest entry.
 #[derive(Debug, Clone)]
 pub struct DynamicMap {
     values: [f32; MAP_LEN],
-    /// `bounds[i]` is the midpoint of `values[i]` and `values[i + 1]`.
-    bounds: [f32; MAP_LEN - 1],
-    /// For each bucket of non-negative floats, the code of the bucket's smallest number.
-    first: Vec<u8>,
+    /// `bounds[i]` is the midpoint of `values[i]` and `values[i + 1]`; infinity from the last value on.
+    bounds: [f32; MAP_LEN + STEPS],
+    /// For each bucket of magnitudes, the code of the smallest number in it: of a positive, and of a negative one.
+    first: [Vec<u8>; 2],
 }
 
 impl DynamicMap {
@@ -35,14 +38,19 @@ impl DynamicMap {
     }
 
     fn new(values: &[f32; MAP_LEN]) -> Self {
-        let mut bounds = [0f32; MAP_LEN - 1];
+        let mut bounds = [f32::INFINITY; MAP_LEN + STEPS];
         for (bound, pair) in bounds.iter_mut().zip(values.windows(2)) {
             *bound = f32::midpoint(pair[0], pair[1]);
         }
-        let first = (0..=1f32.to_bits() >> BUCKET_SHIFT)
-            .map(|bucket| count_below(&bounds, f32::from_bits(bucket << BUCKET_SHIFT)))
-            .collect();
-        Self { values: *values, bounds, first }
+        let edge = |bucket: u32| f32::from_bits(bucket << BUCKET_SHIFT);
+        let buckets = 0..=1f32.to_bits() >> BUCKET_SHIFT;
+        let below = |x: f32| bounds.partition_point(|&bound| bound < x) as u8;
+        let positive: Vec<u8> = buckets.clone().map(|bucket| below(edge(bucket))).collect();
+        let negative: Vec<u8> = buckets.clone().map(|bucket| below(-edge(bucket + 1))).collect();
+        let up = buckets.clone().zip(&positive).map(|(bucket, &first)| below(edge(bucket + 1)) - first);
+        let down = buckets.zip(&negative).map(|(bucket, &first)| below(-edge(bucket)) - first);
+        assert!(up.chain(down).all(|bounds| usize::from(bounds) <= STEPS), "a bucket holds more than {STEPS} bounds");
+        Self { values: *values, bounds, first: [positive, negative] }
     }
 
     /// The 256 values, ascending.
@@ -61,25 +69,16 @@ impl DynamicMap {
     /// Numbers outside [-1, 1] get the outermost code, NaN gets 0.
     #[inline]
     pub fn encode(&self, x: f32) -> u8 {
-        if x < 0.0 {
-            return count_below(&self.bounds, x);
-        }
         if x.is_nan() {
             return 0;
         }
-        // Start at the code of the bucket's smallest number and walk up: two or three steps on average.
-        let bucket = (x.min(1.0).abs().to_bits() >> BUCKET_SHIFT) as usize;
-        let mut code = usize::from(self.first[bucket]);
-        while code < MAP_LEN - 1 && self.bounds[code] < x {
-            code += 1;
-        }
-        code as u8
+        // The code of the bucket's smallest number, and one more for each of the bucket's bounds below x. A search that ends
+        // early is mispredicted half of the time, and one that follows the code waits for every compare.
+        let bucket = (x.abs().min(1.0).to_bits() >> BUCKET_SHIFT) as usize;
+        let first = self.first[usize::from(x < 0.0)][bucket];
+        let bounds = &self.bounds[usize::from(first)..usize::from(first) + STEPS];
+        first + bounds.iter().map(|&bound| u8::from(bound < x)).sum::<u8>()
     }
-}
-
-/// The number of `bounds` strictly below `x`, by bisection.
-fn count_below(bounds: &[f32; MAP_LEN - 1], x: f32) -> u8 {
-    bounds.partition_point(|&bound| bound < x) as u8
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -167,12 +166,12 @@ mod tests {
     fn encode_is_the_nearest_code() {
         for map in [DynamicMap::signed(), DynamicMap::unsigned()] {
             let mut probes: Vec<f32> = map.values().to_vec();
-            for &bound in &map.bounds {
+            for &bound in &map.bounds[..MAP_LEN - 1] {
                 probes.extend([bound, bound.next_up(), bound.next_down()]);
             }
             probes.extend([0.0, -0.0, 1e-30, -1e-30, 1.0, -1.0, 2.0, -2.0, f32::MIN_POSITIVE]);
             for x in probes {
-                let want = map.bounds.iter().filter(|&&bound| bound < x).count();
+                let want = map.bounds[..MAP_LEN - 1].iter().filter(|&&bound| bound < x).count();
                 assert_eq!(usize::from(map.encode(x)), want, "{x:e}");
             }
             for code in 0..=255u8 {

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::optimizer::{AdamHyper, NamedState, Optimizer, ParamSlot, Stored, adam_step, check_slots};
+use super::optimizer::{AdamHyper, NamedState, Optimizer, ParamSlot, Stored, TensorSize, adam_step, check_slots};
 use crate::error::Result;
 use crate::kernels::elementwise::AdamStep;
 use crate::kernels::{self, Kernels};
@@ -63,21 +63,21 @@ pub struct AdamW {
 }
 
 impl AdamW {
-    /// Zero moments for tensors of these names and lengths.
-    pub fn new(hyper: AdamHyper, sizes: &[(String, usize)]) -> Self {
-        let tensors = sizes.iter().map(|(name, len)| (name.clone(), Moments::new(*len))).collect();
+    /// Zero moments for tensors of these names and shapes.
+    pub fn new(hyper: AdamHyper, sizes: &[TensorSize]) -> Self {
+        let tensors = sizes.iter().map(|(name, shape)| (name.clone(), Moments::new(shape.iter().product()))).collect();
         Self { hyper, steps: 0, tensors }
     }
 }
 
 impl Optimizer for AdamW {
-    fn step(&mut self, params: &mut [ParamSlot<'_>], lr: f64, grad_scale: f32) -> Result<()> {
+    fn step(&mut self, params: &mut [ParamSlot<'_>], grad_scale: f32) -> Result<()> {
         check_slots(params, self.tensors.iter().map(|(name, moments)| (name.as_str(), moments.len())))?;
         self.steps += 1;
-        let step = adam_step(&self.hyper, self.steps, lr, grad_scale);
+        let (hyper, steps) = (&self.hyper, self.steps);
         let kernels = kernels::active()?;
         params.par_iter_mut().zip(&mut self.tensors).for_each(|(slot, (_, moments))| {
-            let step = AdamStep { keep: if slot.decay { step.keep } else { 1.0 }, ..step };
+            let step = adam_step(hyper, steps, slot, grad_scale);
             moments.update(kernels, slot.data, slot.grad, &step);
         });
         Ok(())

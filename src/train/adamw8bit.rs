@@ -10,7 +10,7 @@
 use rayon::prelude::*;
 
 use super::adamw::Moments;
-use super::optimizer::{AdamHyper, NamedState, Optimizer, ParamSlot, Stored, adam_step, check_slots};
+use super::optimizer::{AdamHyper, NamedState, Optimizer, ParamSlot, Stored, TensorSize, adam_step, check_slots};
 use crate::error::Result;
 use crate::kernels::elementwise::AdamStep;
 use crate::kernels::{self, Kernels};
@@ -88,7 +88,7 @@ fn update_block(
 }
 
 /// Codes `values` by their largest magnitude, which it returns.
-fn encode_block(values: &[f32], map: &DynamicMap, codes: &mut [u8]) -> f32 {
+pub(super) fn encode_block(values: &[f32], map: &DynamicMap, codes: &mut [u8]) -> f32 {
     let absmax = values.iter().fold(0f32, |max, x| max.max(x.abs()));
     let inverse = 1.0 / absmax.max(MIN_ABSMAX);
     for (code, x) in codes.iter_mut().zip(values) {
@@ -126,21 +126,21 @@ pub struct AdamW8bit {
 }
 
 impl AdamW8bit {
-    /// Zero moments for tensors of these names and lengths.
-    pub fn new(hyper: AdamHyper, sizes: &[(String, usize)]) -> Self {
-        let tensors = sizes.iter().map(|(name, len)| (name.clone(), State::new(*len))).collect();
+    /// Zero moments for tensors of these names and shapes.
+    pub fn new(hyper: AdamHyper, sizes: &[TensorSize]) -> Self {
+        let tensors = sizes.iter().map(|(name, shape)| (name.clone(), State::new(shape.iter().product()))).collect();
         Self { hyper, steps: 0, tensors }
     }
 }
 
 impl Optimizer for AdamW8bit {
-    fn step(&mut self, params: &mut [ParamSlot<'_>], lr: f64, grad_scale: f32) -> Result<()> {
+    fn step(&mut self, params: &mut [ParamSlot<'_>], grad_scale: f32) -> Result<()> {
         check_slots(params, self.tensors.iter().map(|(name, state)| (name.as_str(), state.len())))?;
         self.steps += 1;
-        let step = adam_step(&self.hyper, self.steps, lr, grad_scale);
+        let (hyper, steps) = (&self.hyper, self.steps);
         let kernels = kernels::active()?;
         params.par_iter_mut().zip(&mut self.tensors).for_each(|(slot, (_, state))| {
-            let step = AdamStep { keep: if slot.decay { step.keep } else { 1.0 }, ..step };
+            let step = adam_step(hyper, steps, slot, grad_scale);
             match state {
                 State::Small(moments) => moments.update(kernels, slot.data, slot.grad, &step),
                 State::Large(codes) => codes.update(kernels, slot.data, slot.grad, &step),

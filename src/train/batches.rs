@@ -1,7 +1,7 @@
 //! Which rows make up each step: a pure function of the settings, the rows' lengths and the epoch.
 
 use crate::config::Train;
-use crate::config::train::Plan;
+use crate::config::train::{Plan, RowOrder};
 use crate::data::order::{epoch_order, length_grouped_order};
 use crate::data::packing::pack;
 
@@ -15,7 +15,7 @@ pub struct Batches {
     units_per_batch: usize,
     units_per_step: usize,
     seed: u64,
-    group_by_length: bool,
+    order: RowOrder,
 }
 
 impl Batches {
@@ -33,7 +33,7 @@ impl Batches {
             units_per_batch: train.per_device_train_batch_size,
             units_per_step: train.per_device_train_batch_size * train.gradient_accumulation_steps,
             seed: train.data_seed,
-            group_by_length: train.group_by_length,
+            order: train.order,
         }
     }
 
@@ -44,10 +44,13 @@ impl Batches {
 
     /// The units of one pass over the data, in the order they are trained.
     pub fn epoch(&self, epoch: usize) -> Vec<u32> {
-        if self.group_by_length {
-            return length_grouped_order(&self.lengths, self.units_per_step, self.seed, epoch as u64);
+        match self.order {
+            RowOrder::Random => epoch_order(self.n_units(), self.seed, epoch as u64),
+            RowOrder::Sequential => (0..self.n_units() as u32).collect(),
+            RowOrder::GroupByLength => {
+                length_grouped_order(&self.lengths, self.units_per_step, self.seed, epoch as u64)
+            }
         }
-        epoch_order(self.n_units(), self.seed, epoch as u64)
     }
 
     /// The rows of each micro-batch of one step;  order: that of the step's epoch, step: counted from the epoch's start.
@@ -139,6 +142,8 @@ mod tests {
         let at = all.epoch(0).iter().position(|&row| row == 7).unwrap();
         let (short, plan) = batches(&json!({"max_steps": 1}), &lengths);
         assert_eq!(short.largest(&plan), if at < 4 { 101 } else { 2 });
+        let (in_order, _) = batches(&json!({"train_sampling_strategy": "sequential"}), &lengths);
+        assert_eq!(in_order.epoch(3), (0..12).collect::<Vec<u32>>());
         let (grouped, plan) = batches(&json!({"max_steps": 1, "group_by_length": true}), &lengths);
         assert_eq!(grouped.largest(&plan), 101, "grouped by length, the longest row comes first");
     }

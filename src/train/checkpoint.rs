@@ -23,7 +23,12 @@ pub const STATE_FILE: &str = "trainer_state.json";
 pub const MODEL_FILE: &str = "model.safetensors";
 const PREFIX: &str = "checkpoint-";
 
-/// Writes `output_dir/checkpoint-{step}` and then removes the oldest complete ones beyond `limit`.
+/// The folder of a step's checkpoint.
+pub fn path(output_dir: &Path, step: usize) -> PathBuf {
+    output_dir.join(format!("{PREFIX}{step}"))
+}
+
+/// Writes `output_dir/checkpoint-{step}` and then removes the oldest complete ones beyond `limit`, but not `best`.
 ///
 /// `write_model` writes the weights (and the tokenizer) into the folder it is given. Returns the checkpoint's path.
 ///
@@ -35,11 +40,12 @@ pub fn save(
     optimizer: &dyn Optimizer,
     state: &Value,
     limit: Option<usize>,
+    best: Option<&Path>,
     write_model: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<PathBuf> {
     std::fs::create_dir_all(output_dir).map_err(|e| Error::io(output_dir, e))?;
     sweep_stale(output_dir)?;
-    let path = output_dir.join(format!("{PREFIX}{step}"));
+    let path = path(output_dir, step);
     let folder = AtomicDir::create(&path)?;
     write_model(folder.path())?;
     write_optimizer(&folder.path().join(OPTIMIZER_FILE), optimizer)?;
@@ -49,12 +55,28 @@ pub fn save(
     if let Some(limit) = limit {
         let mut complete = list(output_dir)?;
         complete.retain(|(_, path)| matches!(verify_dir(path), Ok(DirState::Complete(_))));
-        let surplus = complete.len().saturating_sub(limit.max(1));
-        for (_, old) in &complete[..surplus] {
+        // The newest is there to resume from; with the best beside it, even a limit of 1 leaves two.
+        let protected = |old: &Path| old == path || Some(old) == best;
+        let n_protected = complete.iter().filter(|(_, old)| protected(old)).count();
+        let surplus = complete.len().saturating_sub(limit.max(n_protected));
+        for (_, old) in complete.iter().filter(|(_, old)| !protected(old)).take(surplus) {
             std::fs::remove_dir_all(old).map_err(|e| Error::io(old, e))?;
         }
     }
     Ok(path)
+}
+
+/// Removes every complete checkpoint of `output_dir` but one.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn keep_only(output_dir: &Path, kept: &Path) -> Result<()> {
+    for (_, path) in list(output_dir)? {
+        if path != kept && verify(&path).is_ok() {
+            std::fs::remove_dir_all(&path).map_err(|e| Error::io(&path, e))?;
+        }
+    }
+    Ok(())
 }
 
 fn write_optimizer(path: &Path, optimizer: &dyn Optimizer) -> Result<()> {

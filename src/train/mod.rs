@@ -1,14 +1,22 @@
 //! The training loop, optimizers, schedules and checkpoints.
 
+mod adafactor;
+mod adagrad;
 pub mod adamw;
 pub mod adamw8bit;
 pub mod batches;
 pub mod checkpoint;
 pub mod clip;
+#[cfg(test)]
+mod life_tests;
+mod lion;
+mod one_by_one;
 pub mod optimizer;
 pub mod plan;
+mod rmsprop;
 pub mod run;
 pub mod schedule;
+mod sgd;
 pub mod step;
 
 pub use run::{Control, Event, Job, Lender, Observer, Outcome, Settings, Status};

@@ -2,8 +2,14 @@
 
 use std::borrow::Cow;
 
+use super::adafactor::Adafactor;
+use super::adagrad::Adagrad;
 use super::adamw::AdamW;
 use super::adamw8bit::AdamW8bit;
+use super::lion::{Lion, Lion8bit};
+use super::one_by_one::OneByOne;
+use super::rmsprop::RmsProp;
+use super::sgd::Sgd;
 pub use crate::config::{AdamHyper, OptimizerKind};
 use crate::error::{Error, Result};
 use crate::kernels::elementwise::AdamStep;
@@ -19,7 +25,12 @@ pub struct ParamSlot<'a> {
     pub grad: &'a [f32],
     /// Whether weight decay applies (not for norms and biases).
     pub decay: bool,
+    /// The learning rate of this step.
+    pub lr: f64,
 }
+
+/// A tensor's name and axes.
+pub type TensorSize = (String, Vec<usize>);
 
 /// The numbers of one state tensor.
 #[derive(Debug, Clone, PartialEq)]
@@ -58,7 +69,7 @@ pub trait Optimizer: Send + Sync {
     ///
     /// # Errors
     /// [`Error::Shape`] if `params` are not the tensors the optimizer was made for, in their order.
-    fn step(&mut self, params: &mut [ParamSlot<'_>], lr: f64, grad_scale: f32) -> Result<()>;
+    fn step(&mut self, params: &mut [ParamSlot<'_>], grad_scale: f32) -> Result<()>;
 
     /// Steps taken.
     fn steps(&self) -> u64;
@@ -76,16 +87,29 @@ pub trait Optimizer: Send + Sync {
     fn state_bytes(&self) -> usize;
 }
 
-/// An optimizer for tensors of these names and numbers of elements, in this order.
-pub fn build(kind: OptimizerKind, hyper: AdamHyper, sizes: &[(String, usize)]) -> Box<dyn Optimizer> {
+/// An optimizer for tensors of these names and shapes, in this order.
+pub fn build(kind: OptimizerKind, hyper: AdamHyper, sizes: &[TensorSize]) -> Box<dyn Optimizer> {
+    let weight_decay = hyper.weight_decay;
     match kind {
         OptimizerKind::AdamW => Box::new(AdamW::new(hyper, sizes)),
         OptimizerKind::AdamW8bit => Box::new(AdamW8bit::new(hyper, sizes)),
+        OptimizerKind::Adafactor => Box::new(Adafactor::new(weight_decay, sizes)),
+        OptimizerKind::Sgd { momentum, dampening, nesterov } => {
+            Box::new(OneByOne::new(Sgd { momentum, dampening, nesterov, weight_decay }, sizes))
+        }
+        OptimizerKind::Lion => Box::new(OneByOne::new(Lion { hyper }, sizes)),
+        OptimizerKind::Lion8bit => Box::new(Lion8bit::new(hyper, sizes)),
+        OptimizerKind::RmsProp { alpha, eps, momentum, centered } => {
+            Box::new(OneByOne::new(RmsProp { alpha, eps, momentum, centered, weight_decay }, sizes))
+        }
+        OptimizerKind::Adagrad { eps, lr_decay } => {
+            Box::new(OneByOne::new(Adagrad { eps, lr_decay, weight_decay }, sizes))
+        }
     }
 }
 
 /// The scalars of step `t`, which counts from 1. Computed in f64 and rounded once, as PyTorch does with Python floats.
-pub(super) fn adam_step(hyper: &AdamHyper, t: u64, lr: f64, grad_scale: f32) -> AdamStep {
+pub(super) fn adam_step(hyper: &AdamHyper, t: u64, slot: &ParamSlot<'_>, grad_scale: f32) -> AdamStep {
     let t = t as f64;
     AdamStep {
         beta1: hyper.beta1 as f32,
@@ -94,8 +118,8 @@ pub(super) fn adam_step(hyper: &AdamHyper, t: u64, lr: f64, grad_scale: f32) -> 
         one_minus_beta2: (1.0 - hyper.beta2) as f32,
         eps: hyper.eps as f32,
         correction2_sqrt: (1.0 - hyper.beta2.powf(t)).sqrt() as f32,
-        step_size: (-lr / (1.0 - hyper.beta1.powf(t))) as f32,
-        keep: (1.0 - lr * hyper.weight_decay) as f32,
+        step_size: (-slot.lr / (1.0 - hyper.beta1.powf(t))) as f32,
+        keep: if slot.decay { (1.0 - slot.lr * hyper.weight_decay) as f32 } else { 1.0 },
         grad_scale,
     }
 }
@@ -189,8 +213,26 @@ mod tests {
         (0..n).map(|_| random.next_u32() as f32 / u32::MAX as f32 - 0.5).collect()
     }
 
+    /// Every optimizer there is, with every part of its state in use.
+    const KINDS: [OptimizerKind; 9] = [
+        OptimizerKind::AdamW,
+        OptimizerKind::AdamW8bit,
+        OptimizerKind::Adafactor,
+        OptimizerKind::Sgd { momentum: 0.0, dampening: 0.0, nesterov: false },
+        OptimizerKind::Sgd { momentum: 0.9, dampening: 0.0, nesterov: true },
+        OptimizerKind::Lion,
+        OptimizerKind::Lion8bit,
+        OptimizerKind::RmsProp { alpha: 0.9, eps: 1e-8, momentum: 0.8, centered: true },
+        OptimizerKind::Adagrad { eps: 1e-10, lr_decay: 0.1 },
+    ];
+
+    /// Tensors of [`SIZES`]: `a` a vector, the others matrices.
     fn make(kind: OptimizerKind) -> Box<dyn Optimizer> {
-        build(kind, HYPER, &SIZES.map(|(name, len)| (name.to_owned(), len)))
+        build(
+            kind,
+            HYPER,
+            &SIZES.map(|(name, len)| (name.to_owned(), if len < 1000 { vec![len] } else { vec![100, len / 100] })),
+        )
     }
 
     fn start() -> Vec<Vec<f32>> {
@@ -205,9 +247,9 @@ mod tests {
                 .iter_mut()
                 .zip(&grads)
                 .zip(SIZES)
-                .map(|((data, grad), (name, _))| ParamSlot { name, data, grad, decay: name != "b" })
+                .map(|((data, grad), (name, _))| ParamSlot { name, data, grad, decay: name != "b", lr: 1e-3 })
                 .collect();
-            optimizer.step(&mut slots, 1e-3, 1.0).unwrap();
+            optimizer.step(&mut slots, 1.0).unwrap();
         }
     }
 
@@ -221,7 +263,7 @@ mod tests {
 
     #[test]
     fn resumed_run_equals_the_uninterrupted_one_to_the_bit() {
-        for kind in [OptimizerKind::AdamW, OptimizerKind::AdamW8bit] {
+        for kind in KINDS {
             let (mut whole, mut params) = (make(kind), start());
             run(&mut *whole, &mut params, 0..10);
 
@@ -237,7 +279,7 @@ mod tests {
 
     #[test]
     fn threads_do_not_change_a_bit() {
-        for kind in [OptimizerKind::AdamW, OptimizerKind::AdamW8bit] {
+        for kind in KINDS {
             let train = |threads| {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                 let (mut optimizer, mut params) = (make(kind), start());
@@ -282,17 +324,17 @@ mod tests {
         let get = |name: &str| floats(&file.tensor(name).unwrap());
         let (mut large, mut small) = (get("param8/0"), get("param32/0"));
         let (grads8, grads32) = (get("grads8"), get("grads32"));
-        let sizes = [("large".to_owned(), large.len()), ("small".to_owned(), small.len())];
+        let sizes = [("large".to_owned(), vec![large.len()]), ("small".to_owned(), vec![small.len()])];
         let mut optimizer = build(OptimizerKind::AdamW8bit, HYPER, &sizes);
         for step in 1..=10usize {
             let row = (step - 1) % 4;
             let row_of = |grads: &[f32], len: usize| grads[row * len..][..len].to_vec();
             let (grad8, grad32) = (row_of(&grads8, large.len()), row_of(&grads32, small.len()));
             let mut slots = [
-                ParamSlot { name: "large", data: &mut large, grad: &grad8, decay: true },
-                ParamSlot { name: "small", data: &mut small, grad: &grad32, decay: true },
+                ParamSlot { name: "large", data: &mut large, grad: &grad8, decay: true, lr: 1e-3 },
+                ParamSlot { name: "small", data: &mut small, grad: &grad32, decay: true, lr: 1e-3 },
             ];
-            optimizer.step(&mut slots, 1e-3, 1.0).unwrap();
+            optimizer.step(&mut slots, 1.0).unwrap();
             if ![1, 2, 10].contains(&step) {
                 continue;
             }
@@ -335,11 +377,11 @@ mod tests {
     fn sizes_and_names_are_checked() {
         for kind in [OptimizerKind::AdamW, OptimizerKind::AdamW8bit] {
             let mut optimizer = make(kind);
-            assert!(optimizer.step(&mut [], 1e-3, 1.0).unwrap_err().to_string().contains("3 tensors"));
+            assert!(optimizer.step(&mut [], 1.0).unwrap_err().to_string().contains("3 tensors"));
             let (mut data, grad) = (vec![0.0; 700], vec![0.0; 699]);
-            let slots = &mut [ParamSlot { name: "a", data: &mut data, grad: &grad, decay: true }];
-            let mut one = build(kind, HYPER, &[("a".to_owned(), 700)]);
-            assert!(one.step(slots, 1e-3, 1.0).unwrap_err().to_string().contains("tensor a of 700"));
+            let slots = &mut [ParamSlot { name: "a", data: &mut data, grad: &grad, decay: true, lr: 1e-3 }];
+            let mut one = build(kind, HYPER, &[("a".to_owned(), vec![700])]);
+            assert!(one.step(slots, 1.0).unwrap_err().to_string().contains("tensor a of 700"));
             assert_eq!(one.steps(), 0);
 
             let good = owned(optimizer.state());
@@ -362,9 +404,119 @@ mod tests {
     }
 
     #[test]
+    fn every_optimizer_refuses_what_is_not_its_own() {
+        for kind in KINDS {
+            let mut optimizer = make(kind);
+            assert!(optimizer.step(&mut [], 1.0).unwrap_err().to_string().contains("3 tensors"), "{kind:?}");
+            let mut more = owned(optimizer.state());
+            let spare = NamedState { name: "x.exp_avg".to_owned(), data: StateData::U8(vec![0].into()) };
+            more.push(spare);
+            let error = optimizer.load_state(1, more).unwrap_err().to_string();
+            assert!(error.contains("x.exp_avg") && optimizer.steps() == 0, "{kind:?}: {error}");
+            let mut missing = owned(optimizer.state());
+            if missing.pop().is_some() {
+                assert!(optimizer.load_state(1, missing).unwrap_err().to_string().contains("missing"), "{kind:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn each_equals_its_library() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/optimizers.safetensors");
+        let bytes = std::fs::read(path).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let get = |name: &str| floats(&file.tensor(name).unwrap());
+        let names = ["matrix", "vector"];
+        let sizes =
+            names.map(|name| (name.to_owned(), file.tensor(&format!("{name}/start")).unwrap().shape().to_vec()));
+        let plain = OptimizerKind::Sgd { momentum: 0.0, dampening: 0.0, nesterov: false };
+        for (case, kind, tolerance) in [
+            // f32, ten updates of about 0.01: roundings of parameters up to 0.5, and sums in another order.
+            ("adafactor", OptimizerKind::Adafactor, 1e-6),
+            ("sgd", plain, 2e-7),
+            ("sgd_momentum", OptimizerKind::Sgd { momentum: 0.9, dampening: 0.25, nesterov: false }, 2e-7),
+            ("sgd_nesterov", OptimizerKind::Sgd { momentum: 0.9, dampening: 0.0, nesterov: true }, 2e-7),
+            ("lion", OptimizerKind::Lion, 2e-7),
+            ("rmsprop", OptimizerKind::RmsProp { alpha: 0.99, eps: 1e-8, momentum: 0.0, centered: false }, 1e-6),
+            // A centred root of almost nothing magnifies the rounding of s - mean².
+            ("rmsprop_centered", OptimizerKind::RmsProp { alpha: 0.9, eps: 1e-8, momentum: 0.8, centered: true }, 2e-5),
+            ("adagrad", OptimizerKind::Adagrad { eps: 1e-10, lr_decay: 0.1 }, 1e-6),
+        ] {
+            let mut optimizer = build(kind, HYPER, &sizes);
+            let mut values = names.map(|name| get(&format!("{name}/start")));
+            let grads = names.map(|name| get(&format!("{name}/grads")));
+            for step in 0..10 {
+                let mut slots: Vec<_> = values
+                    .iter_mut()
+                    .zip(&grads)
+                    .zip(names)
+                    .map(|((data, grads), name)| {
+                        let grad = &grads[step % 4 * data.len()..][..data.len()];
+                        ParamSlot { name, data, grad, decay: true, lr: 1e-2 }
+                    })
+                    .collect();
+                optimizer.step(&mut slots, 1.0).unwrap();
+            }
+            for (name, got) in names.iter().zip(&values) {
+                let want = get(&format!("{name}/{case}"));
+                let furthest = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+                assert!(furthest < tolerance, "{case}: {name} is off by {furthest}");
+                assert_ne!(*got, get(&format!("{name}/start")), "{case}: {name} moved");
+            }
+        }
+    }
+
+    #[test]
+    fn lion_in_8_bits_equals_bitsandbytes() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/optimizers.safetensors");
+        let bytes = std::fs::read(path).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let get = |name: &str| floats(&file.tensor(name).unwrap());
+        let (mut large, grads) = (get("large/start"), get("large/grads"));
+        let len = large.len();
+        let mut optimizer = build(OptimizerKind::Lion8bit, HYPER, &[("large".to_owned(), vec![len])]);
+        for step in 0..10 {
+            let grad = &grads[step % 4 * len..][..len];
+            let slot = ParamSlot { name: "large", data: &mut large, grad, decay: true, lr: 1e-3 };
+            optimizer.step(&mut [slot], 1.0).unwrap();
+        }
+        let state = optimizer.state();
+        let StateData::U8(codes) = &state[0].data else { panic!("codes are bytes") };
+        let want = file.tensor("large/codes").unwrap();
+        let differ = codes.iter().zip(want.data()).filter(|(a, b)| a != b).count();
+        // A momentum on the other side of a midpoint by one rounding.
+        assert!(differ <= 10, "{differ} of {len} codes differ");
+        let off: Vec<f32> = large.iter().zip(get("large/lion_8bit")).map(|(a, b)| (a - b).abs()).collect();
+        // One rounding, but for a few elements whose momentum was as large as the gradient: they went the other way once.
+        let turned = off.iter().filter(|off| **off > 2e-7).count();
+        assert!(turned <= 3 && off.iter().all(|off| *off < 2.1e-3), "{turned} of {len} parameters differ");
+    }
+
+    #[test]
+    fn each_tensor_has_its_own_learning_rate() {
+        for kind in KINDS {
+            let mut moved = Vec::new();
+            for lr in [0.0, 1e-3] {
+                let mut optimizer = build(kind, HYPER, &["a", "b"].map(|name| (name.to_owned(), vec![5])));
+                let (mut a, mut b, grad) = (vec![1.0; 5], vec![1.0; 5], vec![0.5; 5]);
+                let mut slots = [
+                    ParamSlot { name: "a", data: &mut a, grad: &grad, decay: true, lr },
+                    ParamSlot { name: "b", data: &mut b, grad: &grad, decay: true, lr: 1e-3 },
+                ];
+                optimizer.step(&mut slots, 1.0).unwrap();
+                moved.push((a != vec![1.0; 5], b));
+            }
+            assert!(!moved[0].0 && moved[1].0 && moved[0].1 == moved[1].1, "{kind:?}");
+        }
+    }
+
+    #[test]
     fn state_bytes_count_the_state() {
         assert_eq!(make(OptimizerKind::AdamW).state_bytes(), 8 * (700 + 5_000 + 40_000));
         let blocks = 5_000usize.div_ceil(256) + 40_000usize.div_ceil(256);
         assert_eq!(make(OptimizerKind::AdamW8bit).state_bytes(), 8 * 700 + 2 * 45_000 + 8 * blocks);
+        assert_eq!(make(OptimizerKind::Lion8bit).state_bytes(), 4 * 700 + 45_000 + 4 * blocks);
+        assert_eq!(make(OptimizerKind::Adafactor).state_bytes(), 4 * (700 + 100 + 50 + 100 + 400));
+        assert_eq!(make(KINDS[3]).state_bytes(), 0);
     }
 }

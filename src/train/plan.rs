@@ -8,6 +8,7 @@ use super::step::{Recompute, first_trained};
 use crate::config::{Lora, OptimizerKind};
 use crate::error::{Error, Result};
 use crate::io::os::{available_memory_bytes, rss_bytes};
+use crate::kernels::{self, Kernels};
 use crate::lora::peft::placements;
 use crate::model::llama::{Keep, mlp_chunks};
 use crate::model::{LoadOptions, Model, ModelConfig};
@@ -67,7 +68,7 @@ impl Sizes {
             attention_ranks: most(0..4),
             mlp_ranks: most(4..7),
             dropout: llama.layers.iter().any(|layer| layer.linears().iter().any(drops)),
-            packed_bytes: if model.ctx.precision == Precision::Bf16 { 2 } else { 4 },
+            packed_bytes: packed_bytes(model.ctx.kernels, model.ctx.precision),
         }
     }
 
@@ -93,18 +94,18 @@ impl Sizes {
         let activated = if keep < Keep::Everything { h + ffn } else { 0 };
         let masked = if self.dropout { ffn } else { 0 };
         let packed = |floats: usize| floats * self.packed_bytes / 4;
-        // dx of gate and up where it is so narrow that both weights are packed whole.
-        let narrow = 2 * packed(packed_whole(h, ffn));
-        // Through down: dactive, its packed operand and that of dB; through gate and up: dgate, dup, dh, three packed.
+        // Through down: dactive and its packed operand. Through gate and up: dgate, dup, h, dh and three packed, or two
+        // beside both weights where dx is so narrow that they are packed whole.
         let through_down = gated + activated + ffn + masked.max(packed(h));
-        let through_gate_up = gated.min(1) * h + 2 * ffn + h + packed(3 * ffn) + masked.min(h);
+        let gradients = 2 * ffn + 2 * h + masked.min(h);
         let swiglu = gated + h + 3 * ffn;
-        let mlp = attention + narrow + chunk * through_down.max(through_gate_up).max(swiglu);
+        let mlp = through_down.max(gradients + packed(3 * ffn)).max(swiglu) * chunk;
+        let mlp = mlp.max((gradients + packed(2 * ffn)) * chunk + packed(2 * packed_whole(h, ffn)));
         // mid is gone; dattended, dq, dk, dv, D, keys twice and values packed; then h, dh and the packed operands.
         let apart = if keep == Keep::Input { attention - n_tokens * h } else { 0 };
         let through_attention = apart + n_tokens * (2 * q + 5 * kv + self.heads);
         let through_qkv = n_tokens * (q + 2 * kv + 2 * h + packed(2 * q + 2 * kv) + if self.dropout { h } else { 0 });
-        4 * mlp.max(through_attention).max(through_qkv)
+        4 * (attention + mlp).max(through_attention).max(through_qkv)
     }
 
     /// Bytes of activations at the most, with what each layer keeps.
@@ -344,7 +345,7 @@ impl Run {
             attention_ranks: ranks(0..4),
             mlp_ranks: ranks(4..7),
             dropout: places.iter().any(|p| p.dropout > 0.0),
-            packed_bytes: if options.precision == Precision::Bf16 { 2 } else { 4 },
+            packed_bytes: packed_bytes(kernels::active()?, options.precision),
         };
         let tables = vec![c.vocab_size * h; if c.tie_word_embeddings { 1 } else { 2 }];
         let norms = vec![h; 2 * c.num_layers + 1];
@@ -376,11 +377,31 @@ impl Run {
     }
 }
 
+/// Bytes of a packed operand's element: halves where there are products of pairs.
+fn packed_bytes(kernels: &Kernels, precision: Precision) -> usize {
+    if precision == Precision::Bf16 && kernels.pairs.is_some() { 2 } else { 4 }
+}
+
 /// Bytes of an optimizer's state for a tensor of `len` elements.
 fn state_bytes(optimizer: OptimizerKind, len: usize) -> usize {
     match optimizer {
         OptimizerKind::AdamW8bit if len >= MIN_8BIT_SIZE => 2 * len + 8 * len.div_ceil(BLOCK),
         OptimizerKind::AdamW | OptimizerKind::AdamW8bit => 8 * len,
+        OptimizerKind::Lion8bit if len >= MIN_8BIT_SIZE => len + 4 * len.div_ceil(BLOCK),
+        OptimizerKind::Lion | OptimizerKind::Lion8bit | OptimizerKind::Adagrad { .. } => 4 * len,
+        OptimizerKind::Sgd { momentum, .. } => {
+            if momentum > 0.0 {
+                4 * len
+            } else {
+                0
+            }
+        }
+        OptimizerKind::RmsProp { momentum, centered, .. } => {
+            4 * len * (1 + usize::from(momentum > 0.0) + usize::from(centered))
+        }
+        // Of a matrix it keeps a number for each row and column, which are few; of a vector as many as it has.
+        OptimizerKind::Adafactor if len < MIN_8BIT_SIZE => 4 * len,
+        OptimizerKind::Adafactor => 8 * len.isqrt(),
     }
 }
 
@@ -405,7 +426,7 @@ mod tests {
     fn measured(model: &Model, lengths: &[usize], recompute: Recompute) -> usize {
         let (tokens, targets) = random_tokens(lengths, model.config.vocab_size);
         let dropout = Some(DropoutKey { seed: 0, step: 0 });
-        let options = StepOptions { dropout, weight: 1.0, recompute, poll: &|| Ok(()) };
+        let options = StepOptions { dropout, noise_alpha: 0.0, weight: 1.0, recompute, poll: &|| Ok(()) };
         model.ctx.pool.clear();
         let batch = MicroBatch { tokens: &tokens, targets: &targets };
         forward_backward(model, &batch, &options, &mut Grads::zeros(&model.params)).unwrap();
@@ -495,8 +516,8 @@ mod tests {
         use crate::train::optimizer::build;
         let hyper = AdamHyper { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 };
         let lens = [100, 5_000, 40_000];
-        let named: Vec<_> = lens.iter().map(|&len| (len.to_string(), len)).collect();
-        for kind in [OptimizerKind::AdamW, OptimizerKind::AdamW8bit] {
+        let named: Vec<_> = lens.iter().map(|&len| (len.to_string(), vec![len])).collect();
+        for kind in [OptimizerKind::AdamW, OptimizerKind::AdamW8bit, OptimizerKind::Lion, OptimizerKind::Lion8bit] {
             let run = Run::of(&random_model(TestShape { layers: 1, ffn: 64, ..TestShape::wide() }), kind, 10);
             let got = Run { weights: 12, trained: lens.to_vec(), ..run }.estimate(Recompute::EveryLayer);
             assert_eq!((got.optimizer, got.gradients), (build(kind, hyper, &named).state_bytes(), 4 * 45_100));

@@ -17,7 +17,7 @@ use crate::io::os::with_pool;
 use crate::model::Model;
 use crate::ops::{DropoutKey, Grads, Tokens};
 use serde_json::{Map, Value, json};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -59,6 +59,12 @@ impl Settings {
 
     fn lr_at(&self, done: usize) -> f64 {
         self.schedule().lr_at(done)
+    }
+
+    /// The learning rate of embeddings and head.
+    fn embedding_lr_at(&self, done: usize) -> f64 {
+        let schedule = self.schedule();
+        self.train.embedding_learning_rate.unwrap_or(schedule.peak) * schedule.factor(done)
     }
 }
 
@@ -116,6 +122,12 @@ pub struct Status {
     pub tokens: usize,
     /// All log entries so far.
     pub log_history: Vec<Value>,
+    /// The best value so far of the metric that tells the best evaluation.
+    pub best_metric: Option<f64>,
+    /// The step of that evaluation.
+    pub best_step: Option<usize>,
+    /// The checkpoint written at such a step, the last time one was.
+    pub best_checkpoint: Option<PathBuf>,
 }
 
 /// Whoever watches and steers a run.
@@ -125,6 +137,15 @@ pub trait Observer {
     /// # Errors
     /// Any error ends the run.
     fn event(&mut self, event: Event<'_>, status: &Status, control: &mut Control) -> Result<()>;
+
+    /// Evaluates instead of the run, whose model is free meanwhile; `None` leaves it to the run.
+    ///
+    /// # Errors
+    /// Any error ends the run.
+    fn evaluate(&mut self, status: &Status) -> Result<Option<Map<String, Value>>> {
+        let _ = status;
+        Ok(None)
+    }
 
     /// Called several times a second on the thread that called [`run`].
     ///
@@ -282,13 +303,19 @@ impl<'a, 'o> Run<'a, 'o> {
         }
         let (mut sizes, mut grads) = (Vec::new(), Grads::default());
         job.model.read(&mut |model| {
-            sizes = model.params.all().iter().map(|p| (p.name.clone(), p.data.len())).collect();
+            sizes = model.params.all().iter().map(|p| (p.name.clone(), p.shape.clone())).collect();
             grads = Grads::zeros(&model.params);
             Ok(())
         })?;
         if sizes.is_empty() {
             let expected = "nothing to train: call get_peft_model, or load with full_finetuning=True";
             return Err(Error::config("model", "no trainable tensor", expected));
+        }
+        let embeddings = sizes.iter().any(|(name, _)| is_embedding(name));
+        if let (Some(lr), false) = (job.settings.train.embedding_learning_rate, embeddings) {
+            let expected =
+                "neither embed_tokens nor lm_head is trained: load with full_finetuning=True, or leave it out";
+            return Err(Error::config("embedding_learning_rate", lr, expected));
         }
         let optimizer = build(job.settings.train.optimizer, job.settings.train.adam, &sizes);
         let status = Status { max_steps: job.settings.plan.total_steps, ..Status::default() };
@@ -327,7 +354,7 @@ impl<'a, 'o> Run<'a, 'o> {
                     own["data"][key],
                     folder.display()
                 );
-                self.observer.event(Event::Warning(&text), &self.status, &mut self.control)?;
+                self.tell(Event::Warning(&text))?;
             }
         }
         self.job.model.write(&mut |model| checkpoint::load_params(folder, &mut model.params))?;
@@ -335,9 +362,17 @@ impl<'a, 'o> Run<'a, 'o> {
         self.status.step = step as usize;
         self.status.epoch = self.epoch_at(step as usize);
         self.status.log_history = state["log_history"].as_array().cloned().unwrap_or_default();
-        self.total_loss = own["total_loss"].as_f64().unwrap_or(0.0);
+        self.status.best_step = state["best_global_step"].as_u64().map(|step| step as usize);
+        self.status.best_checkpoint = state["best_model_checkpoint"].as_str().map(PathBuf::from).map(|path| {
+            // The output folder may have another name by now.
+            let moved = self.job.settings.train.output_dir.join(path.file_name().unwrap_or_default());
+            if path.exists() { path } else { moved }
+        });
+        let exact = |value: &Value| value.as_f64().or_else(|| value.as_str()?.parse().ok());
+        self.status.best_metric = exact(&own["best_metric"]);
+        self.total_loss = exact(&own["total_loss"]).unwrap_or(0.0);
         self.pending =
-            (own["pending_loss"].as_f64().unwrap_or(0.0), own["pending_steps"].as_u64().unwrap_or(0) as usize);
+            (exact(&own["pending_loss"]).unwrap_or(0.0), own["pending_steps"].as_u64().unwrap_or(0) as usize);
         Ok(())
     }
 
@@ -347,11 +382,11 @@ impl<'a, 'o> Run<'a, 'o> {
         [
             ("packing", json!(t.packing)),
             ("max_length", json!(t.max_length.filter(|_| t.packing))),
-            ("group_by_length", json!(t.group_by_length)),
             ("rows", json!(self.job.train.len())),
             ("per_device_train_batch_size", json!(t.per_device_train_batch_size)),
             ("gradient_accumulation_steps", json!(t.gradient_accumulation_steps)),
             ("data_seed", json!(t.data_seed)),
+            ("order", json!(t.order)),
         ]
     }
 
@@ -372,6 +407,9 @@ impl<'a, 'o> Run<'a, 'o> {
         let first_step = self.status.step;
         let mut rows_seen = 0;
         self.tell(Event::TrainBegin)?;
+        if self.job.settings.train.eval_on_start && first_step == 0 {
+            self.evaluate()?;
+        }
         let mut order = (usize::MAX, Vec::new());
         while self.status.step < self.job.settings.plan.total_steps && !self.control.stop {
             let (epoch, in_epoch) = (self.status.step / per_epoch, self.status.step % per_epoch);
@@ -391,12 +429,15 @@ impl<'a, 'o> Run<'a, 'o> {
             self.control = self.due();
             self.tell(Event::StepEnd)?;
             self.act()?;
-            if in_epoch + 1 == per_epoch {
-                let stop = self.control.stop;
-                self.control = Control { stop, ..Control::default() };
+            let ended = self.control.stop || self.status.step >= self.job.settings.plan.total_steps;
+            if ended || in_epoch + 1 == per_epoch {
+                self.control = self.due_after_epoch();
                 self.tell(Event::EpochEnd)?;
                 self.act()?;
             }
+        }
+        if self.job.settings.train.best.load_at_end {
+            self.load_best()?;
         }
         self.tell(Event::TrainEnd)?;
         let steps = self.status.step - first_step;
@@ -413,14 +454,26 @@ impl<'a, 'o> Run<'a, 'o> {
     fn due(&self) -> Control {
         let Settings { train, plan, .. } = self.job.settings;
         let step = self.status.step;
-        let due = |when: When| when.is_due(step, plan);
-        // Like transformers, a run that saves at all saves its end.
-        let last = step >= plan.total_steps && train.save != When::Never;
+        let due = |when: When| when.is_due(step, plan.total_steps);
+        // Like transformers, a run that saves every so many steps saves its end; it can only be the best if it is scored.
+        let last = |when: When| step >= plan.total_steps && when.every(plan.total_steps).is_some();
+        let evaluate = due(train.eval) || (last(train.eval) && train.best.load_at_end);
         Control {
             stop: self.control.stop,
             log: due(train.logging) || (train.logging_first_step && step == 1),
-            evaluate: due(train.eval),
-            save: due(train.save) || last,
+            evaluate: evaluate && step as f64 >= train.eval_delay,
+            save: due(train.save) || last(train.save),
+        }
+    }
+
+    /// What the settings ask for after the epoch that was just made, or broken off.
+    fn due_after_epoch(&self) -> Control {
+        let train = &self.job.settings.train;
+        Control {
+            stop: self.control.stop,
+            log: train.logging == When::Epoch,
+            evaluate: train.eval == When::Epoch && self.status.epoch >= train.eval_delay,
+            save: train.save == When::Epoch,
         }
     }
 
@@ -430,12 +483,52 @@ impl<'a, 'o> Run<'a, 'o> {
             self.log()?;
         }
         if self.control.evaluate {
-            self.evaluate()?;
+            let entry = self.evaluate()?;
+            if self.takes_the_lead(&entry)? && self.job.settings.train.save == When::Best {
+                self.control.save = true;
+            }
         }
         if self.control.save {
             self.save()?;
         }
         Ok(())
+    }
+
+    /// Whether an evaluation is the best so far, which is then noted.
+    fn takes_the_lead(&mut self, entry: &Map<String, Value>) -> Result<bool> {
+        let best = &self.job.settings.train.best;
+        let Some(value) = entry.get(&best.metric).and_then(Value::as_f64) else {
+            if !best.keep {
+                return Ok(false);
+            }
+            let names: Vec<_> = entry.keys().map(String::as_str).filter(|name| name.starts_with("eval_")).collect();
+            let expected = format!("the evaluation gives {}", names.join(", "));
+            return Err(Error::config("metric_for_best_model", &best.metric, expected));
+        };
+        let leads = best.is_better(value, self.status.best_metric);
+        if leads {
+            self.status.best_metric = Some(value);
+            self.status.best_step = Some(self.status.step);
+        }
+        Ok(leads)
+    }
+
+    /// Puts the best checkpoint's weights into the model.
+    fn load_best(&mut self) -> Result<()> {
+        let train = &self.job.settings.train;
+        let Some(path) = self.status.best_checkpoint.clone() else {
+            let text = "load_best_model_at_end: no checkpoint was written at an evaluation better than all before; \
+                        the weights are those of the last step";
+            return self.tell(Event::Warning(text));
+        };
+        if let Err(reason) = checkpoint::verify(&path) {
+            let text =
+                format!("load_best_model_at_end: {}: {reason}; the weights are those of the last step", path.display());
+            return self.tell(Event::Warning(&text));
+        }
+        self.job.model.write(&mut |model| checkpoint::load_params(&path, &mut model.params))?;
+        // The last checkpoint was kept to resume from, which is over.
+        if train.save_total_limit == Some(1) { checkpoint::keep_only(&train.output_dir, &path) } else { Ok(()) }
     }
 
     /// One optimizer step over the rows of its micro-batches; returns its loss.
@@ -459,7 +552,8 @@ impl<'a, 'o> Run<'a, 'o> {
             let (tokens, targets) = split(batch);
             let (lender, grads) = (self.job.model, &mut self.grads);
             sum += computing(self.observer, |poll| {
-                let options = StepOptions { dropout, weight: 1.0 / trained as f32, recompute: s.recompute, poll };
+                let (weight, noise_alpha) = (1.0 / trained as f32, s.train.noise_alpha as f32);
+                let options = StepOptions { dropout, noise_alpha, weight, recompute: s.recompute, poll };
                 let mut loss = 0.0;
                 lender.read(&mut |model| {
                     let batch = MicroBatch { tokens: &tokens, targets: &targets };
@@ -481,8 +575,8 @@ impl<'a, 'o> Run<'a, 'o> {
     /// Clips and applies the gradients; the model is untouched if they are not finite.
     fn update(&mut self) -> Result<()> {
         let s = self.job.settings;
-        let lr = s.lr_at(self.status.step);
-        let grads = &mut self.grads;
+        let (lr, embedding_lr) = (s.lr_at(self.status.step), s.embedding_lr_at(self.status.step));
+        let grads = &self.grads;
         let norm = with_pool(|| Ok(global_norm(&grads.all().iter().map(Vec::as_slice).collect::<Vec<_>>())))?;
         self.grad_norm = norm;
         self.diverged("grad_norm", norm)?;
@@ -494,9 +588,12 @@ impl<'a, 'o> Run<'a, 'o> {
                     .all_mut()
                     .iter_mut()
                     .zip(grads.all())
-                    .map(|(p, grad)| ParamSlot { name: &p.name, data: &mut p.data, grad, decay: p.decay })
+                    .map(|(p, grad)| {
+                        let lr = if is_embedding(&p.name) { embedding_lr } else { lr };
+                        ParamSlot { name: &p.name, data: &mut p.data, grad, decay: p.decay, lr }
+                    })
                     .collect();
-                optimizer.step(&mut slots, lr, clip_factor(norm, s.train.max_grad_norm))
+                optimizer.step(&mut slots, clip_factor(norm, s.train.max_grad_norm))
             })
         })
     }
@@ -529,7 +626,22 @@ impl<'a, 'o> Run<'a, 'o> {
         self.record(entry, |entry| Event::Log(entry))
     }
 
-    fn evaluate(&mut self) -> Result<()> {
+    fn evaluate(&mut self) -> Result<Map<String, Value>> {
+        let started = Instant::now();
+        let mut entry = match self.observer.evaluate(&self.status)? {
+            Some(entry) => entry,
+            None => self.score()?,
+        };
+        entry.insert("epoch".to_owned(), json!(self.status.epoch));
+        entry.insert("step".to_owned(), json!(self.status.step));
+        // Evaluation's time is not training's.
+        self.logged.0 += started.elapsed();
+        self.record(Value::Object(entry.clone()), |entry| Event::Evaluate(entry))?;
+        Ok(entry)
+    }
+
+    /// The loss on the evaluation rows, and how long that took.
+    fn score(&mut self) -> Result<Map<String, Value>> {
         if self.job.eval.is_empty() {
             return Err(Error::data(
                 "eval_dataset",
@@ -537,22 +649,20 @@ impl<'a, 'o> Run<'a, 'o> {
             ));
         }
         let started = Instant::now();
-        let settings = self.job.settings;
-        let (batch_size, mut loss) = (settings.train.per_device_eval_batch_size, 0.0);
+        let batch_size = self.job.settings.train.per_device_eval_batch_size;
+        let mut loss = 0.0;
         self.job.model.read(&mut |model| {
             (loss, _) = evaluate(model, self.job.eval, batch_size, self.observer)?;
             Ok(())
         })?;
-        let entry = json!({
-            "eval_loss": loss,
-            "eval_runtime": started.elapsed().as_secs_f64(),
-            "eval_samples_per_second": self.job.eval.len() as f64 / started.elapsed().as_secs_f64().max(1e-9),
-            "epoch": self.status.epoch,
-            "step": self.status.step,
-        });
-        // Evaluation's time is not training's.
-        self.logged.0 += started.elapsed();
-        self.record(entry, |entry| Event::Evaluate(entry))
+        let seconds = started.elapsed().as_secs_f64().max(1e-9);
+        let numbers = [
+            ("eval_loss", loss),
+            ("eval_runtime", seconds),
+            ("eval_samples_per_second", self.job.eval.len() as f64 / seconds),
+            ("eval_steps_per_second", self.job.eval.len().div_ceil(batch_size) as f64 / seconds),
+        ];
+        Ok(numbers.into_iter().map(|(name, value)| (name.to_owned(), json!(value))).collect())
     }
 
     fn record(&mut self, entry: Value, event: impl Fn(&Map<String, Value>) -> Event<'_>) -> Result<()> {
@@ -563,6 +673,9 @@ impl<'a, 'o> Run<'a, 'o> {
 
     fn save(&mut self) -> Result<()> {
         let s = self.job.settings;
+        if self.status.best_step == Some(self.status.step) {
+            self.status.best_checkpoint = Some(checkpoint::path(&s.train.output_dir, self.status.step));
+        }
         let mut state = checkpoint::state_json(
             self.status.step,
             self.status.epoch,
@@ -570,10 +683,15 @@ impl<'a, 'o> Run<'a, 'o> {
             &json!(s.train),
             &self.status.log_history,
         );
+        state["best_metric"] = json!(self.status.best_metric);
+        state["best_global_step"] = json!(self.status.best_step);
+        state["best_model_checkpoint"] = json!(self.status.best_checkpoint);
         let own = &mut state["rustune"];
         own["data"] = self.fingerprint().into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
-        own["total_loss"] = json!(self.total_loss);
-        own["pending_loss"] = json!(self.pending.0);
+        // As texts: a number in JSON is read back to the last bit but one.
+        own["total_loss"] = json!(self.total_loss.to_string());
+        own["pending_loss"] = json!(self.pending.0.to_string());
+        own["best_metric"] = json!(self.status.best_metric.map(|metric| metric.to_string()));
         own["pending_steps"] = json!(self.pending.1);
         let (lender, write_model) = (self.job.model, self.job.write_model);
         let path = checkpoint::save(
@@ -582,8 +700,14 @@ impl<'a, 'o> Run<'a, 'o> {
             &*self.optimizer,
             &state,
             s.train.save_total_limit,
+            self.status.best_checkpoint.as_deref().filter(|_| s.train.best.keep),
             |folder| lender.read(&mut |model| write_model(model, folder)),
         )?;
         self.tell(Event::Save(&path))
     }
+}
+
+/// Whether a trained tensor is the embedding table or the head, which may have a learning rate of their own.
+fn is_embedding(name: &str) -> bool {
+    name.contains("embed_tokens") || name.contains("lm_head")
 }

@@ -35,6 +35,8 @@ pub struct MicroBatch<'a> {
 pub struct StepOptions<'a> {
     /// The key of the dropout masks, `None` for no dropout.
     pub dropout: Option<DropoutKey>,
+    /// Strength of the noise on the embeddings, 0 for none; drawn under the key of the dropout masks.
+    pub noise_alpha: f32,
     /// What a token's loss counts in the step's loss: 1 / trained tokens of the whole optimizer step.
     pub weight: f32,
     /// What is kept.
@@ -76,6 +78,7 @@ fn run(
     let first = n_layers - keeps.len();
 
     let mut x = embedding::forward(&env, &llama.embed, llama.hidden_size);
+    embedding::add_noise(&env, options.noise_alpha, llama.hidden_size, &mut x);
     let mut kept: Vec<(Buf, Option<Saved>)> = Vec::with_capacity(keeps.len());
     for (layer_idx, layer) in llama.layers.iter().enumerate() {
         (options.poll)()?;
@@ -128,7 +131,7 @@ mod tests {
 
     fn options() -> StepOptions<'static> {
         let dropout = Some(DropoutKey { seed: 3, step: 5 });
-        StepOptions { dropout, weight: 0.01, recompute: Recompute::EveryLayer, poll: &|| Ok(()) }
+        StepOptions { dropout, noise_alpha: 0.0, weight: 0.01, recompute: Recompute::EveryLayer, poll: &|| Ok(()) }
     }
 
     fn gradients(model: &Model, batch: &MicroBatch<'_>, keeps: &[Keep]) -> (u64, Vec<Vec<f32>>) {

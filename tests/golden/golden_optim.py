@@ -6,12 +6,14 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import bitsandbytes
 import torch
 from bitsandbytes import functional as bnb
 from golden_common import GOLDEN_DIR, generator, save_json, save_tensors
 from transformers import get_scheduler
+from transformers.optimization import Adafactor
 
 LARGE = 5000  # 19 blocks of 256 and a tail of 136; 8-bit state
 SMALL = 1000  # under 4,096 elements: f32 state
@@ -147,20 +149,121 @@ def make_adamw8bit() -> None:
 
 
 def make_schedules() -> None:
-    """Write `schedules.json`: the factor on the learning rate at every step, counted from 0."""
+    """Write `schedules.json`: the learning rate at every step of whole runs, counted from 0, and one past the end."""
+    settings: list[tuple[str, dict[str, Any]]] = [
+        ("linear", {}),
+        ("cosine", {}),
+        ("cosine", {"num_cycles": 1.5}),
+        ("cosine_with_restarts", {}),
+        ("cosine_with_restarts", {"num_cycles": 3}),
+        ("cosine_with_min_lr", {"min_lr": 2e-5}),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.25, "num_cycles": 0.75}),
+        ("polynomial", {}),
+        ("polynomial", {"power": 2.5, "lr_end": 1e-5}),
+        ("constant", {}),
+        ("constant_with_warmup", {}),
+        ("inverse_sqrt", {}),
+        ("inverse_sqrt", {"timescale": 50}),
+        ("warmup_stable_decay", {"num_decay_steps": 4}),
+        (
+            "warmup_stable_decay",
+            {
+                "num_decay_steps": 5,
+                "num_stable_steps": 2,
+                "warmup_type": "cosine",
+                "decay_type": "1-sqrt",
+                "min_lr_ratio": 0.1,
+            },
+        ),
+    ]
+    peak = 2e-4
     cases = []
-    for name in ("linear", "cosine", "constant", "constant_with_warmup"):
+    for name, kwargs in settings:
         for warmup in (0, 3):
             for total in (10, 25):
-                optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-                schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
-                factors = []
-                for _ in range(total + 1):
-                    factors.append(schedule.get_last_lr()[0])
+                optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+                schedule = get_scheduler(
+                    name, optimizer, num_warmup_steps=warmup, num_training_steps=total, scheduler_specific_kwargs=kwargs
+                )
+                rates = []
+                for _ in range(total + 2):
+                    rates.append(schedule.get_last_lr()[0])
                     optimizer.step()
                     schedule.step()
-                cases.append({"name": name, "warmup": warmup, "total": total, "factors": factors})
+                case = {"name": name, "kwargs": kwargs, "warmup": warmup, "total": total, "lr": peak, "rates": rates}
+                cases.append(case)
     save_json(GOLDEN_DIR / "schedules.json", {"cases": cases})
+
+
+LIBRARY_SHAPE = (24, 40)
+LIBRARY_LR = 1e-2
+
+
+def optimizers(weight_decay: float) -> dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]]:
+    """Return the makers of the optimizers beside AdamW, as transformers' Trainer sets them up."""
+    lr, betas = LIBRARY_LR, (BETA1, BETA2)
+    sgd, rmsprop = torch.optim.SGD, torch.optim.RMSprop
+    rest: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+    return {
+        "adafactor": lambda p: Adafactor(p, scale_parameter=False, relative_step=False, **rest),
+        "sgd": lambda p: sgd(p, **rest),
+        "sgd_momentum": lambda p: sgd(p, momentum=0.9, dampening=0.25, **rest),
+        "sgd_nesterov": lambda p: sgd(p, momentum=0.9, nesterov=True, **rest),
+        "lion": lambda p: bitsandbytes.optim.Lion(p, betas=betas, optim_bits=32, **rest),
+        "rmsprop": lambda p: rmsprop(p, **rest),
+        "rmsprop_centered": lambda p: rmsprop(p, alpha=0.9, momentum=0.8, centered=True, **rest),
+        "adagrad": lambda p: torch.optim.Adagrad(p, lr_decay=0.1, **rest),
+    }
+
+
+def lion8bit_step(
+    param: torch.Tensor, grad: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor], quantize: Quantizer
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """Take one step by the rule of bitsandbytes' CPU backend, spelled out."""
+    signed = bnb.create_dynamic_map(signed=True)
+    m = dequantize(*state, signed)
+    param = param * (1.0 - LR * WEIGHT_DECAY)
+    param = param.add(torch.sign(m.mul(BETA1) + grad.mul(1.0 - BETA1)), alpha=-LR)
+    return param, quantize(m.mul(BETA2).add(grad, alpha=1.0 - BETA2), signed)
+
+
+def make_optimizers() -> None:
+    """Write `optimizers.safetensors`: a matrix and a vector after ten steps of each optimizer beside AdamW."""
+    rng = generator(1100)
+    start = {"matrix": 0.1 * torch.randn(LIBRARY_SHAPE, generator=rng), "vector": 0.1 * torch.randn(40, generator=rng)}
+    grads = {name: torch.randn(STORED_GRADS, *value.shape, generator=rng) for name, value in start.items()}
+    tensors = {f"{name}/start": value for name, value in start.items()}
+    tensors |= {f"{name}/grads": value for name, value in grads.items()}
+    for optimizer_name, make in optimizers(WEIGHT_DECAY).items():
+        weights = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
+        optimizer = make(list(weights.values()))
+        for step in range(STEPS):
+            for name, weight in weights.items():
+                weight.grad = grads[name][step % STORED_GRADS].clone()
+            optimizer.step()
+        tensors |= {f"{name}/{optimizer_name}": weight.detach() for name, weight in weights.items()}
+
+    large = 0.1 * torch.randn(LARGE, generator=rng)
+    large_grads = torch.randn(STORED_GRADS, LARGE, generator=rng)
+    weight = torch.nn.Parameter(large.clone())
+    library = bitsandbytes.optim.Lion(
+        [weight], lr=LR, betas=(BETA1, BETA2), weight_decay=WEIGHT_DECAY, optim_bits=8, min_8bit_size=4096
+    )
+    zeros = (torch.zeros(LARGE, dtype=torch.uint8), torch.zeros(-(-LARGE // BLOCK)))
+    by_table, by_nearest = (large, zeros), (large, zeros)
+    for step in range(STEPS):
+        grad = large_grads[step % STORED_GRADS]
+        weight.grad = grad.clone()
+        library.step()
+        by_table = lion8bit_step(by_table[0], grad, by_table[1], quantize_cpu)
+        by_nearest = lion8bit_step(by_nearest[0], grad, by_nearest[1], quantize_nearest)
+    if not torch.equal(weight.detach(), by_table[0]):
+        raise ValueError("the spelled-out rule is not what bitsandbytes computes")
+    tensors |= {"large/start": large, "large/grads": large_grads, "large/lion_8bit": by_nearest[0]}
+    tensors |= {"large/codes": by_nearest[1][0], "large/absmax": by_nearest[1][1]}
+    settings = {"lr": LIBRARY_LR, "lr_of_large": LR, "betas": [BETA1, BETA2], "weight_decay": WEIGHT_DECAY}
+    metadata = {"settings": json.dumps({**settings, "grad_of_step": f"row step % {STORED_GRADS}, step from 0"})}
+    save_tensors(GOLDEN_DIR / "optimizers.safetensors", tensors, metadata)
 
 
 def make_randperm() -> None:

@@ -22,8 +22,9 @@ from functools import partial
 
 from golden_common import one_thread
 from golden_llama import CASES, make_llama, make_llama_nf4, make_peft
+from golden_masks import make_masks
 from golden_nf4 import make_nf4_extra
-from golden_optim import make_adamw8bit, make_randperm, make_schedules
+from golden_optim import make_adamw8bit, make_optimizers, make_randperm, make_schedules
 from golden_stories import make_stories
 
 MAKERS: dict[str, Callable[[], None]] = {
@@ -32,9 +33,11 @@ MAKERS: dict[str, Callable[[], None]] = {
     "peft": make_peft,
     "nf4_extra": make_nf4_extra,
     "adamw8bit": make_adamw8bit,
+    "optimizers": make_optimizers,
     "schedules": make_schedules,
     "randperm": make_randperm,
     "stories": make_stories,
+    "masks": make_masks,
 }
 
 

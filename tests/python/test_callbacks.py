@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,12 +152,21 @@ def test_a_callback_cancels_what_the_settings_ask_for(folder: Path, tmp_path: Pa
 
 
 def test_early_stopping_counts_evaluations_without_progress(folder: Path, tmp_path: Path) -> None:
-    settings = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 50}
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 50, "load_best_model_at_end": True}
+    settings |= {"save_strategy": "steps", "save_steps": 1}
     # No change is as large as the threshold: the first evaluation is the best, and two more end the run.
     trainer = trainer_with(folder, tmp_path, [EarlyStoppingCallback(2, 1e9)], **settings)
     assert trainer.train().global_step == 3
     with pytest.raises(ConfigError, match="eval_strategy"):
         trainer_with(folder, tmp_path, [EarlyStoppingCallback()]).train()
+    bare: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1}
+    with pytest.raises(ConfigError, match="load_best_model_at_end = False"):
+        trainer_with(folder, tmp_path, [EarlyStoppingCallback()], **bare).train()
+    with pytest.warns(UserWarning, match="without load_best_model_at_end"):
+        trainer_with(folder, tmp_path, [EarlyStoppingCallback()], metric_for_best_model="loss", **bare).train()
+    for arguments in ((0,), (1.5,), (1, -1.0), (1, "none")):
+        with pytest.raises(ConfigError, match="early_stopping_"):
+            EarlyStoppingCallback(*arguments)
     wrong = trainer_with(folder, tmp_path, [EarlyStoppingCallback()], metric_for_best_model="bleu", **settings)
     with pytest.raises(ConfigError, match="eval_bleu"):
         wrong.train()
@@ -219,23 +232,103 @@ def test_the_display_fits_where_it_is_shown() -> None:
     assert [duration(seconds) for seconds in (5, 65, 3661)] == ["0:05", "1:05", "1:01:01"]
 
 
-def test_the_table_of_notebooks_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-    from types import SimpleNamespace
-
+@pytest.fixture
+def ipython(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A stand-in for a notebook; what it was shown."""
     shown: list[str] = []
     handle = SimpleNamespace(update=shown.append)
     display = SimpleNamespace(HTML=str, display=lambda html, display_id: handle)
-    ipython = SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=1), display=display)
-    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    stand_in = SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=1), display=display)
+    monkeypatch.setitem(sys.modules, "IPython", stand_in)
     monkeypatch.setitem(sys.modules, "IPython.display", display)
+    return shown
+
+
+def test_the_table_of_notebooks_grows(ipython: list[str]) -> None:
+    shown = ipython
     table = choose()
     table.begin(0, 2)
     table.log({"step": 1, "loss": 2.5})
     table.advance(1, 100)
     table.close()
-    assert "<th>Training Loss</th></tr><tr><td>1</td><td>2.5000</td></tr>" in shown[-1]
-    table.evaluation({"step": 1, "eval_loss": 2.25})
+    assert cells(shown[-1]) == ["Step", "Training Loss", "1", "2.5000"] and "stopped at 1/2" in shown[-1]
+    table.evaluation({"step": 1, "eval_loss": 2.25, "eval_exact_match": 0.5, "eval_runtime": 3.0})
+    table.advance(2, 200)
     table.close()
-    assert "<th>Validation Loss</th></tr><tr><td>1</td><td>2.5000</td><td>2.2500</td></tr>" in shown[-1]
-    assert "value='1' max='2'" in shown[-1] and "tok/s" in shown[-1]
+    titles = ["Step", "Training Loss", "Validation Loss", "Exact Match"]
+    assert cells(shown[-1]) == [*titles, "1", "2.5000", "2.2500", "0.5000"]
+    assert "value='2' max='2'" in shown[-1] and "tok/s" in shown[-1] and "stopped" not in shown[-1]
+
+
+def cells(page: str) -> list[str]:
+    return re.findall(r"<t[hd] [^>]*>([^<]*)</t[hd]>", page)
+
+
+def test_the_table_shows_the_banner_and_escapes_it(ipython: list[str]) -> None:
+    table = choose()
+    table.banner("rows < 3")
+    assert "<pre>rows &lt; 3</pre>" in ipython[-1] and "<progress" not in ipython[-1]
+    table.banner("text", "<b>page</b>")
+    table.begin(0, 2)
+    table.close()
+    assert ipython[-1].startswith("<b>page</b>") and "<progress" in ipython[-1] and "<table" not in ipython[-1]
+
+
+def test_a_long_table_scrolls(ipython: list[str]) -> None:
+    table = choose()
+    table.begin(0, 100)
+    for step in range(100):
+        table.log({"step": step, "loss": 1.0})
+    table.close()
+    assert "overflow-y:auto" in ipython[-1] and len(cells(ipython[-1])) == 2 * 101
+
+
+def test_the_expected_time_is_told_once_and_only_of_long_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("rustune.progress.time.monotonic", lambda: now[0])
+    for seconds, told in ((0.1, 0), (2.0, 1)):
+        screen: Any = Screen()
+        lines = Lines(screen)
+        lines.begin(10, 40)
+        for step in range(11, 20):
+            now[0] += seconds
+            lines.advance(step, 100 * (step - 10))
+        assert screen.text.count("expected time") == told
+    assert screen.text == "expected time: 1:00, 50 tokens/s (measured over the first 3 steps)\n"
+
+
+def test_a_narrow_terminal_is_not_overrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "24")
+    screen: Any = Screen()
+    bar = Bar(screen)
+    bar.begin(0, 1000)
+    bar.log({"step": 1, "loss": 2.5})
+    bar.advance(1000, 100)
+    bar.close()
+    drawn = [line.removesuffix("\x1b[K") for line in screen.text.rstrip("\n").split("\r")]
+    assert max(map(len, drawn)) == 23
+
+
+def test_a_line_does_not_break_the_bar() -> None:
+    screen: Any = Screen()
+    bar = Bar(screen)
+    bar.begin(0, 4)
+    bar.evaluation({"step": 1, "eval_loss": 2.0})
+    *_, line, after = screen.text.split("\r")
+    assert line == "\x1b[Kstep 1/4  eval_loss 2.0000\n" and "0/4" in after
+
+
+def test_other_encodings_get_other_signs() -> None:
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    bar = Bar(file)
+    bar.banner("a «sample»")
+    bar.begin(0, 2)
+    bar.advance(2, 10)
+    bar.close()
+    text = file.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+    assert text.startswith("a >>sample<<\n") and "####" in text
+
+
+def test_without_a_console_nothing_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    assert type(choose()) is Progress

@@ -42,7 +42,7 @@ EXPECTED = {
     "gemma": "<s><start_of_turn>user\nS\n\nU<end_of_turn>\n<start_of_turn>model\nA<end_of_turn>\n"
     "<start_of_turn>user\nV<end_of_turn>\n<start_of_turn>model\n",
 }
-EXPECTED["qwen-2.5"] = EXPECTED["chatml"]
+EXPECTED["qwen-2.5"] = EXPECTED["qwen-3"] = EXPECTED["chatml"]
 ALIASES = {
     "llama-3.2": "llama-3.1",
     "llama-3.3": "llama-3.1",
@@ -72,7 +72,8 @@ def test_every_name_renders_its_format(tokenizer: Tokenizer, name: str) -> None:
     # Every template marks its answers, so assistant_only_loss is exact, and its markers can be found.
     marked = tokenizer.apply_chat_template(TALK[:3], return_dict=True, return_assistant_tokens_mask=True)
     answer = [i for i, inside in zip(marked.input_ids, marked.assistant_masks, strict=True) if inside]
-    assert tokenizer.decode(answer).startswith("A") and len(answer) > 1
+    said = tokenizer.decode(answer).removeprefix("<think>\n\n</think>\n\n")
+    assert said.startswith("A") and len(said) > 1
     instruction, response = tokenizer.native.markers()
     assert instruction.strip() in text and response.strip() in text
 
@@ -102,6 +103,30 @@ def test_eos_is_what_ends_a_turn(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert other.apply_chat_template(TALK[1:3], tokenize=False).endswith("model\nA</s>\n")
 
 
+def test_qwen_3_keeps_the_thoughts_of_the_last_answer(tokenizer: Tokenizer) -> None:
+    quiet(tokenizer, "qwen-3")
+    thoughtful = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nA"}
+    talk = [TALK[1], thoughtful, TALK[3], thoughtful]
+    text = tokenizer.apply_chat_template(talk, tokenize=False)
+    turn = "<|im_start|>{0}\n{1}<|im_end|>\n"
+    assert text == turn.format("user", "U") + turn.format("assistant", "A") + turn.format("user", "V") + turn.format(
+        "assistant", thoughtful["content"]
+    )
+    closed = tokenizer.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    assert closed.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    text = tokenizer.apply_chat_template(
+        [TALK[0], TALK[1], call, {"role": "tool", "content": "7"}], tools=tools, tokenize=False
+    )
+    assert (
+        text.startswith("<|im_start|>system\nS\n\n# Tools\n")
+        and '\n{"type": "function", "function": {"name": "f"}}\n' in text
+    )
+    assert '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call><|im_end|>\n' in text
+    assert text.endswith("<|im_start|>user\n<tool_response>\n7\n</tool_response><|im_end|>\n")
+
+
 def test_pairs_mappings_and_wrong_names(tokenizer: Tokenizer) -> None:
     get_chat_template(tokenizer, ("{{ messages[0].content }}", "</s>"))
     assert tokenizer.apply_chat_template(TALK, tokenize=False) == "S"
@@ -112,8 +137,16 @@ def test_pairs_mappings_and_wrong_names(tokenizer: Tokenizer) -> None:
     assert tokenizer.apply_chat_template(TALK[:1], tokenize=False) == "<|system|>\nS</s>\n"
     with pytest.raises(ConfigError, match=r"llama-4.*llama-3.*did you mean"):
         get_chat_template(tokenizer, "llama-4")
-    with pytest.raises(ConfigError, match="pair"):
-        get_chat_template(tokenizer, ("a", "b", "c"))
+    for wrong in (("a", "b", "c"), 3, None, ()):
+        with pytest.raises(ConfigError, match="pair"):
+            get_chat_template(tokenizer, wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="tokenizer = NoneType"):
+        get_chat_template(None)
+    with pytest.raises(ConfigError, match="system_message = 3"):
+        get_chat_template(tokenizer, system_message=3)  # type: ignore[arg-type]
+    for mapping in ("role", {"role": 3}, ["role"]):
+        with pytest.raises(ConfigError, match="mapping = "):
+            get_chat_template(tokenizer, mapping=mapping)  # type: ignore[arg-type]
 
 
 def test_sharegpt_becomes_role_and_content() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -115,8 +116,9 @@ def test_the_datasets_are_there_to_be_looked_at(make: Make) -> None:
 def test_a_banner_and_a_line_for_each_log_entry(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     make(disable_tqdm=None, max_seq_length=8).train()
     shown = capsys.readouterr().err
-    assert "24 examples" in shown and "batch 4 x 1" in shown and "4 steps" in shown
-    assert "parameters trained" in shown and "100.0 %" in shown
+    assert "24: 192 tokens" in shown and "batch 4 x 1 accumulation = 4 rows" in shown and "4, 1 epoch" in shown
+    assert "100.0 % of the rows are cut after 8 tokens, 96 tokens lost" in shown
+    assert re.search(r"memory +about [\d.]+ MiB at most, [\d.]+ GiB are free\n +model ", shown)
     assert "step 4/4" in shown and "tok/s" in shown and shown.count("loss") >= 4
     make().train()
     assert capsys.readouterr().err == ""
@@ -380,10 +382,10 @@ def test_settings_read_back_as_they_will_run() -> None:
         ({"learning_rate": "2e-4"}, "learning_rate = '2e-4'"),
         ({"learning_rate": float("inf")}, "learning_rate = inf"),
         ({"max_steps": 1.5}, "max_steps = 1.5"),
-        ({"optim": "lion_8bit"}, "lion_8bit"),
-        ({"report_to": "wandb"}, "report_to = 'wandb'"),
+        ({"optim": "lion_4bit"}, "optim = lion_4bit: not there"),
+        ({"report_to": "wandbb"}, "report_to = 'wandbb': .*did you mean wandb"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
-        ({"push_to_hub": True}, "push_to_hub"),
+        ({"push_to_hub": True, "hub_strategy": "all_checkpoints"}, "hub_strategy"),
         ({"fp16": True, "bf16": True}, "fp16"),
         ({"max_length": 3, "max_seq_length": 4}, "max_seq_length = 4"),
     ],
@@ -397,7 +399,8 @@ def test_settings_that_cannot_be_are_named(arguments: dict[str, Any], message: s
     ("arguments", "message"),
     [
         ({"train_datset": []}, "did you mean train_dataset"),
-        ({"compute_metrics": len}, "compute_metrics"),
+        ({"compute_metrics": 3}, "compute_metrics = 3"),
+        ({"preprocess_logits_for_metrics": 3}, "preprocess_logits_for_metrics = 3"),
         ({"data_collator": dict}, "data_collator = dict"),
         ({"optimizers": (1, None)}, "optimizers"),
         ({"callbacks": [3]}, "callbacks"),

@@ -99,7 +99,8 @@ fn concatenated(file: &TensorFile, prefix: &str) -> Vec<f32> {
 pub(crate) fn step(model: &Model, tokens: &Tokens, targets: &[i32], recompute: Recompute) -> (f64, Grads) {
     let trained = targets.iter().filter(|t| **t != -100).count();
     let mut grads = Grads::zeros(&model.params);
-    let options = StepOptions { dropout: None, weight: 1.0 / trained as f32, recompute, poll: &|| Ok(()) };
+    let options =
+        StepOptions { dropout: None, noise_alpha: 0.0, weight: 1.0 / trained as f32, recompute, poll: &|| Ok(()) };
     let sum = forward_backward(model, &MicroBatch { tokens, targets }, &options, &mut grads).unwrap();
     (sum / trained as f64, grads)
 }

@@ -1,7 +1,7 @@
 //! Training against torch: ten losses, clipping and schedule, full fine-tuning, and the laws of LoRA.
 
 use crate::llama_golden::{add_adapter, golden, load, model_folder, nf4_model, relative, rows, step};
-use rustune::config::train::{AdamHyper, OptimizerKind, ScheduleKind};
+use rustune::config::{AdamHyper, OptimizerKind, ScheduleKind};
 use rustune::io::safetensors::TensorFile;
 use rustune::lora::{Init, Placement, inject};
 use rustune::model::{LoadOptions, Model};
@@ -14,7 +14,7 @@ use rustune::train::schedule::Schedule;
 const CASES: [&str; 5] = ["gqa", "head_dim", "bias", "rope_llama3", "rope_linear"];
 
 fn optimizer(model: &Model, weight_decay: f64) -> Box<dyn Optimizer> {
-    let sizes: Vec<_> = model.params.all().iter().map(|p| (p.name.clone(), p.data.len())).collect();
+    let sizes: Vec<_> = model.params.all().iter().map(|p| (p.name.clone(), p.shape.clone())).collect();
     build(OptimizerKind::AdamW, AdamHyper { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay }, &sizes)
 }
 
@@ -22,8 +22,8 @@ fn update(model: &mut Model, optimizer: &mut dyn Optimizer, grads: &Grads, lr: f
     let slots = model.params.all_mut().iter_mut().zip(grads.all());
     // torch decays every tensor it is given, norms included.
     let mut slots: Vec<_> =
-        slots.map(|(p, grad)| ParamSlot { name: &p.name, data: &mut p.data, grad, decay: true }).collect();
-    optimizer.step(&mut slots, lr, grad_scale).unwrap();
+        slots.map(|(p, grad)| ParamSlot { name: &p.name, data: &mut p.data, grad, decay: true, lr }).collect();
+    optimizer.step(&mut slots, grad_scale).unwrap();
 }
 
 /// The losses before each of ten updates.

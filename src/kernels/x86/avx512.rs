@@ -110,6 +110,10 @@ impl Simd for Avx512 {
         })
     }
     #[inline(always)]
+    fn scale2(self, a: __m512, n: __m512) -> __m512 {
+        intrinsic!(_mm512_scalef_ps(a, n))
+    }
+    #[inline(always)]
     fn sum(self, a: __m512) -> f32 {
         intrinsic!(_mm512_reduce_add_ps(a))
     }

@@ -103,6 +103,8 @@ macro_rules! instantiate {
                 panel: 2 * <$token as generic::Simd>::LANES,
                 forward: |t, v_rows, softmax| instantiate!(@enter $token, attend(t, v_rows, softmax)),
                 backward: |t, upstream, gradients| instantiate!(@enter $token, attend_backward(t, upstream, gradients)),
+                softmax: |t, state| instantiate!(@enter $token, softmax(t, state)),
+                slopes: |t, lse, delta, p, ds| instantiate!(@enter $token, slopes(t, lse, delta, p, ds)),
                 few: |t, softmax| instantiate!(@enter $token, attend_few(t, softmax)),
             }
         }
@@ -116,6 +118,11 @@ macro_rules! instantiate {
         fn attend_backward(s: $token, t: &Block<'_>, upstream: &Upstream<'_>, gradients: &mut Gradients<'_>) {
             attention::backward::<$token, $mr>(s, t, upstream, gradients);
         }
+
+        instantiate!(@functions attention, $token, $features,
+            softmax(t: &Block<'_>, state: &mut Softmax<'_>) -> ();
+            slopes(t: &Block<'_>, lse: &[f32], delta: &[f32], p: &mut [f32], ds: &mut [f32]) -> ();
+        );
 
         #[target_feature(enable = $features)]
         fn attend_few(s: $token, t: &Few<'_>, softmax: &mut Softmax<'_>) {

@@ -1,0 +1,105 @@
+"""What `generate` and `chat` share: loading a model, sampling settings, and text that appears as it is made."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any, TextIO
+
+import numpy as np
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Adds the model and the sampling settings to a parser.
+
+    Args:
+        parser: Of a subcommand.
+    """
+    parser.add_argument("model", help="a folder, the folder of an adapter, or a hub name")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (256)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the likeliest token (0)")
+    parser.add_argument("--top-p", type=float, help="sample from the likeliest tokens of this total probability")
+    parser.add_argument("--top-k", type=int, help="sample from so many of the likeliest tokens")
+    parser.add_argument("--min-p", type=float, help="leave out tokens less likely than this share of the likeliest")
+    parser.add_argument("--repetition-penalty", type=float, help="above 1 makes repetitions less likely")
+    parser.add_argument("--seed", type=int, help="the same answer again")
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    parser.add_argument("--max-seq-length", type=int, help="longest conversation in tokens")
+    parser.add_argument("--16bit", dest="sixteen", action="store_true", help="do not load it in 4 bits")
+
+
+def load(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Loads the model.
+
+    Args:
+        options: What was written.
+
+    Returns:
+        The model and its tokenizer.
+
+    Raises:
+        TokenizerError: If it has no tokenizer.
+    """
+    from rustune import FastLanguageModel, TokenizerError
+
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        options.model, options.max_seq_length, load_in_4bit=not options.sixteen, load_in_16bit=options.sixteen
+    )
+    if tokenizer is None:
+        raise TokenizerError(f"{options.model}: has no tokenizer files, so no text can be made")
+    return FastLanguageModel.for_inference(model), tokenizer
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Collects the sampling settings.
+
+    Args:
+        options: What was written.
+
+    Returns:
+        Arguments of `generate`.
+    """
+    names = ("max_new_tokens", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+    chosen = {name: value for name in names if (value := getattr(options, name)) is not None}
+    sampled = options.temperature > 0
+    return chosen | ({"do_sample": True, "temperature": options.temperature} if sampled else {"do_sample": False})
+
+
+class Typewriter:
+    """Writes new tokens as text as soon as they make whole characters.
+
+    Args:
+        tokenizer: To decode with.
+        stream: Where to.
+    """
+
+    def __init__(self, tokenizer: Any, stream: TextIO | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._stream = sys.stdout if stream is None else stream
+        self._ids: list[int] = []
+        self._prompt_seen = False
+        self.text = ""
+
+    def put(self, ids: Any) -> None:
+        """Takes the prompt, then new tokens.
+
+        Args:
+            ids: An array.
+        """
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        self._ids += np.asarray(ids).reshape(-1).tolist()
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        # A character of several tokens is not whole yet.
+        if not text.endswith("\ufffd"):
+            self._write(text)
+
+    def end(self) -> None:
+        """Writes what is left."""
+        self._write(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+
+    def _write(self, text: str) -> None:
+        new, self.text = text[len(self.text) :], text
+        self._stream.write(new)
+        self._stream.flush()
