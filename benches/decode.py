@@ -95,7 +95,8 @@ def main() -> None:
     for what, speed, nbytes in rows:
         batch = int(what.split(", ")[1].split()[0]) if what.startswith("decode") else 1
         share = f"{speed / batch * nbytes / bandwidth:10.0%}" if nbytes else ""
-        print(f"{'ours, ' + what:34}{speed:9.1f}{nbytes / 1e6 or float('nan'):9.0f}{share}")
+        size = f"{nbytes / 1e6:9.0f}" if nbytes else ""
+        print(f"{'ours, ' + what:34}{speed:9.1f}{size}{share}")
     if not args.peer_python:
         print("llama.cpp: left out (give --peer-python)", file=sys.stderr)
         return
