@@ -75,6 +75,14 @@ bench-train: $(VENV)/installed ## seconds, tokens and memory of training steps; 
 golden: $(GOLDEN_VENV)/ready ## make the golden files anew from torch, transformers, PEFT and bitsandbytes (heavy)
 	$(GOLDEN_VENV)/bin/python tests/golden/make_golden.py
 
+.PHONY: peers
+peers: $(VENV)/installed $(GOLDEN_VENV)/ready ## test notebooks and objects beside torch, transformers, PEFT and TRL (heavy)
+	$(GOLDEN_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: \
+		-r requirements-dev.txt trl==1.16.0
+	$(GOLDEN_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps dist/*.whl
+	$(GOLDEN_VENV)/bin/python -m pytest tests/python/test_drop_in.py tests/python/test_drop_in_notebooks.py \
+		tests/python/test_peers.py
+
 .PHONY: model
 model: $(VENV)/installed ## train the shipped model anew, from nothing, with our own engine (up to 30 minutes)
 	$(BIN)/python scripts/train_shipped_model.py

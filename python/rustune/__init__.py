@@ -11,6 +11,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from rustune import _native
+from rustune import verbosity as logging
 from rustune._native import (
     AdapterError,
     CheckpointError,
@@ -27,15 +28,30 @@ from rustune._native import (
     num_threads,
     set_num_threads,
 )
+from rustune.auto import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, set_seed
 from rustune.callbacks import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 from rustune.chat_templates import CHAT_TEMPLATES, get_chat_template, standardize_data_formats, standardize_sharegpt
+from rustune.collators import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 from rustune.config import SFTConfig, TrainingArguments
+from rustune.generation import GenerationConfig
 from rustune.marking import preview
-from rustune.models import FastLanguageModel, Model
+from rustune.model import Model
+from rustune.models import FastLanguageModel
+from rustune.peft_names import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
+from rustune.pipelines import pipeline
+from rustune.preference import DPOConfig, DPOTrainer, ORPOConfig, ORPOTrainer
 from rustune.sharegpt import to_sharegpt
+from rustune.streamers import TextIteratorStreamer, TextStreamer
 from rustune.text_templates import apply_chat_template
 from rustune.tokenizer import Tokenizer
 from rustune.trainer import SFTTrainer, TrainOutput, train_on_responses_only
+from rustune.unsloth_names import UnslothTrainer, UnslothTrainingArguments, add_new_tokens, unsloth_train
 
 if TYPE_CHECKING:
     from rustune import nf4
@@ -45,42 +61,67 @@ FastModel = FastLanguageModel
 __all__ = [
     "CHAT_TEMPLATES",
     "AdapterError",
+    "AutoModelForCausalLM",
+    "AutoPeftModelForCausalLM",
+    "AutoTokenizer",
+    "BitsAndBytesConfig",
     "CheckpointError",
     "ConfigError",
+    "DPOConfig",
+    "DPOTrainer",
+    "DataCollatorForLanguageModeling",
+    "DataCollatorForSeq2Seq",
     "DataError",
     "DivergedError",
     "EarlyStoppingCallback",
     "FastLanguageModel",
     "FastModel",
+    "GenerationConfig",
     "HubError",
+    "LoraConfig",
     "Model",
     "ModelError",
+    "ORPOConfig",
+    "ORPOTrainer",
+    "PeftModel",
     "RustuneError",
     "SFTConfig",
     "SFTTrainer",
     "ShapeError",
+    "TextIteratorStreamer",
+    "TextStreamer",
     "Tokenizer",
     "TokenizerError",
     "TrainOutput",
+    "Trainer",
     "TrainerCallback",
     "TrainerControl",
     "TrainerState",
     "TrainingArguments",
+    "UnslothTrainer",
+    "UnslothTrainingArguments",
     "WeightsError",
     "__version__",
+    "add_new_tokens",
     "apply_chat_template",
     "get_chat_template",
+    "get_peft_model",
     "info",
     "is_bf16_supported",
     "is_bfloat16_supported",
+    "logging",
     "nf4",
     "num_threads",
+    "pipeline",
+    "prepare_model_for_kbit_training",
     "preview",
     "set_num_threads",
+    "set_seed",
     "standardize_data_formats",
     "standardize_sharegpt",
     "to_sharegpt",
     "train_on_responses_only",
+    "unsloth_train",
 ]
 
 

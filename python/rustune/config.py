@@ -311,6 +311,10 @@ class TrainingArguments:
             value = _plain(getattr(self, name))
             if value and value not in passes:
                 raise ConfigError(f"{name} = {value!r}: not there yet; leave it out")
+        if self.push_to_hub and self.hub_strategy not in ("end", "every_save"):
+            raise ConfigError(
+                f"hub_strategy = {self.hub_strategy!r}: expected end: the result is uploaded once, at the end"
+            )
         if self.packing and self.packing_strategy != "bfd":
             raise ConfigError(f"packing_strategy = {self.packing_strategy!r}: not there yet; expected 'bfd'")
         if self.push_to_hub and self.hub_strategy not in ("end", "every_save"):
@@ -453,6 +457,8 @@ def settings_from(args: Any) -> TrainingArguments:
     if not callable(getattr(args, "to_dict", None)):
         raise ConfigError(f"args = {type(args).__name__}: expected SFTConfig or TrainingArguments")
     written: dict[str, Any] = args.to_dict()
+    # Their to_dict hides whatever is called a token, eos_token and pad_token too.
+    written |= {name: getattr(args, name, None) for name in written if name.endswith("_token")}
     # Their objects list every reporter that happens to be installed, asked for or not.
     reporters = written.pop("report_to", None)
     if reporters and reporters not in ("none", ["none"], "all"):

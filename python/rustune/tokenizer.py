@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rustune import _native
-from rustune._native import ConfigError, DataError, HubError, TokenizerError
+from rustune._native import ConfigError, DataError, TokenizerError
+from rustune.hub import upload_folder
 
 IGNORE: Final = -100
 """The label of a token that is not trained."""
@@ -73,6 +75,19 @@ class TokenArray(np.ndarray[Any, np.dtype[np.int64]]):
     def dim(self) -> int:
         """Returns the number of axes."""
         return self.ndim
+
+    def numel(self) -> int:
+        """Returns the number of elements."""
+        return self.size
+
+    def clone(self) -> TokenArray:
+        """Returns a copy."""
+        made: TokenArray = self.copy()
+        return made
+
+    def long(self) -> TokenArray:
+        """Returns the array as int64."""
+        return as_tokens(self)
 
 
 def as_tokens(values: Any) -> TokenArray:
@@ -553,17 +568,24 @@ class Tokenizer:
         names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
         return tuple(str(folder / name) for name in names if (folder / name).is_file())
 
-    def push_to_hub(self, repo_id: str, **options: object) -> None:
-        """Says that uploading is not there yet.
+    def push_to_hub(self, repo_id: str, *, commit_message: str | None = None, **options: Any) -> str:
+        """Uploads what `save_pretrained` writes.
 
         Args:
-            repo_id: The repository.
-            **options: Ignored.
+            repo_id: `owner/name`, or a name alone for the token's owner; made if it is not there.
+            commit_message: The commit's title.
+            **options: token, private, commit_description, revision and create_pr, as of `Model.push_to_hub`.
+
+        Returns:
+            The address of the commit.
 
         Raises:
-            HubError: Always.
+            ConfigError: If there is no token.
+            HubError: If the hub refuses.
         """
-        raise HubError(f"{repo_id}: uploading is not there yet; save_pretrained(...) and upload with huggingface_hub")
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload_folder(folder, repo_id, commit_message=commit_message or "Upload a tokenizer", **options)
 
     @property
     def content_hash(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -12,12 +13,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from rustune import _native, banner, evaluation, progress, reporting
+from rustune import _native, banner, evaluation, hub, progress, reporting
 from rustune._native import ConfigError, DataError, HubError
 from rustune.callbacks import CallbackHandler, Observer, TrainerControl, TrainerState
 from rustune.config import SFTConfig, TrainingArguments, settings_from, unknown_argument
 from rustune.data import formatted, is_streamed, iter_columns
-from rustune.models import Model, checkpointing_name, native_tokenizer
+from rustune.model import Model, checkpointing_name, native_tokenizer
 
 # Collators that only pad and copy ids to labels: rows are put together in the engine, which does neither need.
 _PLAIN_COLLATORS: Final = (
@@ -38,7 +39,6 @@ _MISSING: Final = (
     "model_init_kwargs",
     "num_of_sequences",
     "optimizer_cls_and_kwargs",
-    "peft_config",
 )
 
 
@@ -109,6 +109,7 @@ class SFTTrainer:
         dataset_num_proc: Makes no difference: all threads tokenise.
         packing: Put rows together to packed rows of up to `max_seq_length` tokens, as `args.packing`.
         formatting_func: Turns a row, or a batch of columns, into a text or a list of them.
+        peft_config: A `LoraConfig` for a model that has no adapter yet.
         compute_metrics: Turns an `EvalPrediction` into names and numbers, which every evaluation then reports; its
             predictions are computed batch by batch when it asks for them.
         preprocess_logits_for_metrics: Turns a batch's logits and labels into what `compute_metrics` gets of them.
@@ -141,6 +142,7 @@ class SFTTrainer:
         dataset_batch_size: int | None = None,
         packing: bool | None = None,
         formatting_func: Callable[[Any], Any] | None = None,
+        peft_config: Any = None,
         compute_metrics: Callable[..., Any] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
         neftune_noise_alpha: float | None = None,
@@ -166,6 +168,11 @@ class SFTTrainer:
         if any(part is not None for part in optimizers or ()):
             raise ConfigError("optimizers: not there yet; use args.optim and args.lr_scheduler_type")
         _check_collator(data_collator)
+        if peft_config is not None:
+            # Here and not above: its module knows this one.
+            from rustune.peft_names import get_peft_model
+
+            model = get_peft_model(model, peft_config)
         self.model = model
         self.args = settings_from(args)
         if packing is not None and packing != self.args.packing:
@@ -323,19 +330,30 @@ class SFTTrainer:
         )
 
     def push_to_hub(self, commit_message: str | None = "End of training", **options: Any) -> str:
-        """Is not there yet.
+        """Uploads what `save_model` writes, to `args.hub_model_id` or a repository named like `args.output_dir`.
 
         Args:
             commit_message: The commit's title.
-            **options: Makes no difference.
+            **options: token, revision, private and create_pr; `blocking` and the like make no difference.
 
         Returns:
-            Never.
+            The address of the commit.
 
         Raises:
-            ConfigError: Always.
+            ConfigError: If there is no token.
+            HubError: If the hub refuses.
         """
-        raise ConfigError("push_to_hub: not there yet; use save_model and the hub's own tools")
+        args = self.args
+        known = {name: options[name] for name in ("token", "revision", "private", "create_pr") if name in options}
+        settings = {"token": args.hub_token, "private": args.hub_private_repo, **known}
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_model(folder)
+            return hub.upload_folder(
+                folder,
+                args.hub_model_id or Path(args.output_dir).resolve().name,
+                commit_message=commit_message or "End of training",
+                **settings,
+            )
 
     def save_model(self, output_dir: str | os.PathLike[str] | None = None) -> None:
         """Writes the adapter (or the whole model after full fine-tuning) and the tokenizer.

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from rustune import ConfigError, DataError, FastLanguageModel, Model, ModelError, RustuneError, WeightsError
+from rustune import ConfigError, DataError, FastLanguageModel, Model, ModelError, RustuneError, WeightsError, notices
 
 IDS = [[5, 9, 200, 31, 7, 66], [40, 41, 42, 43, 44, 45]]
 
@@ -51,10 +51,25 @@ def test_no_tokenizer_files_give_none_and_a_warning(tmp_path: Path) -> None:
     assert tokenizer is None
 
 
-def test_unknown_arguments_are_named_in_one_warning(folder: Path) -> None:
-    with pytest.warns(UserWarning, match="fast_inference, gpu_memory_utilization") as caught:
-        load(folder, gpu_memory_utilization=0.5, fast_inference=True)
-    assert len(caught) == 1
+def test_arguments_without_meaning_are_named_in_one_line_once(folder: Path) -> None:
+    changes = {"gpu_memory_utilization": 0.5, "fast_inference": True, "device_map": {"": 0}}
+    with pytest.warns(UserWarning, match="device_map, fast_inference, gpu_memory_utilization mean nothing") as caught:
+        load(folder, **changes)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(folder, **changes)
+        # What is done anyway needs no word.
+        load(folder, device_map="auto", random_state=7, trust_remote_code=True, fix_tokenizer=True)
+
+
+def test_float16_is_told_of_and_computed_as_the_machine_does_best(folder: Path) -> None:
+    best = load(folder, dtype=None)
+    for dtype in ("float16", np.float16):
+        with pytest.warns(UserWarning, match="dtype = float16") as caught:
+            assert load(folder, dtype=dtype).dtype == best.dtype
+        assert len(caught) == 1
+        notices.forget()
 
 
 def test_a_literal_token_is_warned_about_and_not_shown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +96,8 @@ def test_what_a_bitsandbytes_config_says_counts(folder: Path) -> None:
         ({"resize_model_vocab": 300}, "resize_model_vocab"),
         ({"load_in_8bit": True}, "load_in_8bit"),
         ({"load_in_4bit": True, "load_in_16bit": True}, "load_in_4bit"),
-        ({"dtype": "float16"}, "dtype = float16"),
+        ({"dtype": "int8"}, "dtype = int8"),
+        ({"load_in_4bits": True}, "did you mean load_in_4bit"),
         ({"max_seq_length": 0}, "max_seq_length = 0"),
     ],
 )
@@ -135,6 +151,15 @@ def test_the_loss_is_the_mean_of_the_token_losses(folder: Path) -> None:
     assert out.loss == pytest.approx(np.mean(losses), abs=1e-5)
     assert isinstance(out.loss, float) and model(IDS).loss is None
     assert out["loss"] == out[0] and out[1].shape == out.logits.shape
+
+
+def test_arguments_of_a_call_that_change_nothing_pass_and_others_do_not(folder: Path) -> None:
+    model = load(folder)
+    out = model(IDS, use_cache=False, return_dict=True, token_type_ids=[[0] * 6] * 2)
+    np.testing.assert_array_equal(out.logits, model(IDS).logits)
+    for name in ("past_key_values", "position_ids", "output_hidden_states", "label"):
+        with pytest.raises(ConfigError, match=name):
+            model(IDS, **{name: [1]})
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -280,10 +305,20 @@ def test_the_model_answers_what_notebooks_ask(folder: Path, capsys: pytest.Captu
     assert FastLanguageModel.for_training(FastLanguageModel.for_inference(model)).training
 
 
-@pytest.mark.parametrize("name", ["save_pretrained_gguf", "push_to_hub", "push_to_hub_merged", "merge_and_unload"])
-def test_what_is_not_there_yet_says_so(folder: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match="not there yet"):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "save_pretrained_merged",
+        "push_to_hub_merged",
+        "save_pretrained_gguf",
+        "push_to_hub_gguf",
+        "merge_and_unload",
+    ],
+)
+def test_what_comes_later_says_so_in_one_line(folder: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="in a later version") as caught:
         getattr(load(folder), name)("somewhere")
+    assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_model_without_anything_trained_is_not_saved(folder: Path, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 PAD, BOS, EOS, USER, ASSISTANT = range(256, 261)
 SPECIAL = {PAD: "<|pad|>", BOS: "<|begin|>", EOS: "<|end|>", USER: "<|user|>", ASSISTANT: "<|assistant|>"}
+# Llama 3's tokens around messages, for a tokenizer that has them too; nothing else uses these ids.
+LLAMA_3 = {261: "<|start_header_id|>", 262: "<|end_header_id|>", 263: "<|eot_id|>"}
 VOCAB = 264
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
@@ -19,7 +21,7 @@ TEMPLATE = (
 )
 
 
-def write_model(folder: Path, *, seed: int = 0, tokenizer: bool = True, **changes: Any) -> Path:
+def write_model(folder: Path, *, seed: int = 0, tokenizer: bool = True, llama_3: bool = False, **changes: Any) -> Path:
     """Writes a two-layer Llama with grouped heads; `changes` go into its config."""
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
@@ -48,7 +50,7 @@ def write_model(folder: Path, *, seed: int = 0, tokenizer: bool = True, **change
     (folder / "config.json").write_text(json.dumps(config))
     write_safetensors(folder / "model.safetensors", weights(config, seed))
     if tokenizer:
-        write_tokenizer(folder)
+        write_tokenizer(folder, {**SPECIAL, **LLAMA_3} if llama_3 else SPECIAL)
     return folder
 
 
@@ -108,8 +110,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, NDArray[Any]
     return header["__metadata__"], tensors
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Writes a tokenizer whose tokens are bytes and five special ones."""
+def write_tokenizer(folder: Path, tokens: dict[int, str] = SPECIAL) -> None:
+    """Writes a tokenizer whose tokens are bytes and special ones."""
     special = [
         {
             "id": id_,
@@ -120,7 +122,7 @@ def write_tokenizer(folder: Path) -> None:
             "rstrip": False,
             "normalized": False,
         }
-        for id_, content in SPECIAL.items()
+        for id_, content in tokens.items()
     ]
     contents: dict[str, Any] = {
         "version": "1.0",
