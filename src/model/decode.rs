@@ -38,20 +38,23 @@ impl Model {
         Ok(())
     }
 
-    /// Logits for generation, `[n, vocab]`, from the last norm's output, `[n, hidden]`.
+    /// Logits for generation, `[n, vocab]`, from the last norm's output, `[n, hidden]`. A row does not depend on the others.
     pub fn next_logits(&self, env: &Env<'_>, hidden: &[f32]) -> Buf {
         let (width, vocab) = (self.config.hidden_size, self.config.vocab_size);
-        let Some(head) = &self.int8_head else { return self.llama.logits(env, hidden) };
         let mut logits = env.ctx.buf(hidden.len() / width * vocab);
         let chunks = hidden.chunks(gemv::MAX_ROWS * width).zip(logits.chunks_mut(gemv::MAX_ROWS * vocab));
         for (hidden, logits) in chunks {
             let n_rows = hidden.len() / width;
             let input = Input::new(env.ctx, hidden, n_rows, width, width);
+            let product = |out: &mut [f32]| match &self.int8_head {
+                Some(head) => gemv::int8(env.ctx, head, &input, out),
+                None => gemv::matrix(env, self.llama.head_matrix(), &input, out),
+            };
             if n_rows == 1 {
-                gemv::int8(env.ctx, head, &input, logits);
+                product(logits);
             } else {
                 let mut columns = env.ctx.buf(logits.len());
-                gemv::int8(env.ctx, head, &input, &mut columns);
+                product(&mut columns);
                 logits.copy_from_slice(&gemv::transpose(env.ctx, columns, n_rows));
             }
         }

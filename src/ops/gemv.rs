@@ -210,6 +210,11 @@ pub fn weight(ctx: &Ctx, weight: &Weight, first: usize, x: &Input, out: &mut [f3
 }
 
 /// `out[j, i] = row j of the matrix · x_i`;  out: `[rows, n_rows]`.
+pub fn matrix(env: &Env<'_>, matrix: &Matrix, x: &Input, out: &mut [f32]) {
+    rows(env.ctx, Rows::of(env, matrix), 0, x, out);
+}
+
+/// `out[j, i] = row j of the matrix · x_i`;  out: `[rows, n_rows]`.
 pub fn int8(ctx: &Ctx, matrix: &Int8Matrix, x: &Input, out: &mut [f32]) {
     rows(ctx, Rows::Int8(matrix), 0, x, out);
 }
