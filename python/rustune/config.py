@@ -311,10 +311,6 @@ class TrainingArguments:
             value = _plain(getattr(self, name))
             if value and value not in passes:
                 raise ConfigError(f"{name} = {value!r}: not there yet; leave it out")
-        if self.push_to_hub and self.hub_strategy not in ("end", "every_save"):
-            raise ConfigError(
-                f"hub_strategy = {self.hub_strategy!r}: expected end: the result is uploaded once, at the end"
-            )
         if self.packing and self.packing_strategy != "bfd":
             raise ConfigError(f"packing_strategy = {self.packing_strategy!r}: not there yet; expected 'bfd'")
         if self.push_to_hub and self.hub_strategy not in ("end", "every_save"):

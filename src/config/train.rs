@@ -231,7 +231,6 @@ pub struct Plan {
 }
 
 /// A run as it will go.
-#[expect(clippy::struct_excessive_bools, reason = "independent switches, named as in transformers")]
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Train {
     /// Rows of a micro-batch.

@@ -63,7 +63,10 @@ pub(super) fn rewrite_sums(source: String) -> String {
         let left = &body[..usize::from(body.starts_with(['-', '+']))];
         let right = &body[body.len() - usize::from(body.len() > left.len() && body.ends_with(['-', '+']))..];
         match terms(&body[left.len()..body.len() - right.len()]) {
-            Some(terms) => out.push_str(&format!("{{{{{left} {ADD}([{}]) {right}}}}}", terms.join(", "))),
+            Some(terms) => {
+                let terms = terms.join(", ");
+                out.extend(["{{", left, " ", ADD, "([", &terms, "]) ", right, "}}"]);
+            }
             None => out.push_str(&rest[open..open + 4 + close]),
         }
         rest = &after[2..];

@@ -48,7 +48,9 @@ pub fn decode(
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0) + max_new_tokens;
     let mut cache = KvCache::new(config.num_layers, prompts.len(), longest, config.num_kv_heads * config.head_dim);
     let mut ids = prompts.to_vec();
-    ids.iter_mut().for_each(|ids| ids.reserve_exact(max_new_tokens));
+    for ids in &mut ids {
+        ids.reserve_exact(max_new_tokens);
+    }
     let mut done = vec![max_new_tokens == 0; prompts.len()];
     let mut tokens = Tokens::default();
     let mut n_new = 0;
@@ -71,7 +73,9 @@ pub fn decode(
                 finished.push(seq);
             }
         }
-        finished.into_iter().for_each(|seq| done[seq] = true);
+        for seq in finished {
+            done[seq] = true;
+        }
         n_new += 1;
     }
     Ok(ids.iter().zip(prompts).map(|(ids, prompt)| ids[prompt.len()..].to_vec()).collect())

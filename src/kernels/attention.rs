@@ -168,7 +168,7 @@ fn exp2<S: Simd>(s: S, x: S::V) -> S::V {
     let r = s.sub(x, n);
     let mut p = s.splat(0.001_326_472_7);
     // Beside ln 2, where it deviates least, not ln 2 itself.
-    let linear = f32::from_bits(0x3F317215);
+    let linear = f32::from_bits(0x3F31_7215);
     for c in [0.009_671_513, 0.055_507_336, 0.240_222_42, linear, 1.0] {
         p = s.fma(p, r, s.splat(c));
     }

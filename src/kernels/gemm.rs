@@ -47,6 +47,12 @@ pub struct GemmTile {
     pub run: TileFn,
 }
 
+/// `(packed, scales, block, code, out)` of [`PairKernels::nf4`].
+pub type Nf4Halves = fn(packed: &[u8], scales: &[f32], block: usize, code: &[f32; 16], out: &mut [u16]);
+
+/// `(packed, scales, block, code, round, out)` of [`super::Kernels::nf4_blocks`].
+pub type Nf4Blocks = fn(packed: &[u8], scales: &[f32], block: usize, code: &[f32; 16], round: bool, out: &mut [f32]);
+
 /// Products of bf16 pairs with f32 accumulation, and what packs them.
 #[derive(Clone, Copy)]
 pub struct PairKernels {
@@ -62,7 +68,7 @@ pub struct PairKernels {
     pub join_halves: fn(low: &[u16], high: &[u16], out: &mut [f32]),
     /// Whole blocks of NF4 to bf16: `out[i] = bf16(code[index i] · scales[i / block])`;
     /// packed: `[ceil(n / 2)]`, first element in the high nibble, block: even.
-    pub nf4: fn(packed: &[u8], scales: &[f32], block: usize, code: &[f32; 16], out: &mut [u16]),
+    pub nf4: Nf4Halves,
 }
 
 /// A matrix of words on its way into a panel.

@@ -57,6 +57,9 @@ pub struct Nf4Rows<'a> {
     pub round: Round,
 }
 
+/// `(w, scales, cols, x, out)` of [`super::Kernels::i8_gemv`].
+pub type Int8Gemv = fn(w: &[i8], scales: &[f32], cols: usize, x: &[f32], out: &mut [f32]);
+
 /// Rows of W, the code book, x in order, out.
 pub type Nf4Gemv = fn(w: Nf4Rows<'_>, code: &[f32; 16], x: &[f32], out: &mut [f32]);
 

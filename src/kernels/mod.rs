@@ -49,7 +49,7 @@ pub struct Kernels {
     pub copy_rows: fn(rows: Rows<'_>, out: &mut [f32], width: usize),
     /// Whole blocks of NF4: `out[i] = code[index i] · scales[i / block]`, rounded to bf16 if `round`;
     /// packed: `[ceil(n / 2)]`, first element in the high nibble.
-    pub nf4_blocks: fn(packed: &[u8], scales: &[f32], block: usize, code: &[f32; 16], round: bool, out: &mut [f32]),
+    pub nf4_blocks: gemm::Nf4Blocks,
     /// bf16 to f32, exactly.
     pub widen: fn(x: &[u16], out: &mut [f32]),
     /// `Σ x[i] · y[i]`.
@@ -94,7 +94,7 @@ pub struct Kernels {
     /// `out[j, i] = Σ_p w[j, p] · x[i, p]`;  w: `[rows, cols]`.
     pub f32_gemv: fn(w: &[f32], cols: usize, x: &[f32], out: &mut [f32]),
     /// `out[j, i] = Σ_p scales[j, p / 64] · w[j, p] · x[i, p]`;  w: `[rows, cols]`, scales: `[rows, cols / 64]`.
-    pub i8_gemv: fn(w: &[i8], scales: &[f32], cols: usize, x: &[f32], out: &mut [f32]),
+    pub i8_gemv: gemv::Int8Gemv,
     // Quantizing (quantize.rs).
     /// One block to NF4: `code[i]` = number of thresholds strictly below `x[i] · (1 / absmax)`, two codes a byte, the first
     /// in the high nibble; returns absmax, the largest magnitude. If that is NaN or infinite, `out` is unspecified.

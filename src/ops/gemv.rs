@@ -45,13 +45,12 @@ impl Input {
         if ctx.precision == Precision::Bf16 {
             (ctx.kernels.round_bf16)(&mut plain);
         }
-        let ordered = cols.is_multiple_of(BLOCK).then(|| match pairs(ctx) {
-            Some(pairs) => {
+        let ordered = cols.is_multiple_of(BLOCK).then(|| {
+            if let Some(pairs) = pairs(ctx) {
                 let mut ordered = ctx.buf(plain.len() / 2);
                 (pairs.order)(&plain, &mut ordered);
                 ordered
-            }
-            None => {
+            } else {
                 let mut ordered = ctx.buf(plain.len());
                 (ctx.kernels.nf4_order)(&plain, &mut ordered);
                 ordered
@@ -261,7 +260,9 @@ impl<'a> Ready<'a> {
         let n_rows = x.n_rows;
         if let Some(bias) = self.bias {
             for (out, bias) in out.chunks_exact_mut(n_rows).zip(&bias[first..]) {
-                out.iter_mut().for_each(|out| *out += bias);
+                for out in out {
+                    *out += bias;
+                }
             }
         }
         if let Some((b, rank, low)) = &self.low {

@@ -254,7 +254,9 @@ fn cross_entropy(ctx: &Ctx, vocab: usize, scores: &mut [f32], rows: &[usize], ta
             let (max, of_target) = ((ctx.kernels.max_row)(row), row[target]);
             let sum = (ctx.kernels.exp_row)(row, 1.0, max);
             let scale = weight / sum;
-            row.iter_mut().for_each(|p| *p *= scale);
+            for p in row.iter_mut() {
+                *p *= scale;
+            }
             row[target] -= weight;
             sum.ln() + max - of_target
         })

@@ -121,7 +121,7 @@ fn a_sum_of_products_is_one_pass_with_masks_and_packed_operands() {
         let (a1, b1, a2, b2) = (values(m * k1, 1), values(k1 * n, 2), values(m * k2, 3), values(k2 * n, 4));
         let first = naive(m, n, k1, |i, p| a1[i * k1 + p], |p, j| b1[p * n + j]);
         let second = naive(m, n, k2, |i, p| a2[i * k2 + p], |p, j| b2[p * n + j]);
-        let keeps = |row: usize, col: usize| (row * 31 + col) % 3 != 0;
+        let keeps = |row: usize, col: usize| !(row * 31 + col).is_multiple_of(3);
         let mask = |row: usize, first: usize, values: &mut [f32]| {
             for (i, value) in values.iter_mut().enumerate() {
                 *value = if keeps(row, first + i) { *value } else { 0.0 };

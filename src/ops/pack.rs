@@ -260,7 +260,7 @@ pub(super) fn pack_b(
     let nr = form.tile.nr;
     let panel_len = form.depth(ks.len()) * nr;
     if let Operand::Weight(weight, first) = b {
-        if js.len() % nr != 0 || ks.len().div_ceil(form.k_per_word()) * nr < panel_len {
+        if !js.len().is_multiple_of(nr) || ks.len().div_ceil(form.k_per_word()) * nr < panel_len {
             out.fill(0.0);
         }
         return pack_weight_rows(ctx, form, weight, first, js, ks, out, nr, words);

@@ -84,19 +84,17 @@ impl Model {
 
     /// The model to change, unless it is in use.
     pub(super) fn write(&self) -> Result<RwLockWriteGuard<'_, State>> {
-        if self.training.load(Ordering::Acquire) {
-            return Err(busy());
-        }
-        match self.state.try_write() {
-            Ok(guard) => Ok(guard),
-            Err(TryLockError::Poisoned(poison)) => Ok(poison.into_inner()),
-            Err(TryLockError::WouldBlock) => Err(busy()),
-        }
+        let guard = match self.state.try_write() {
+            Ok(guard) => guard,
+            Err(TryLockError::Poisoned(poison)) => poison.into_inner(),
+            Err(TryLockError::WouldBlock) => return Err(busy()),
+        };
+        // Looked at with the lock in hand: whoever begins to train after this waits for the lock.
+        if self.training.load(Ordering::Acquire) { Err(busy()) } else { Ok(guard) }
     }
 
-    /// Keeps everyone but the caller from changing the model until the result is dropped.
+    /// Keeps everyone but the caller from changing the model until the result is dropped; others may be reading it.
     pub(super) fn start_training(&self) -> Result<Training<'_>> {
-        let _alone = self.write()?;
         if self.training.swap(true, Ordering::AcqRel) { Err(busy()) } else { Ok(Training(&self.training)) }
     }
 }

@@ -95,16 +95,22 @@ impl Sizes {
         let masked = if self.dropout { ffn } else { 0 };
         let packed = |floats: usize| floats * self.packed_bytes / 4;
         // Through down: dactive and its packed operand. Through gate and up: dgate, dup, h, dh and three packed, or two
-        // beside both weights where dx is so narrow that they are packed whole.
+        // beside both weights where dx is so narrow that they are packed whole. What was kept is freed on the way.
         let through_down = gated + activated + ffn + masked.max(packed(h));
+        let freed = if keep == Keep::Everything { ffn } else { 0 };
+        let swiglu = gated + h + 3 * ffn - freed;
+        let freed = freed + if keep >= Keep::Products { 2 * ffn } else { 0 };
         let gradients = 2 * ffn + 2 * h + masked.min(h);
-        let swiglu = gated + h + 3 * ffn;
-        let mlp = through_down.max(gradients + packed(3 * ffn)).max(swiglu) * chunk;
-        let mlp = mlp.max((gradients + packed(2 * ffn)) * chunk + packed(2 * packed_whole(h, ffn)));
+        let own = (gradients + packed(3 * ffn)).saturating_sub(freed);
+        let narrow =
+            (chunk * (gradients + packed(2 * ffn)) + packed(2 * packed_whole(h, ffn))).saturating_sub(chunk * freed);
+        let mlp = (chunk * through_down.max(swiglu).max(own)).max(narrow);
         // mid is gone; dattended, dq, dk, dv, D, keys twice and values packed; then h, dh and the packed operands.
         let apart = if keep == Keep::Input { attention - n_tokens * h } else { 0 };
         let through_attention = apart + n_tokens * (2 * q + 5 * kv + self.heads);
-        let through_qkv = n_tokens * (q + 2 * kv + 2 * h + packed(2 * q + 2 * kv) + if self.dropout { h } else { 0 });
+        let freed = if keep == Keep::Input { 0 } else { h + 2 * q + 2 * kv };
+        let through_qkv = q + 2 * kv + 2 * h + packed(2 * q + 2 * kv) + masked.min(h);
+        let through_qkv = n_tokens * through_qkv.saturating_sub(freed);
         4 * (attention + mlp).max(through_attention).max(through_qkv)
     }
 

@@ -127,6 +127,7 @@ class Talk:
         try:
             self.model.generate(input_ids=ids, streamer=typewriter, **self.settings)
         except KeyboardInterrupt:
+            typewriter.end()
             print(" [stopped]", end="")
         print()
         self.messages.append({"role": "assistant", "content": typewriter.text})

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any, TextIO
 
-import numpy as np
+from rustune.streamers import TextStreamer
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -65,41 +65,29 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     return chosen | ({"do_sample": True, "temperature": options.temperature} if sampled else {"do_sample": False})
 
 
-class Typewriter:
-    """Writes new tokens as text as soon as they make whole characters.
+class Typewriter(TextStreamer):
+    """Writes an answer word by word as it is made, and remembers it.
 
     Args:
         tokenizer: To decode with.
-        stream: Where to.
+        stream: Where to; standard output if not given.
+
+    Attributes:
+        text: What was written.
     """
 
     def __init__(self, tokenizer: Any, stream: TextIO | None = None) -> None:
-        self._tokenizer = tokenizer
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._stream = sys.stdout if stream is None else stream
-        self._ids: list[int] = []
-        self._prompt_seen = False
         self.text = ""
 
-    def put(self, ids: Any) -> None:
-        """Takes the prompt, then new tokens.
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Writes a piece.
 
         Args:
-            ids: An array.
+            text: The piece.
+            stream_end: Whether it is the last one.
         """
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        self._ids += np.asarray(ids).reshape(-1).tolist()
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        # A character of several tokens is not whole yet.
-        if not text.endswith("\ufffd"):
-            self._write(text)
-
-    def end(self) -> None:
-        """Writes what is left."""
-        self._write(self._tokenizer.decode(self._ids, skip_special_tokens=True))
-
-    def _write(self, text: str) -> None:
-        new, self.text = text[len(self.text) :], text
-        self._stream.write(new)
+        self.text += text
+        self._stream.write(text)
         self._stream.flush()

@@ -50,9 +50,9 @@ fn detect() -> bool {
 
 /// XCR0 bits 17 and 18.
 fn tiles_are_saved() -> bool {
-    let (low, _high): (u32, u32);
+    let low: u32;
     // SAFETY: CPUID says that the operating system has enabled XGETBV (OSXSAVE).
-    unsafe { asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") _high, options(nomem, nostack, preserves_flags)) };
+    unsafe { asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") _, options(nomem, nostack, preserves_flags)) };
     low >> 17 & 3 == 3
 }
 
