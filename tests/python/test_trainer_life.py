@@ -362,7 +362,7 @@ def test_checkpoints_are_uploaded_and_a_failing_hub_ends_nothing(make: Make) -> 
     steps = ["Training in progress, step 2", "Training in progress, step 4"]
     assert with_uploads("every_save") == [*steps, "End of training"]
     assert with_uploads("end") == ["End of training"]
-    with pytest.warns(UserWarning, match="step 2 was not uploaded: unreachable"):
+    with pytest.warns(UserWarning, match=r"step [24] was not uploaded: unreachable"):
         assert with_uploads("every_save", fail=True) == ["End of training"]
 
 
