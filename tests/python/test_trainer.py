@@ -234,9 +234,11 @@ def test_another_thread_reads_the_model_while_it_is_trained(make: Make) -> None:
 
     thread = threading.Thread(target=reader)
     thread.start()
-    trainer.train()
-    done.set()
-    thread.join()
+    try:
+        trainer.train()
+    finally:
+        done.set()
+        thread.join()
     assert len(read) > 2 and all(np.isfinite(read))
     plain = make(max_steps=30)
     plain.train()
