@@ -118,7 +118,7 @@ def test_a_banner_and_a_line_for_each_log_entry(make: Make, capsys: pytest.Captu
     shown = capsys.readouterr().err
     assert "24: 192 tokens" in shown and "batch 4 x 1 accumulation = 4 rows" in shown and "4, 1 epoch" in shown
     assert "100.0 % of the rows are cut after 8 tokens, 96 tokens lost" in shown
-    assert re.search(r"memory +about [\d.]+ MiB at most, [\d.]+ GiB are free\n +model ", shown)
+    assert re.search(r"memory +about [\d.]+ [MG]iB at most, [\d.]+ [MG]iB are free\n +model ", shown)
     assert "step 4/4" in shown and "tok/s" in shown and shown.count("loss") >= 4
     make().train()
     assert capsys.readouterr().err == ""
