@@ -1,7 +1,7 @@
 //! Rows of elementwise work written once over a vector: dropout, rotary embedding, the gain of a norm, AdamW.
 //!
 //! Dropout draws a vector of counters at a time: lane `l` of word vector `w` holds word `w` of one Philox block, and blocks
-//! are dealt to lanes such that interleaving four word vectors gives the elements in order ([`Simd::philox_blocks`]).
+//! are dealt to lanes such that interleaving four word vectors gives the elements in order (`Simd::philox_blocks`).
 //! AdamW adds and multiplies without fusing, so every instruction set gives the bits of the scalar formula.
 
 use super::generic::Simd;

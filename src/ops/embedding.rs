@@ -32,7 +32,7 @@ pub fn forward(env: &Env<'_>, table: &Matrix, hidden: usize) -> Buf {
 /// (Jain et al. 2023, "NEFTune", algorithm 1);  x: `[n_tokens, hidden]`. Nothing outside training: without a dropout key.
 ///
 /// An element's noise is a function of seed, step, dataset row, position and element, as a dropout mask is; the module that
-/// numbers a mask is [`NOISE`], which no layer has. The gradient passes through unchanged.
+/// numbers a mask is `NOISE`, which no layer has. The gradient passes through unchanged.
 pub fn add_noise(env: &Env<'_>, alpha: f32, hidden: usize, x: &mut [f32]) {
     let Some(DropoutKey { seed, step }) = env.dropout.filter(|_| alpha > 0.0) else { return };
     for ends in env.tokens.cu_seqlens.windows(2) {
