@@ -61,11 +61,6 @@ fmt: $(VENV)/ready ## format everything in place
 bench: $(VENV)/fetched ## Rust benchmarks, release profile
 	cargo bench --locked --offline --benches
 
-.PHONY: sanitize
-sanitize: $(VENV)/fetched ## Rust tests under AddressSanitizer (x86-64 Linux; builds everything anew, many minutes)
-	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo test --locked --offline --lib --test rust \
-		--target x86_64-unknown-linux-gnu --target-dir target/sanitize --config 'profile.dev.package."*".opt-level=1'
-
 .PHONY: bench-train
 bench-train: $(VENV)/installed ## seconds, tokens and memory of training steps; PEER=python with torch, peft, bitsandbytes
 	$(BIN)/python benches/train.py --shape llama-3.2-1b-4l --batch 1 --seq 512 $(if $(PEER),--peer-python $(PEER))
