@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from rustune import verbosity
+
 Names = Mapping[str, str]
 """Name to `module:attribute`, or to `module:` for a module itself; nothing is imported before it is asked for."""
 
@@ -97,25 +99,7 @@ PROXIED: Final[Mapping[str, Names]] = {
 }
 """Modules of which only these names are ours where they are installed."""
 
-_LOGGING: Final[Names] = {
-    name: f"rustune.verbosity:{name}"
-    for name in (
-        "CRITICAL",
-        "DEBUG",
-        "ERROR",
-        "FATAL",
-        "INFO",
-        "WARN",
-        "WARNING",
-        "get_logger",
-        "get_verbosity",
-        "set_verbosity",
-        "set_verbosity_debug",
-        "set_verbosity_error",
-        "set_verbosity_info",
-        "set_verbosity_warning",
-    )
-}
+_LOGGING: Final[Names] = {name: f"rustune.verbosity:{name}" for name in verbosity.__all__}
 
 STAND_INS: Final[Mapping[str, Names]] = {
     "transformers": {
