@@ -124,12 +124,24 @@ class Shape:
         """
         return self.layers * rank * sum(sum(self.linears[name]) for name in targets)
 
+    def n_whole(self, modules: Iterable[str]) -> int:
+        """Counts the trained numbers of modules that are trained whole.
+
+        Args:
+            modules: `embed_tokens` and `lm_head`, either or both.
+
+        Returns:
+            Their number.
+        """
+        return self.vocab * self.hidden * len(set(modules))
+
 
 def memory(
     config: Mapping[str, Any],
     *,
     tokens: int,
     rank: int = 16,
+    modules_to_save: Iterable[str] = (),
     four_bits: bool = True,
     optim: str = "adamw_8bit",
     checkpointing: str = "unsloth",
@@ -140,6 +152,7 @@ def memory(
         config: A `config.json`.
         tokens: Tokens of the largest micro-batch: its rows times their length.
         rank: The adapter's rank, on all linear layers.
+        modules_to_save: What is trained whole beside it, as of `get_peft_model`.
         four_bits: Whether the linear layers are held in 4 bits.
         optim: The optimizer, as transformers spells it.
         checkpointing: `true` runs every layer again, `false` keeps all, `unsloth` keeps what there is memory for.
@@ -159,7 +172,7 @@ def memory(
             _native.estimate_memory(
                 folder,
                 json.dumps(quantization),
-                json.dumps({"r": rank}),
+                json.dumps({"r": rank, "modules_to_save": list(modules_to_save)}),
                 tokens,
                 optim=optim,
                 checkpointing=checkpointing,
@@ -168,14 +181,15 @@ def memory(
     return made
 
 
-def flops(shape: Shape, *, tokens: int, length: int, again: float) -> float:
-    """Counts the floating point operations of a forward and backward with frozen weights.
+def flops(shape: Shape, *, tokens: int, length: int, again: float, head_trained: bool = False) -> float:
+    """Counts the floating point operations of a forward and backward with frozen linear layers.
 
     Args:
         shape: The model's sizes.
         tokens: Tokens in all.
         length: Tokens of a row: attention costs more the longer rows are.
         again: Layers that the backward runs again.
+        head_trained: Whether the head gets a gradient of its own.
 
     Returns:
         Additions and multiplications: 2 for each weight and token in the forward, as many for the gradient of the
@@ -185,7 +199,8 @@ def flops(shape: Shape, *, tokens: int, length: int, again: float) -> float:
     linear = 2.0 * shape.n_linear * (2 * shape.layers + again)
     # Scores and values, half of them masked; the backward has five such products to the forward's two.
     attention = 2.0 * length * shape.heads * shape.head_dim * (3.5 * shape.layers + again)
-    return tokens * (linear + attention + 4.0 * shape.vocab * shape.hidden)
+    head = (6.0 if head_trained else 4.0) * shape.vocab * shape.hidden
+    return tokens * (linear + attention + head)
 
 
 def measure(shape: Shape, *, tokens: int = _TRIAL_TOKENS, rank: int = 16, four_bits: bool = True) -> float:

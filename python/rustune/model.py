@@ -18,7 +18,7 @@ from rustune.batches import Batch, rectangle
 from rustune.config import unknown_argument
 from rustune.description import Device, ModelConfig, Parameter, weight_shapes
 from rustune.generation import GenerationConfig, merge_settings
-from rustune.notices import sort_arguments
+from rustune.notices import sort_arguments, tell_once
 from rustune.tokenizer import TokenArray, Tokenizer, as_tokens
 
 # Arguments of calling a model that change nothing, of saving, and of uploading.
@@ -139,6 +139,7 @@ class Model:
         training: What `for_training` and `for_inference` set; the engine needs neither.
         dtype: The arithmetic of the matrix products, `float32` or `bfloat16`.
         vocab_size: Number of token ids.
+        has_new_tokens: Whether `add_new_tokens` has added some, so that `get_peft_model` trains their rows.
     """
 
     is_gradient_checkpointing = True
@@ -167,6 +168,8 @@ class Model:
         # Kept here because the engine answers nothing while it trains, and callbacks ask.
         self.dtype: str = native.dtype
         self.vocab_size: int = native.vocab_size
+        # `add_new_tokens` sets it: then get_peft_model trains the embedding table and the head.
+        self.has_new_tokens = False
         self._eos = native.eos_token_ids
         self._pad = native.pad_token_id
         self._count()
@@ -461,7 +464,7 @@ class Model:
         where = hub.resolve(os.fspath(folder), **{name: options[name] for name in known if name in options})
         self.adapter = json.loads(self.native.load_adapter(where))
         self.adapter["base_model_name_or_path"] = base
-        self._count()
+        self._take_vocabulary()
 
     def print_trainable_parameters(self) -> None:
         """Prints how many parameters are trained, and their share."""
@@ -504,12 +507,11 @@ class Model:
         Yields:
             A name as in the checkpoint (of the adapter: as in its file) and the weight's description.
         """
-        full = self.native.is_fully_trained
+        trained = {name: tuple(shape) for name, shape in self.native.parameter_shapes}
         for name, shape in weight_shapes(self.config):
-            yield name, Parameter(name, shape, full)
-        if self.native.has_adapter:
-            for name, values in self.native.parameters().items():
-                yield name, Parameter(name, values.shape, True)
+            yield name, Parameter(name, shape, trained.pop(name, None) is not None)
+        for name, shape in trained.items():
+            yield name, Parameter(name, shape, True)
 
     def parameters(self) -> Iterator[Parameter]:
         """Lists every weight's description; see `named_parameters`."""
@@ -615,20 +617,57 @@ class Model:
     def enable_input_require_grads(self) -> None:
         """Does nothing: gradients reach every adapter as it is."""
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, **_: Any) -> None:
-        """Accepts a size the model has already, since notebooks call this by habit.
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> Parameter:
+        """Gives the embedding table and the head as many rows as there are tokens.
+
+        New rows are the mean of the old ones; transformers draws them around it, with a billionth of the rows'
+        covariance. Train them: `modules_to_save=["embed_tokens", "lm_head"]` of `get_peft_model`.
 
         Args:
-            new_num_tokens: The number of tokens; the embedding table may have room for more.
+            new_num_tokens: The number of tokens, usually `len(tokenizer)`; fewer than there are cuts rows off, None
+                leaves the number.
+            pad_to_multiple_of: Raises the number to a multiple of this.
+            mean_resizing: True. With False transformers draws new rows around zero; here they are the mean all the
+                same, and a warning says so.
+
+        Returns:
+            The embedding table's description.
 
         Raises:
-            ConfigError: If it is more than the model has.
+            ConfigError: If a number is below 1.
+
+        Example:
+            >>> tokenizer.add_tokens(["<think>", "</think>"])  # doctest: +SKIP
+            2
+            >>> model.resize_token_embeddings(len(tokenizer)).shape  # doctest: +SKIP
+            (128258, 2048)
         """
-        if new_num_tokens is not None and new_num_tokens > self.vocab_size:
-            raise ConfigError(
-                f"resize_token_embeddings = {new_num_tokens}: the model has {self.vocab_size} tokens; adding some is "
-                "not there yet; use tokens the vocabulary has"
+        numbers = {"new_num_tokens": new_num_tokens, "pad_to_multiple_of": pad_to_multiple_of}
+        checks.check({"mean_resizing": checks.BOOL, **dict.fromkeys(numbers, checks.WHOLE)}, locals())
+        for name, value in numbers.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} = {value}: expected at least 1")
+        wanted = self.vocab_size if new_num_tokens is None else int(new_num_tokens)
+        wanted += -wanted % (pad_to_multiple_of or 1)
+        if not mean_resizing and wanted > self.vocab_size:
+            tell_once(
+                "resize_token_embeddings: mean_resizing=False: new rows are the mean of the old ones all the same"
             )
+        self.native.resize_vocab(wanted)
+        self._take_vocabulary()
+        name, shape = next(iter(weight_shapes(self.config)))
+        return Parameter(name, shape, any(trained == name for trained, _ in self.native.parameter_shapes))
+
+    def _take_vocabulary(self) -> None:
+        """Reads the vocabulary's size, after it has changed."""
+        self.vocab_size = self.native.vocab_size
+        self.config.vocab_size = self.vocab_size
+        self._count()
 
     def _count(self) -> None:
         """Counts anew, after an adapter was added."""

@@ -51,6 +51,7 @@ _LOADING_KINDS: Final = {
     "load_in_4bit": checks.BOOL,
     "load_in_8bit": checks.BOOL,
     "load_in_16bit": checks.BOOL,
+    "resize_model_vocab": checks.WHOLE,
     "full_finetuning": checks.BOOL,
     "token": checks.SWITCH,
     "use_gradient_checkpointing": checks.SWITCH,
@@ -71,11 +72,13 @@ _ADAPTER_KINDS: Final = {
     "use_rslora": checks.BOOL,
     "use_dora": checks.BOOL,
     "modules_to_save": checks.TEXTS,
+    "ensure_weight_tying": checks.BOOL,
     "init_lora_weights": checks.SWITCH,
     "loftq_config": checks.TABLE,
     "rank_pattern": checks.WHOLE_TABLE,
     "alpha_pattern": checks.NUMBER_TABLE,
 }
+_TABLES: Final = frozenset({"embed_tokens", "lm_head"})
 _MAX_RANK: Final = 2**16  # beyond every matrix there is; a slip of the keyboard must not eat the memory
 _ALL_LINEAR: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -124,7 +127,7 @@ class FastLanguageModel:
             trust_remote_code: Makes no difference: no code of a repository is ever run.
             use_gradient_checkpointing: How many layers are computed again in the backward: `unsloth`, as few as the
                 memory there is allows; True, every layer; False, none. The results are the same.
-            resize_model_vocab: Not there yet.
+            resize_model_vocab: The number of tokens the model is to have, as of `Model.resize_token_embeddings`.
             revision: Branch, tag or commit on the hub.
             random_state: Makes no difference: loading draws no numbers.
             quantization_config: A BitsAndBytesConfig, or a mapping like it.
@@ -157,8 +160,8 @@ class FastLanguageModel:
         checks.check(_LOADING_KINDS, locals())
         if rope_scaling is not None:
             raise ConfigError(f"rope_scaling = {rope_scaling}: not there yet; that of config.json applies")
-        if resize_model_vocab is not None:
-            raise ConfigError(f"resize_model_vocab = {resize_model_vocab}: not there yet; leave it None")
+        if resize_model_vocab is not None and resize_model_vocab < 1:
+            raise ConfigError(f"resize_model_vocab = {resize_model_vocab}: expected at least 1")
         if max_seq_length is not None and (not isinstance(max_seq_length, (int, np.integer)) or max_seq_length < 1):
             raise ConfigError(f"max_seq_length = {max_seq_length!r}: expected at least 1")
         secret = token if isinstance(token, str) else None
@@ -183,13 +186,21 @@ class FastLanguageModel:
             folder = find(name)
         room = None if max_seq_length is None else int(max_seq_length)
         native = _native.Model.load(folder, _dtype_name(dtype), json.dumps(quantization), room)
-        adapter = None
+        if resize_model_vocab is not None:
+            native.resize_vocab(int(resize_model_vocab))
+        adapter, n_tokens = None, native.vocab_size
         if adapter_folder is not None:
             adapter = json.loads(native.load_adapter(adapter_folder))
             adapter["base_model_name_or_path"] = os.path.abspath(name) if os.path.isdir(name) else name
-        tokenizer = None
-        for source in dict.fromkeys([adapter_folder or folder, folder]):
-            tokenizer = Tokenizer.from_folder(source) if tokenizer is None else tokenizer
+        tokenizer = Tokenizer.from_folder(adapter_folder or folder)
+        if tokenizer is None and adapter_folder is not None:
+            tokenizer = Tokenizer.from_folder(folder)
+            if native.vocab_size > n_tokens:
+                warnings.warn(
+                    f"{adapter_folder}: the adapter knows {native.vocab_size} tokens, its base {n_tokens}, and there "
+                    "is no tokenizer beside it; call tokenizer.save_pretrained for that folder",
+                    stacklevel=2,
+                )
         length = 2048 if max_seq_length is None else int(max_seq_length)
         if tokenizer is None:
             warnings.warn(f"{folder}: has no tokenizer files; only rows of token ids can be used", stacklevel=2)
@@ -230,6 +241,7 @@ class FastLanguageModel:
         use_rslora: bool = False,
         use_dora: bool = False,
         modules_to_save: Iterable[str] | None = None,
+        ensure_weight_tying: bool = False,
         init_lora_weights: bool | str = True,
         loftq_config: Mapping[str, Any] | None = None,
         rank_pattern: Mapping[str, int] | None = None,
@@ -243,7 +255,8 @@ class FastLanguageModel:
         Args:
             model: From `from_pretrained`.
             r: Rank.
-            target_modules: Names of linear layers, or `all-linear`; all seven kinds if not given.
+            target_modules: Names of linear layers, or `all-linear`; all seven kinds if not given. `embed_tokens` and
+                `lm_head` among them are trained whole, as in `modules_to_save`.
             lora_alpha: The adapter is scaled by `lora_alpha / r`.
             lora_dropout: Share of inputs set to zero in training.
             bias: `none`.
@@ -255,7 +268,10 @@ class FastLanguageModel:
             max_seq_length: Longest row in training; None leaves it as loaded.
             use_rslora: Scale by `lora_alpha / sqrt(r)`.
             use_dora: Not there yet.
-            modules_to_save: Not there yet.
+            modules_to_save: Modules that are trained whole, in float32, and saved with the adapter: `embed_tokens`,
+                `lm_head`, and the norms `input_layernorm`, `post_attention_layernorm`, `norm` (all of them).
+            ensure_weight_tying: Where the head is the embedding table, keep it so when either is trained; otherwise
+                they become two.
             init_lora_weights: True or `gaussian`.
             loftq_config: Not there yet.
             rank_pattern: Ranks of layers that differ.
@@ -298,6 +314,10 @@ class FastLanguageModel:
             return model
         targets = target_modules if target_modules in (None, "all-linear") else checks.listed(target_modules)
         layers = None if layers_to_transform is None else checks.listed(layers_to_transform)
+        saved = [] if modules_to_save is None else checks.listed(modules_to_save)
+        if model.has_new_tokens and not {*saved, *_list_of(targets)} >= _TABLES:
+            tell_once("get_peft_model: embed_tokens and lm_head are trained too, since tokens were added")
+            saved = [*saved, *sorted(_TABLES)]
         written = {
             "r": int(r),
             "lora_alpha": float(lora_alpha),
@@ -308,7 +328,8 @@ class FastLanguageModel:
             "use_dora": use_dora,
             "layers_to_transform": None if layers is None else [int(layer) for layer in layers],
             "finetune_last_n_layers": finetune_last_n_layers,
-            "modules_to_save": None if modules_to_save is None else checks.listed(modules_to_save),
+            "modules_to_save": saved,
+            "ensure_weight_tying": ensure_weight_tying,
             "init_lora_weights": init_lora_weights,
             "rank_pattern": dict(rank_pattern or {}),
             "alpha_pattern": dict(alpha_pattern or {}),
@@ -317,7 +338,9 @@ class FastLanguageModel:
         if model.native.has_adapter:
             _same_adapter(model.adapter or {}, written)
             return model
+        tied = model.native.is_tied
         model.adapter = json.loads(model.native.add_adapter(json.dumps(written)))
+        _tell_of_whole_modules(model, targets, tied=tied)
         model._count()
         return model
 
@@ -379,15 +402,43 @@ def _base_of(folder: str) -> str:
     return name
 
 
+def _list_of(targets: Any) -> list[str]:
+    """The names in `target_modules`."""
+    if targets in (None, "all-linear"):
+        return list(_ALL_LINEAR)
+    return [targets] if isinstance(targets, str) else list(targets)
+
+
+def _tell_of_whole_modules(model: Model, targets: Any, *, tied: bool) -> None:
+    """Says once what becomes of the embedding table and the head when they are trained."""
+    tables = [name for name in _list_of((model.adapter or {})["modules_to_save"]) if name.endswith(tuple(_TABLES))]
+    if not tables:
+        return
+    model._set_lm_head_bits(None)
+    moved = [name for name in _list_of(targets) if name.endswith(tuple(_TABLES))]
+    if moved:
+        tell_once(
+            f"get_peft_model: {' and '.join(moved)} in target_modules: trained whole, in float32, as modules_to_save; "
+            "no low-rank adapter"
+        )
+    if tied and not (model.adapter or {})["ensure_weight_tying"]:
+        tell_once(
+            "get_peft_model: the head of this model is its embedding table; from now on they are two, as in PEFT "
+            "(ensure_weight_tying=True keeps them one)"
+        )
+
+
 def _same_adapter(present: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Refuses other settings than those of the adapter that is there."""
-    targets = wanted["target_modules"]
-    if targets in (None, "all-linear"):
-        targets = _ALL_LINEAR
-    wanted = wanted | {"target_modules": sorted([targets] if isinstance(targets, str) else set(targets))}
-    for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"):
+    targets = set(_list_of(wanted["target_modules"]))
+    tables = {name for name in targets if name.endswith(tuple(_TABLES))}
+    wanted = wanted | {
+        "target_modules": sorted(targets - tables),
+        "modules_to_save": sorted({*wanted["modules_to_save"], *tables}),
+    }
+    for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora"):
         there: Any = present.get(name)
-        if name == "target_modules" and isinstance(there, Sequence):
+        if isinstance(there, Sequence) and not isinstance(there, str):
             there = sorted(there)
         if there is not None and there != wanted[name]:
             raise ConfigError(f"{name} = {wanted[name]}: the model has an adapter with {name} = {there} already")

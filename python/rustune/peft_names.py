@@ -108,6 +108,7 @@ _LORA_DEFAULTS: Final[Mapping[str, Any]] = {
     "bias": "none",
     "use_rslora": False,
     "modules_to_save": None,
+    "ensure_weight_tying": False,
     "init_lora_weights": True,
     "layers_to_transform": None,
     "layers_pattern": None,

@@ -1,4 +1,4 @@
-//! Which linear layers get an adapter, and of what size.
+//! Which linear layers get an adapter, and of what size; which modules are trained whole beside it.
 
 use std::collections::BTreeMap;
 
@@ -11,6 +11,9 @@ use crate::error::{Error, Result};
 /// The linear layers of a decoder block, and what `target_modules="all-linear"` and the default mean.
 pub const ALL_LINEAR: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
+/// The modules that `modules_to_save` can name by these endings: the embedding table, the head, and the norms.
+pub const WHOLE_MODULES: [&str; 5] = ["embed_tokens", "lm_head", "input_layernorm", "post_attention_layernorm", "norm"];
+
 /// Arguments of `get_peft_model`, as written.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -21,7 +24,8 @@ pub struct LoraOptions {
     pub lora_alpha: Option<f64>,
     /// Default 0.
     pub lora_dropout: Option<f64>,
-    /// A list of names or name endings, or `"all-linear"`; default all seven.
+    /// A list of names or name endings, or `"all-linear"`; default all seven. `embed_tokens` and `lm_head` move to
+    /// `modules_to_save`, as in Unsloth.
     pub target_modules: Option<Value>,
     /// Only `"none"`.
     pub bias: Option<String>,
@@ -33,8 +37,10 @@ pub struct LoraOptions {
     pub layers_to_transform: Option<Value>,
     /// The last n layers; instead of `layers_to_transform`.
     pub finetune_last_n_layers: Option<i64>,
-    /// Not there yet.
+    /// Endings of the names of modules that are trained whole; some of [`WHOLE_MODULES`].
     pub modules_to_save: Option<Vec<String>>,
+    /// Whether a head that is the embedding table stays so when either is trained; default false: copies.
+    pub ensure_weight_tying: Option<bool>,
     /// true or `"gaussian"`; default true.
     pub init_lora_weights: Option<Value>,
     /// Ranks of modules that differ, by name or name ending.
@@ -66,6 +72,10 @@ pub struct Lora {
     pub lora_dropout: f64,
     /// Names or name endings of the adapted layers.
     pub target_modules: Vec<String>,
+    /// Endings of the names of modules that are trained whole, in f32.
+    pub modules_to_save: Vec<String>,
+    /// Whether a head that is the embedding table stays so when either is trained.
+    pub ensure_weight_tying: bool,
     /// Whether the scale uses the root of the rank.  Kalajdzievski 2023.
     pub use_rslora: bool,
     /// Layers that are adapted, ascending; `None` for all.
@@ -87,17 +97,18 @@ impl LoraOptions {
     /// [`Error::Config`] naming a setting that is out of range, contradicts another, or is not there yet.
     pub fn resolve(&self, n_layers: usize) -> Result<Lora> {
         refuse_if(self.use_dora == Some(true), "use_dora", true, "leave it False")?;
-        let saved = self.modules_to_save.as_deref().unwrap_or_default();
-        refuse_if(!saved.is_empty(), "modules_to_save", saved.join(", "), "only linear layers can be trained")?;
         let bias = self.bias.as_deref().unwrap_or("none");
         refuse_if(bias != "none", "bias", bias, "use \"none\"")?;
         let lora_dropout = self.lora_dropout.unwrap_or(0.0);
         let dropout_range = "expected at least 0 and less than 1";
+        let (target_modules, modules_to_save) = self.modules()?;
         Ok(Lora {
             r: at_least_one("r", self.r, 16)?,
             lora_alpha: number("lora_alpha", self.lora_alpha, 16.0, |x| x > 0.0, "expected a positive number")?,
             lora_dropout: number("lora_dropout", Some(lora_dropout), 0.0, |x| (0.0..1.0).contains(&x), dropout_range)?,
-            target_modules: self.targets()?,
+            target_modules,
+            modules_to_save,
+            ensure_weight_tying: self.ensure_weight_tying.unwrap_or(false),
             use_rslora: self.use_rslora.unwrap_or(false),
             layers_to_transform: self.layers(n_layers)?,
             init_lora_weights: self.init()?,
@@ -111,13 +122,29 @@ impl LoraOptions {
         })
     }
 
+    /// The layers that get an adapter and the modules that are trained whole, each sorted: a list in any order, or with
+    /// a name twice, is the same adapter.
+    fn modules(&self) -> Result<(Vec<String>, Vec<String>)> {
+        let (tables, linears): (Vec<_>, Vec<_>) = self.targets()?.into_iter().partition(|name| is_table(name));
+        if linears.is_empty() {
+            let expected = "expected a linear layer too: these are trained whole, beside an adapter";
+            return Err(Error::config("target_modules", tables.join(", "), expected));
+        }
+        let saved = self.modules_to_save.clone().unwrap_or_default();
+        if let Some(unknown) = saved.iter().find(|name| !WHOLE_MODULES.contains(&leaf(name))) {
+            let expected = format!("expected some of {}", WHOLE_MODULES.join(", "));
+            return Err(Error::config("modules_to_save", unknown, expected));
+        }
+        Ok((sorted(linears), sorted([tables, saved].concat())))
+    }
+
     fn targets(&self) -> Result<Vec<String>> {
         let field = "target_modules";
         let all = || ALL_LINEAR.iter().map(|name| (*name).to_owned()).collect();
         let wrong = |value: &dyn ToString| {
             Error::config(field, value.to_string(), "expected a list of layer names, or \"all-linear\"")
         };
-        let mut targets: Vec<String> = match &self.target_modules {
+        let targets: Vec<String> = match &self.target_modules {
             None | Some(Value::Null) => all(),
             Some(Value::String(name)) if name == "all-linear" => all(),
             Some(Value::String(name)) => vec![name.clone()],
@@ -130,17 +157,6 @@ impl LoraOptions {
         if targets.is_empty() {
             return Err(wrong(&"[]"));
         }
-        for name in ["embed_tokens", "lm_head"] {
-            refuse_if(
-                targets.iter().any(|target| target == name),
-                field,
-                name,
-                "only the decoder's linear layers can",
-            )?;
-        }
-        // A list in any order, or with a name twice, is the same adapter.
-        targets.sort_unstable();
-        targets.dedup();
         Ok(targets)
     }
 
@@ -180,10 +196,20 @@ impl LoraOptions {
     }
 }
 
-fn sorted(mut layers: Vec<usize>) -> Vec<usize> {
-    layers.sort_unstable();
-    layers.dedup();
-    layers
+fn sorted<T: Ord>(mut list: Vec<T>) -> Vec<T> {
+    list.sort_unstable();
+    list.dedup();
+    list
+}
+
+/// The last part of a module's name.
+fn leaf(name: &str) -> &str {
+    name.rsplit('.').next().unwrap_or(name)
+}
+
+/// Whether a module is the embedding table or the head.
+pub fn is_table(name: &str) -> bool {
+    ["embed_tokens", "lm_head"].contains(&leaf(name))
 }
 
 fn pattern<V: ToString, T>(
@@ -244,6 +270,19 @@ mod tests {
     }
 
     #[test]
+    fn tables_among_the_targets_are_trained_whole() {
+        let targets = json!({"target_modules": ["q_proj", "lm_head", "embed_tokens"], "modules_to_save": ["lm_head"]});
+        let lora = resolve(targets).unwrap();
+        assert_eq!(lora.target_modules, ["q_proj"]);
+        assert_eq!(lora.modules_to_save, ["embed_tokens", "lm_head"]);
+        let saved = json!({"modules_to_save": ["model.norm", "norm", "model.norm"], "ensure_weight_tying": true});
+        let lora = resolve(saved).unwrap();
+        assert_eq!((lora.modules_to_save, lora.ensure_weight_tying), (vec!["model.norm".into(), "norm".into()], true));
+        assert_eq!(lora.target_modules.len(), 7);
+        assert_eq!(resolve(json!({})).unwrap().modules_to_save, [""; 0]);
+    }
+
+    #[test]
     fn every_wrong_value_is_named() {
         for (options, message) in [
             (json!({"r": 0}), "r = 0: expected at least 1"),
@@ -253,10 +292,14 @@ mod tests {
             (json!({"lora_dropout": -0.1}), "lora_dropout = -0.1"),
             (json!({"target_modules": []}), "target_modules = []"),
             (json!({"target_modules": [1]}), "target_modules = 1"),
-            (json!({"target_modules": ["lm_head"]}), "target_modules = lm_head: not there yet"),
+            (json!({"target_modules": ["lm_head"]}), "target_modules = lm_head: expected a linear layer too"),
             (json!({"bias": "all"}), "bias = all: not there yet"),
             (json!({"use_dora": true}), "use_dora = true: not there yet"),
-            (json!({"modules_to_save": ["lm_head"]}), "modules_to_save = lm_head"),
+            (
+                json!({"modules_to_save": ["lm_head", "q_proj"]}),
+                "modules_to_save = q_proj: expected some of embed_tokens",
+            ),
+            (json!({"modules_to_save": ["head"]}), "modules_to_save = head"),
             (json!({"init_lora_weights": "pissa"}), "init_lora_weights = \"pissa\""),
             (json!({"init_lora_weights": false}), "init_lora_weights = false"),
             (json!({"layers_to_transform": [4]}), "layers_to_transform = 4: expected layers from 0 to 3"),

@@ -1,6 +1,7 @@
 //! Low-rank adapters: where they go, how they start, and their files.  Hu et al. 2021.
 
 pub mod peft;
+pub mod whole;
 
 use crate::error::{Error, Result};
 use crate::kernels::philox::{philox4x32_10, unit_f32};

@@ -2,14 +2,21 @@
 //!
 //! A key of the config that would change the numbers and is not supported is an error that names it; what it would do
 //! silently is exactly what must not happen. Tensors: `base_model.model.{module}.lora_A.weight` `[r, in]` and
-//! `lora_B.weight` `[out, r]`. Patterns follow PEFT: a key applies to a module if `(.*\.)?(key)$` matches its name.
+//! `lora_B.weight` `[out, r]`; `base_model.model.{module}.weight` of a module trained whole, and of the embedding table and
+//! the head where they are not the base's. What is trained is f32, what is frozen as the base stores it.
+//! Patterns follow PEFT: a key applies to a module if `(.*\.)?(key)$` matches its name.
 
+use super::whole::{self, Whole};
 use super::{Init, Placement, inject, module_name};
-use crate::config::lora::{ALL_LINEAR, InitWeights, Lora, LoraOptions};
+use crate::config::lora::{ALL_LINEAR, InitWeights, Lora, LoraOptions, is_table};
 use crate::error::{Error, Result};
 use crate::io::safetensors::{Dtype, SafetensorsWriter, TensorFile, TensorSpec};
 use crate::model::Model;
 use crate::model::llama::{LINEAR_NAMES, Layer};
+use crate::model::vocab::Which;
+use crate::model::weights::to_bytes;
+use crate::ops::linear::Matrix;
+use crate::ops::weight::Storage;
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -23,7 +30,7 @@ pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 pub const PREFIX: &str = "base_model.model.";
 
 /// Keys that say nothing about the numbers, or that are read below.
-const HARMLESS: [&str; 21] = [
+const HARMLESS: [&str; 22] = [
     "auto_mapping",
     "base_model_name_or_path",
     "revision",
@@ -36,6 +43,7 @@ const HARMLESS: [&str; 21] = [
     "lora_dropout",
     "use_rslora",
     "target_modules",
+    "modules_to_save",
     "rank_pattern",
     "alpha_pattern",
     "layers_to_transform",
@@ -94,17 +102,20 @@ pub fn placements(lora: &Lora, n_layers: usize) -> Result<Vec<Placement>> {
     Ok(placements)
 }
 
-/// Adds an untrained adapter to a model that has none.
+/// Adds an untrained adapter to a model that has none, and has the modules to save trained from where they are.
 ///
 /// # Errors
-/// Those of [`placements`] and [`inject`].
+/// Those of [`placements`], [`whole::modules`] and [`inject`].
 pub fn attach(model: &mut Model, lora: &Lora) -> Result<()> {
-    let places = placements(lora, model.llama.layers.len())?;
+    let n_layers = model.llama.layers.len();
+    let places = placements(lora, n_layers)?;
+    let wholes = whole::modules(lora, n_layers, model.llama.head.is_none())?;
     let init = match lora.init_lora_weights {
         InitWeights::Uniform => Init::Uniform,
         InitWeights::Gaussian => Init::Gaussian,
     };
-    inject(model, &places, init, lora.random_state)
+    inject(model, &places, init, lora.random_state)?;
+    whole::train(model, &wholes, lora.ensure_weight_tying)
 }
 
 /// Whether `target` is the module's name or an ending of it that starts at a dot.
@@ -151,12 +162,21 @@ pub fn read_config(folder: &Path, n_layers: usize) -> Result<Adapter> {
             return Err(refuse(key, format!("= {value} is not supported yet and would change the numbers")));
         }
     }
+    let mut targets = get("target_modules").as_array().into_iter().flatten().filter_map(Value::as_str);
+    if let Some(name) = targets.find(|name| is_table(name)) {
+        let problem = format!(
+            "{name}: adapters of the embedding table and the head (lora_embedding_A) are not supported yet; \
+             train it with modules_to_save"
+        );
+        return Err(refuse("target_modules", problem));
+    }
     // The same resolution as get_peft_model's; PEFT's own rules for what a file may leave out.
     let mut options: LoraOptions = LoraOptions {
         r: get("r").as_i64().or(Some(0)),
         lora_alpha: get("lora_alpha").as_f64(),
         lora_dropout: get("lora_dropout").as_f64(),
         target_modules: Some(get("target_modules").clone()),
+        ensure_weight_tying: get("ensure_weight_tying").as_bool(),
         use_rslora: get("use_rslora").as_bool(),
         layers_to_transform: Some(get("layers_to_transform").clone()).filter(|layers| layers != &json!([])),
         ..LoraOptions::default()
@@ -174,6 +194,11 @@ pub fn read_config(folder: &Path, n_layers: usize) -> Result<Adapter> {
             }
         }
     }
+    if let Value::Array(names) = get("modules_to_save") {
+        let name = |value: &Value| value.as_str().map(str::to_owned);
+        let names = names.iter().map(name).collect::<Option<_>>();
+        options.modules_to_save = Some(names.ok_or_else(|| refuse("modules_to_save", "expected names".to_owned()))?);
+    }
     let lora = options.resolve(n_layers).map_err(|error| match error {
         Error::Config { field, value, expected } => refuse(field, format!("= {value}: {expected}")),
         other => other,
@@ -181,7 +206,8 @@ pub fn read_config(folder: &Path, n_layers: usize) -> Result<Adapter> {
     Ok(Adapter { base_model: get("base_model_name_or_path").as_str().map(str::to_owned), lora })
 }
 
-/// Adds the adapter of `folder` to a model that has none, with its trained values.
+/// Adds the adapter of `folder` to a model that has none, with its trained values. The vocabulary becomes the adapter's,
+/// if it brings an embedding table or a head.
 ///
 /// # Errors
 /// Those of [`read_config`]; [`Error::Weights`] for a missing, surplus, misshapen or non-finite tensor.
@@ -189,38 +215,116 @@ pub fn load(model: &mut Model, folder: &Path) -> Result<Adapter> {
     let n_layers = model.llama.layers.len();
     let adapter = read_config(folder, n_layers)?;
     let placements = placements(&adapter.lora, n_layers)?;
-    let file = TensorFile::open(folder.join(WEIGHTS_FILE))?;
+    let wholes = whole::modules(&adapter.lora, n_layers, model.llama.head.is_none())?;
+    let mut file = AdapterFile { file: TensorFile::open(folder.join(WEIGHTS_FILE))?, used: BTreeSet::new() };
     // Everything is read and checked before the model is touched.
     let mut values = Vec::new();
-    let mut used = BTreeSet::new();
     for place in &placements {
         let linear = model.llama.layers[place.layer_idx].linears()[place.linear_idx];
         for (part, shape) in [("lora_A", [place.rank, linear.inputs]), ("lora_B", [linear.outputs, place.rank])] {
-            let name = format!("{PREFIX}{}.{part}.weight", place.module());
-            let error = |problem: String| Error::weights(file.path(), &name, problem);
-            if !file.contains(&name) {
-                return Err(error("is missing, though adapter_config.json asks for it".to_owned()));
-            }
-            let got = &file.info(&name)?.shape;
-            if *got != shape {
-                return Err(error(format!("has shape {got:?}, but the model and adapter_config.json say {shape:?}")));
-            }
-            let tensor = file.read_f32(&name)?;
-            if let Some(bad) = tensor.iter().find(|v| !v.is_finite()) {
-                return Err(error(format!("holds {bad}: the adapter is damaged")));
-            }
-            values.push(tensor);
-            used.insert(name);
+            values.push(file.read(&format!("{}.{part}.weight", place.module()), &shape)?);
         }
     }
-    if let Some(name) = file.names().find(|name| !used.contains(*name)) {
-        return Err(Error::weights(file.path(), name, "is not part of what adapter_config.json describes"));
+    let hidden = model.config.hidden_size;
+    let vocab = file.vocab()?.unwrap_or(model.config.vocab_size);
+    for whole in &wholes {
+        values.push(file.read(&whole.weight(), &whole.shape(vocab, hidden))?);
     }
+    // Those that are in the file and not trained: the vocabulary was resized, or somebody asked for them.
+    let mut tables = Vec::new();
+    let copies = !adapter.lora.ensure_weight_tying && wholes.iter().any(|whole| whole.is_table());
+    let stays_tied = model.llama.head.is_none() && !copies;
+    let more: Vec<_> = Which::ALL.into_iter().filter(|&which| file.has_more(&weight_of(which))).collect();
+    for which in more {
+        let values = file.read(&weight_of(which), &[vocab, hidden])?;
+        if which == Which::Head && stays_tied && values != file.read(&weight_of(Which::Embedding), &[vocab, hidden])? {
+            let problem = "differs from the embedding table, which is the head of this model";
+            return Err(Error::weights(file.file.path(), weight_of(which), problem));
+        }
+        tables.push((which, values));
+    }
+    file.refuse_surplus()?;
     inject(model, &placements, Init::Uniform, 0)?;
+    model.resize_vocab(vocab)?;
+    whole::train(model, &wholes, adapter.lora.ensure_weight_tying)?;
     for (param, value) in model.params.all_mut().iter_mut().zip(values) {
         param.data = value;
     }
+    for (which, values) in tables {
+        model.set_table(which, &values)?;
+    }
     Ok(adapter)
+}
+
+/// The name of a table's weight in the model.
+fn weight_of(which: Which) -> String {
+    Whole::Table(which).weight()
+}
+
+/// An adapter's weights file and what of it was read.
+struct AdapterFile {
+    file: TensorFile,
+    used: BTreeSet<String>,
+}
+
+impl AdapterFile {
+    /// The tensor of the model's `name`, checked for its shape and for numbers that are none.
+    fn read(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let name = format!("{PREFIX}{name}");
+        let error = |problem: String| Error::weights(self.file.path(), &name, problem);
+        if !self.file.contains(&name) {
+            return Err(error("is missing, though adapter_config.json asks for it".to_owned()));
+        }
+        let got = &self.file.info(&name)?.shape;
+        if *got != shape {
+            return Err(error(format!("has shape {got:?}, but the model and adapter_config.json say {shape:?}")));
+        }
+        let tensor = self.file.read_f32(&name)?;
+        if let Some(bad) = tensor.iter().find(|v| !v.is_finite()) {
+            return Err(error(format!("holds {bad}: the adapter is damaged")));
+        }
+        self.used.insert(name);
+        Ok(tensor)
+    }
+
+    /// The number of tokens, if there is an embedding table or a head.
+    fn vocab(&self) -> Result<Option<usize>> {
+        let names = Which::ALL.map(|which| format!("{PREFIX}{}", weight_of(which)));
+        let Some(name) = names.iter().find(|name| self.file.contains(name)) else { return Ok(None) };
+        Ok(self.file.info(name)?.shape.first().copied())
+    }
+
+    /// Whether the tensor is there and was not read.
+    fn has_more(&self, name: &str) -> bool {
+        let name = format!("{PREFIX}{name}");
+        self.file.contains(&name) && !self.used.contains(&name)
+    }
+
+    fn refuse_surplus(&self) -> Result<()> {
+        // Of a module to save whose vocabulary was resized PEFT writes the frozen original and the trained copy once more.
+        let again = |name: &str| {
+            let stem = [".original_module.weight", ".modules_to_save.weight"].iter().find_map(|s| name.strip_suffix(s));
+            stem.is_some_and(|stem| self.used.contains(&format!("{stem}.weight")))
+        };
+        match self.file.names().find(|name| !self.used.contains(*name) && !again(name)) {
+            None => Ok(()),
+            Some(name) => {
+                Err(Error::weights(self.file.path(), name, "is not part of what adapter_config.json describes"))
+            }
+        }
+    }
+}
+
+/// The embedding table and the head where they go into an adapter's file without being trained there themselves: they are
+/// not the base's, or the head is the trained embedding table.
+fn more_tables(model: &Model) -> Vec<(Which, &Matrix)> {
+    let llama = &model.llama;
+    let is_trained = |matrix: &Matrix| matches!(matrix, Matrix::Trained(_));
+    let both = [(Which::Embedding, &llama.embed), (Which::Head, llama.head_matrix())];
+    let tied_to_trained = |which| which == Which::Head && llama.head.is_none() && is_trained(&llama.embed);
+    both.into_iter()
+        .filter(|&(which, matrix)| tied_to_trained(which) || (model.new_tables && !is_trained(matrix)))
+        .collect()
 }
 
 /// Writes the model's adapter into `folder`, which exists, as PEFT would.
@@ -232,14 +336,27 @@ pub fn save(model: &Model, adapter: &Adapter, folder: &Path) -> Result<()> {
     if !model.llama.layers.iter().flat_map(Layer::linears).any(|linear| linear.lora.is_some()) {
         return Err(Error::config("save_pretrained", "model", "has no adapter; call get_peft_model first"));
     }
-    let specs: Vec<_> = params
-        .iter()
-        .map(|p| TensorSpec { name: format!("{PREFIX}{}", p.name), dtype: Dtype::F32, shape: p.shape.clone() })
-        .collect();
+    let (vocab, hidden) = (model.config.vocab_size, model.config.hidden_size);
+    let tables = more_tables(model);
+    let dtype = |matrix: &Matrix| match matrix {
+        Matrix::Frozen(weight) if matches!(weight.storage(), Storage::Bf16(_)) => Dtype::BF16,
+        _ => Dtype::F32,
+    };
+    let spec = |name: &str, dtype, shape| TensorSpec { name: format!("{PREFIX}{name}"), dtype, shape };
+    let mut specs: Vec<_> = params.iter().map(|p| spec(&p.name, Dtype::F32, p.shape.clone())).collect();
+    specs.extend(tables.iter().map(|&(which, matrix)| spec(&weight_of(which), dtype(matrix), vec![vocab, hidden])));
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     let mut writer = SafetensorsWriter::create(folder.join(WEIGHTS_FILE), &specs, &metadata)?;
     for (param, spec) in params.iter().zip(&specs) {
         writer.write_f32(&spec.name, &param.data)?;
+    }
+    for (&(_, matrix), spec) in tables.iter().zip(&specs[params.len()..]) {
+        match matrix {
+            Matrix::Frozen(weight) => {
+                writer.write(&spec.name, &to_bytes(&weight.to_f32(model.ctx.kernels), spec.dtype))?;
+            }
+            Matrix::Trained(id) => writer.write_f32(&spec.name, model.params.get(*id))?,
+        }
     }
     writer.finish()?;
     let lora = &adapter.lora;
@@ -253,7 +370,8 @@ pub fn save(model: &Model, adapter: &Adapter, folder: &Path) -> Result<()> {
         "layers_pattern": null,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,
-        "modules_to_save": null,
+        "ensure_weight_tying": lora.ensure_weight_tying,
+        "modules_to_save": if lora.modules_to_save.is_empty() { Value::Null } else { json!(lora.modules_to_save) },
         "peft_type": "LORA",
         "r": lora.r,
         "rank_pattern": lora.rank_pattern,

@@ -38,6 +38,16 @@ impl Model {
         Ok(())
     }
 
+    /// Makes the copy of [`set_lm_head_bits`](Self::set_lm_head_bits) anew after the head has changed; drops it where the
+    /// head is trained now.
+    ///
+    /// # Errors
+    /// Those of quantization.
+    pub(crate) fn refresh_lm_head_copy(&mut self) -> Result<()> {
+        let is_frozen = matches!(self.llama.head_matrix(), Matrix::Frozen(_));
+        self.set_lm_head_bits(self.int8_head.as_ref().filter(|_| is_frozen).map(|_| 8))
+    }
+
     /// Logits for generation, `[n, vocab]`, from the last norm's output, `[n, hidden]`. A row does not depend on the others.
     pub fn next_logits(&self, env: &Env<'_>, hidden: &[f32]) -> Buf {
         let (width, vocab) = (self.config.hidden_size, self.config.vocab_size);

@@ -7,6 +7,7 @@ pub mod llama;
 pub mod save;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod vocab;
 pub mod weights;
 
 pub use config::ModelConfig;
@@ -31,6 +32,9 @@ pub struct Model {
     pub params: ParamStore,
     /// Kernels and buffers.
     pub ctx: Ctx,
+    /// Whether the embedding table and the head, where they are frozen, are not those of `folder`: the vocabulary was
+    /// resized, or an adapter brought its own.
+    pub new_tables: bool,
     /// The head in 8 bits, for generation where asked for ([`Model::set_lm_head_bits`]).
     int8_head: Option<Int8Matrix>,
 }
@@ -58,7 +62,7 @@ impl Model {
         let ctx = Ctx::new(options.precision)?;
         let mut params = ParamStore::default();
         let llama = weights::load(folder, &config, options, &mut params)?;
-        Ok(Self { folder: folder.to_owned(), config, llama, params, ctx, int8_head: None })
+        Ok(Self { folder: folder.to_owned(), config, llama, params, ctx, new_tables: false, int8_head: None })
     }
 
     /// Logits of every token, `[n_tokens, vocab]`.
@@ -129,7 +133,8 @@ impl Model {
 
     fn outside_vocabulary(&self, what: &str, id: i64) -> Error {
         let vocab = self.config.vocab_size;
-        Error::data(what, format!("id {id} is outside the model's vocabulary of {vocab}; is this its tokenizer?"))
+        let advice = "is this its tokenizer? After adding tokens call model.resize_token_embeddings(len(tokenizer))";
+        Error::data(what, format!("id {id} is outside the model's vocabulary of {vocab}; {advice}"))
     }
 
     /// Number of elements, those of adapters included.

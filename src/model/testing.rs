@@ -92,7 +92,7 @@ pub(crate) fn random_model(s: TestShape) -> Model {
     };
     let config = ModelConfig::read(folder.path()).unwrap();
     let ctx = Ctx::new(s.precision).unwrap();
-    Model { folder: PathBuf::new(), config, llama, params, ctx, int8_head: None }
+    Model { folder: PathBuf::new(), config, llama, params, ctx, new_tables: false, int8_head: None }
 }
 
 /// Sequences of these lengths with ids below `vocab`, and their shifted targets.

@@ -58,6 +58,23 @@ impl ParamStore {
         self.params.iter().map(|param| param.data.len()).sum()
     }
 
+    /// Cuts a matrix to `rows` rows, or adds rows that all are `fill`, `[cols]`.
+    pub fn resize_rows(&mut self, id: ParamId, rows: usize, fill: &[f32]) {
+        let Param { shape, data, .. } = &mut self.params[id.0];
+        let len = rows * fill.len();
+        data.truncate(len);
+        data.extend((data.len()..len).map(|at| fill[at % fill.len()]));
+        shape[0] = rows;
+    }
+
+    /// Sets a row of a matrix, `[cols]`.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn set_row(&mut self, id: ParamId, row: usize, values: &[f32]) {
+        self.params[id.0].data[row * values.len()..(row + 1) * values.len()].copy_from_slice(values);
+    }
+
     /// Replaces the values of one tensor.
     ///
     /// # Errors

@@ -6,6 +6,7 @@ use crate::kernels::gemm::PairKernels;
 use crate::quant::nf4::{CODE_BOOK, scaled_code_book};
 use crate::quant::{FloatKind, Nf4Tensor};
 use half::bf16;
+use rayon::prelude::*;
 
 /// What GEMM operands are rounded to; sums are f32 either way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,6 +111,59 @@ impl Weight {
                 });
             }
         }
+    }
+
+    /// All elements, as [`Weight::read`] gives them.
+    pub fn to_f32(&self, kernels: &Kernels) -> Vec<f32> {
+        let mut values = vec![0.0; self.rows * self.cols];
+        let read = |(row, out): (usize, &mut [f32])| self.read(kernels, row * self.cols, out);
+        values.par_chunks_mut(self.cols).enumerate().for_each(read);
+        values
+    }
+
+    /// Cuts the matrix to `rows` rows, or adds rows that all are `fill: [cols]`, rounded as the elements are stored.
+    ///
+    /// A quantized matrix becomes one of the dtype that it stands for (f32 for f16): rows have no blocks of their own.
+    pub fn resize_rows(&mut self, kernels: &Kernels, rows: usize, fill: &[f32]) {
+        self.dequantize(kernels);
+        let len = rows * self.cols;
+        let fill = |at: usize| fill[at % fill.len()];
+        match &mut self.data {
+            Storage::F32(data) => {
+                data.truncate(len);
+                data.extend((data.len()..len).map(fill));
+            }
+            Storage::Bf16(data) => {
+                data.truncate(len);
+                data.extend((data.len()..len).map(|at| bf16::from_f32(fill(at))));
+            }
+            Storage::Nf4(_) => unreachable!("dequantized above"),
+        }
+        self.rows = rows;
+    }
+
+    /// Sets a row, rounded as the elements are stored; a quantized matrix as in [`Weight::resize_rows`].
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn set_row(&mut self, kernels: &Kernels, row: usize, values: &[f32]) {
+        self.dequantize(kernels);
+        let range = row * self.cols..(row + 1) * self.cols;
+        match &mut self.data {
+            Storage::F32(data) => data[range].copy_from_slice(values),
+            Storage::Bf16(data) => {
+                data[range].iter_mut().zip(values).for_each(|(out, value)| *out = bf16::from_f32(*value));
+            }
+            Storage::Nf4(_) => unreachable!("dequantized above"),
+        }
+    }
+
+    fn dequantize(&mut self, kernels: &Kernels) {
+        let Storage::Nf4(tensor) = &self.data else { return };
+        let half = tensor.dtype == FloatKind::Bf16;
+        let values = self.to_f32(kernels);
+        self.data =
+            if half { Storage::Bf16(values.into_iter().map(bf16::from_f32).collect()) } else { Storage::F32(values) };
     }
 
     /// As [`Weight::read`], rounded to bf16 as well.

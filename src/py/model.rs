@@ -12,6 +12,7 @@ use crate::generate::{Chooser, decode};
 use crate::io::os::with_pool;
 use crate::io::safetensors::Dtype;
 use crate::lora::peft::{self, Adapter};
+use crate::model::vocab::NewToken;
 use crate::model::{LoadOptions, Model as Core, Quantize, save};
 use crate::ops::{Precision, Tokens};
 use crate::train::plan::Checkpointing;
@@ -160,6 +161,30 @@ impl Model {
             state.adapter = Some(Adapter { base_model: None, lora });
             Ok(text)
         })
+    }
+
+    /// Gives the model a vocabulary of `n_tokens`; new rows are the mean of the old ones.
+    fn resize_vocab(&self, py: Python<'_>, n_tokens: usize) -> PyResult<()> {
+        enter(py, || with_pool(|| self.write()?.core.resize_vocab(n_tokens)))
+    }
+
+    /// Sets the rows of new tokens, given by their ids and the ids that spelled them before, in a vocabulary of at least
+    /// `n_tokens`: the mean of all rows, `interpolation` of it replaced by the mean of the token's pieces.
+    fn add_tokens(
+        &self,
+        py: Python<'_>,
+        n_tokens: usize,
+        tokens: Vec<(u32, Vec<u32>)>,
+        interpolation: f64,
+    ) -> PyResult<()> {
+        let tokens: Vec<_> = tokens.into_iter().map(|(id, pieces)| NewToken { id, pieces }).collect();
+        enter(py, || with_pool(|| self.write()?.core.add_tokens(n_tokens, &tokens, interpolation)))
+    }
+
+    /// Whether the head is the embedding table.
+    #[getter]
+    fn is_tied(&self) -> PyResult<bool> {
+        Ok(self.read()?.core.llama.head.is_none())
     }
 
     /// Adds the trained adapter of a PEFT folder; returns its settings as resolved.
@@ -445,6 +470,12 @@ impl Model {
     ) -> PyResult<(f64, usize)> {
         let rows = rows.examples.clone();
         enter(py, || train::evaluate(self, &rows, batch_size, observer))
+    }
+
+    /// The names and shapes of the trainable tensors.
+    #[getter]
+    fn parameter_shapes(&self) -> PyResult<Vec<(String, Vec<usize>)>> {
+        Ok(self.read()?.core.params.all().iter().map(|param| (param.name.clone(), param.shape.clone())).collect())
     }
 
     /// Copies of the trainable tensors by name.

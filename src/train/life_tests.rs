@@ -8,6 +8,7 @@ use crate::config::TrainOptions;
 use crate::data::rows::Example;
 use crate::error::Result;
 use crate::io::safetensors::{Dtype, SafetensorsWriter, TensorSpec};
+use crate::lora::whole::train_whole;
 use crate::model::Model;
 use crate::model::testing::{TestShape, random_model};
 use crate::ops::Precision;
@@ -149,8 +150,12 @@ fn every_optimizer_and_schedule_resumes_to_the_bit() {
         let options = json!({
             "optim": optim, "optim_args": args, "lr_scheduler_type": schedule, "lr_scheduler_kwargs": kwargs,
             "save_strategy": "steps", "save_steps": 3, "neftune_noise_alpha": 5.0, "weight_decay": 0.01,
+            "embedding_learning_rate": 2e-3,
         });
         let (whole, resumed) = (model(), model());
+        for model in [&whole, &resumed] {
+            train_whole(&mut model.0.write().unwrap(), &["embed_tokens", "lm_head", "norm"]);
+        }
         let begun = weights(&whole);
         let out = train_with(&whole, folder.path(), &options, None, &mut Script::default()).unwrap();
         let checkpoint = folder.path().join("checkpoint-3");

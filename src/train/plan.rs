@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::io::os::{available_memory_bytes, rss_bytes};
 use crate::kernels::{self, Kernels};
 use crate::lora::peft::placements;
+use crate::lora::whole::{self, EMBEDDING, HEAD, Whole};
 use crate::model::llama::{Keep, mlp_chunks};
 use crate::model::{LoadOptions, Model, ModelConfig};
 use crate::ops::linear::{Linear, Matrix};
@@ -330,8 +331,17 @@ impl Run {
         // [out, in] in the order of `LINEAR_NAMES`.
         let linears = [(q, h), (kv, h), (kv, h), (h, q), (ffn, h), (ffn, h), (h, ffn)];
         let places = if options.full_finetuning { Vec::new() } else { placements(lora, c.num_layers)? };
-        let first =
-            if options.full_finetuning { 0 } else { places.iter().map(|p| p.layer_idx).min().unwrap_or(c.num_layers) };
+        let tied = c.tie_word_embeddings;
+        let wholes = if options.full_finetuning { Vec::new() } else { whole::modules(lora, c.num_layers, tied)? };
+        let lowest = |whole: &Whole| match *whole {
+            EMBEDDING => 0,
+            Whole::InputNorm(layer_idx) | Whole::PostNorm(layer_idx) => layer_idx,
+            Whole::LastNorm | HEAD => c.num_layers,
+        };
+        let first = places.iter().map(|p| p.layer_idx).chain(wholes.iter().map(lowest)).min().unwrap_or(0);
+        let embedding_trained = options.full_finetuning || wholes.contains(&EMBEDDING);
+        let is_head = embedding_trained && tied && lora.ensure_weight_tying;
+        let head_trained = options.full_finetuning || wholes.contains(&HEAD) || is_head;
         let ranks = |range: std::ops::Range<usize>| {
             let of_layer = |layer| {
                 let here = places.iter().filter(|p| p.layer_idx == layer && range.contains(&p.linear_idx));
@@ -347,27 +357,32 @@ impl Run {
             kv_width: kv,
             heads: c.num_heads,
             vocab: c.vocab_size,
-            head_trained: options.full_finetuning,
+            head_trained,
             attention_ranks: ranks(0..4),
             mlp_ranks: ranks(4..7),
             dropout: places.iter().any(|p| p.dropout > 0.0),
             packed_bytes: packed_bytes(kernels::active()?, options.precision),
         };
-        let tables = vec![c.vocab_size * h; if c.tie_word_embeddings { 1 } else { 2 }];
-        let norms = vec![h; 2 * c.num_layers + 1];
         if options.full_finetuning {
+            let tables = vec![c.vocab_size * h; if tied { 1 } else { 2 }];
+            let norms = vec![h; 2 * c.num_layers + 1];
             let matrices = linears.iter().map(|(rows, cols)| rows * cols).collect::<Vec<_>>().repeat(c.num_layers);
             let trained = [tables, norms, matrices].concat();
             let weights = 4 * trained.iter().sum::<usize>();
             return Ok(Self { sizes, weights, trained, optimizer, n_tokens });
         }
-        let trained: Vec<usize> = places
-            .iter()
-            .flat_map(|p| {
-                let (rows, cols) = linears[p.linear_idx];
-                [p.rank * cols, rows * p.rank]
-            })
-            .collect();
+        let of_adapters = places.iter().flat_map(|p| {
+            let (rows, cols) = linears[p.linear_idx];
+            [p.rank * cols, rows * p.rank]
+        });
+        let of_wholes = wholes.iter().map(|whole| whole.shape(c.vocab_size, h).iter().product());
+        let trained: Vec<usize> = of_adapters.chain(of_wholes).collect();
+        // A tied table stays as long as either of its two uses does.
+        let frozen_tables = if tied {
+            usize::from(!(embedding_trained && head_trained))
+        } else {
+            usize::from(!embedding_trained) + usize::from(!head_trained)
+        };
         // A 16-bit checkpoint stays as it is; f32 is rounded where the products are.
         let is_f32 = ["dtype", "torch_dtype"].iter().any(|key| c.json[*key] == "float32");
         let wide = if is_f32 && options.precision == Precision::F32 { 4.0 } else { 2.0 };
@@ -377,7 +392,7 @@ impl Run {
             Some(q) => 0.5 + 4.0 / q.block_size as f64,
         };
         let in_linears = linears.iter().map(|(rows, cols)| rows * cols).sum::<usize>() * c.num_layers;
-        let frozen = wide * tables.iter().sum::<usize>() as f64 + linear_bytes * in_linears as f64;
+        let frozen = wide * (frozen_tables * c.vocab_size * h) as f64 + linear_bytes * in_linears as f64;
         let weights = frozen as usize + 4 * trained.iter().sum::<usize>();
         Ok(Self { sizes, weights, trained, optimizer, n_tokens })
     }
@@ -500,6 +515,43 @@ mod tests {
             trained
         };
         assert_eq!(sorted(&before), sorted(&after));
+    }
+
+    #[test]
+    fn what_is_trained_whole_is_in_the_estimate() {
+        use crate::config::LoraOptions;
+        use crate::lora::peft::attach;
+        let shape = TestShape { rank: 0, ..shapes()[0] };
+        let options = LoadOptions { precision: Precision::F32, quantize: None, full_finetuning: false };
+        let mut totals = Vec::new();
+        let both = "embed_tokens lm_head";
+        for (saved, tying) in
+            [("", false), ("lm_head", false), ("embed_tokens", false), (both, false), (both, true), ("norm", false)]
+        {
+            let saved: Vec<_> = saved.split_whitespace().collect();
+            let mut model = random_model(shape);
+            let mut config = model.config.clone();
+            config.json["dtype"] = "float32".into();
+            let written = serde_json::json!({
+                "r": 8, "finetune_last_n_layers": 2, "modules_to_save": saved, "ensure_weight_tying": tying,
+            });
+            let lora = serde_json::from_value::<LoraOptions>(written).unwrap().resolve(shape.layers).unwrap();
+            let before = Run::planned(&config, &options, &lora, OptimizerKind::AdamW8bit, 100).unwrap();
+            attach(&mut model, &lora).unwrap();
+            let after = Run::of(&model, OptimizerKind::AdamW8bit, 100);
+            assert_eq!((before.sizes, before.weights), (after.sizes, after.weights), "{saved:?} {tying}");
+            assert_eq!(before.trained.iter().sum::<usize>(), after.trained.iter().sum::<usize>(), "{saved:?} {tying}");
+            // All layers lie above a trained embedding, and above the first norm.
+            let all = saved.contains(&"embed_tokens") || saved.contains(&"norm");
+            assert_eq!(after.sizes.layers, if all { 4 } else { 2 }, "{saved:?}");
+            totals.push(after.estimate(Recompute::EveryLayer).total());
+            let measured = measured(&model, &[300, 100, 112], Recompute::EveryLayer) as f64;
+            let run = Run { weights: 0, trained: Vec::new(), ..Run::of(&model, OptimizerKind::AdamW, 512) };
+            let ratio = run.estimate(Recompute::EveryLayer).total() as f64 / measured;
+            assert!((0.9..1.15).contains(&ratio), "{saved:?} {tying}: {ratio} of what is in use");
+        }
+        let [none, head, embedding, copies, one, norms] = totals[..] else { unreachable!("six cases") };
+        assert!(none < norms && norms < one && one < copies && head < copies && embedding < copies, "{totals:?}");
     }
 
     #[test]

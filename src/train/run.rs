@@ -303,6 +303,8 @@ impl<'a, 'o> Run<'a, 'o> {
         }
         let (mut sizes, mut grads) = (Vec::new(), Grads::default());
         job.model.read(&mut |model| {
+            // Not in the middle of a run.
+            job.train.iter().chain(job.eval).try_for_each(|row| model.check_ids(&row.input_ids))?;
             sizes = model.params.all().iter().map(|p| (p.name.clone(), p.shape.clone())).collect();
             grads = Grads::zeros(&model.params);
             Ok(())
@@ -313,8 +315,7 @@ impl<'a, 'o> Run<'a, 'o> {
         }
         let embeddings = sizes.iter().any(|(name, _)| is_embedding(name));
         if let (Some(lr), false) = (job.settings.train.embedding_learning_rate, embeddings) {
-            let expected =
-                "neither embed_tokens nor lm_head is trained: load with full_finetuning=True, or leave it out";
+            let expected = "neither embed_tokens nor lm_head is trained: add them to target_modules of get_peft_model, or leave it out";
             return Err(Error::config("embedding_learning_rate", lr, expected));
         }
         let optimizer = build(job.settings.train.optimizer, job.settings.train.adam, &sizes);

@@ -77,6 +77,9 @@ def main() -> int:
 
     rows = [row[:n] for row, n in zip(ids, lengths, strict=True)]
     base = AutoModelForCausalLM.from_pretrained(str(options.model), dtype=torch.float32).eval()
+    if got.shape[2] > base.config.vocab_size:
+        # The adapter brings the rows of tokens that were added.
+        base.resize_token_embeddings(got.shape[2])
     plain = logits_rows(base, rows)
     want = logits_rows(PeftModel.from_pretrained(base, str(options.adapter)).eval(), rows)
     if got.shape[2] != want[0].shape[1]:

@@ -26,7 +26,6 @@ from rustune import (
     SFTTrainer,
     Trainer,
     TrainingArguments,
-    add_new_tokens,
     get_peft_model,
     pipeline,
     prepare_model_for_kbit_training,
@@ -247,16 +246,6 @@ def test_collators_pad_what_they_are_given(folder: Path) -> None:
             train_dataset=tiny.rows(),
             data_collator=DataCollatorForLanguageModeling(tokenizer),
         )
-
-
-def test_tokens_are_only_added_when_they_are_there(folder: Path) -> None:
-    model = load(folder)
-    add_new_tokens(model, model.tokenizer, ["<|end|>"])
-    model.resize_token_embeddings(len(model.tokenizer))
-    with pytest.raises(ConfigError, match=r"<\|new\|>"):
-        add_new_tokens(model, model.tokenizer, ["<|end|>", "<|new|>"])
-    with pytest.raises(ConfigError, match="265"):
-        model.resize_token_embeddings(265)
 
 
 def test_a_seed_makes_numbers_repeat() -> None:

@@ -168,3 +168,28 @@ def test_peft_loads_what_we_save(folder: Path, tmp_path: Path, torch: Any, trans
     with torch.no_grad():
         want = theirs(torch.tensor([[5, 9, 200, 31]])).logits.numpy()
     np.testing.assert_allclose(model([[5, 9, 200, 31]]).logits, want, atol=2e-4)
+
+
+@pytest.mark.parametrize(("tied", "tying"), [(False, False), (True, False), (True, True)])
+def test_peft_reads_our_trained_vocabulary(
+    tmp_path: Path, torch: Any, transformers: Any, tied: bool, tying: bool
+) -> None:
+    peft = importlib.import_module("peft")
+    base = tiny.write_model(tmp_path / "base", tie_word_embeddings=tied)
+    ids = [[5, 9, 200, 265, 31]]
+    for saved in ([], ["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]):
+        model, tokenizer = FastLanguageModel.from_pretrained(str(base), 64, dtype="float32", load_in_4bit=False)
+        tokenizer.add_tokens([f"<new {i}>" for i in range(10)])
+        model.resize_token_embeddings(len(tokenizer))
+        model = FastLanguageModel.get_peft_model(model, r=4, modules_to_save=saved, ensure_weight_tying=tying)
+        args = {"max_steps": 2, "learning_rate": 1e-2, "output_dir": str(tmp_path), "save_strategy": "no"}
+        SFTTrainer(model, train_dataset=tiny.rows(), args={**args, "disable_tqdm": True}).train()
+        model.save_pretrained(tmp_path / "adapter")
+        tokenizer.save_pretrained(tmp_path / "adapter")
+        theirs = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+        theirs.resize_token_embeddings(len(transformers.AutoTokenizer.from_pretrained(tmp_path / "adapter")))
+        theirs = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "adapter"))
+        with torch.no_grad():
+            want = theirs(torch.tensor(ids)).logits.numpy()
+        # f32 sums in another order.
+        np.testing.assert_allclose(model(ids).logits, want, atol=2e-4, err_msg=str(saved))

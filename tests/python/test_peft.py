@@ -57,7 +57,9 @@ def test_an_adapter_of_peft_gives_its_logits(golden: Path, base: Path, name: str
     ("key", "value"),
     [
         ("use_dora", True),
-        ("modules_to_save", ["lm_head"]),
+        ("modules_to_save", ["q_proj"]),
+        ("target_modules", ["q_proj", "embed_tokens"]),
+        ("trainable_token_indices", [3, 5]),
         ("bias", "all"),
         ("fan_in_fan_out", True),
         ("something_new", 3),

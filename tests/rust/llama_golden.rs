@@ -73,7 +73,7 @@ pub(crate) fn relative(got: &[f32], want: &[f32]) -> f32 {
     got.iter().zip(want).fold(0.0_f32, |m, (g, w)| m.max((g - w).abs())) / scale.max(1e-12)
 }
 
-fn absolute(got: &[f32], want: &[f32]) -> f32 {
+pub(crate) fn absolute(got: &[f32], want: &[f32]) -> f32 {
     assert_eq!(got.len(), want.len());
     got.iter().zip(want).fold(0.0_f32, |m, (g, w)| m.max((g - w).abs()))
 }
@@ -91,7 +91,7 @@ pub(crate) fn add_adapter(model: &mut Model, file: &TensorFile) {
     }
 }
 
-fn concatenated(file: &TensorFile, prefix: &str) -> Vec<f32> {
+pub(crate) fn concatenated(file: &TensorFile, prefix: &str) -> Vec<f32> {
     (0..2).flat_map(|i| file.read_f32(&format!("{prefix}/{i}")).unwrap()).collect()
 }
 

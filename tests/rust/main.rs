@@ -7,3 +7,4 @@ mod op_gradients;
 mod shared_data;
 mod tidy;
 mod train_golden;
+mod vocab_golden;

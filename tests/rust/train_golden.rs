@@ -13,7 +13,7 @@ use rustune::train::schedule::Schedule;
 
 const CASES: [&str; 5] = ["gqa", "head_dim", "bias", "rope_llama3", "rope_linear"];
 
-fn optimizer(model: &Model, weight_decay: f64) -> Box<dyn Optimizer> {
+pub(crate) fn optimizer(model: &Model, weight_decay: f64) -> Box<dyn Optimizer> {
     let sizes: Vec<_> = model.params.all().iter().map(|p| (p.name.clone(), p.shape.clone())).collect();
     build(OptimizerKind::AdamW, AdamHyper { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay }, &sizes)
 }
@@ -38,7 +38,7 @@ fn ten_losses(model: &mut Model, tokens: &Tokens, targets: &[i32], lr: f64) -> V
         .collect()
 }
 
-fn assert_losses(got: &[f32], file: &TensorFile, name: &str, tolerance: f32) {
+pub(crate) fn assert_losses(got: &[f32], file: &TensorFile, name: &str, tolerance: f32) {
     let want = read_f64(file, name);
     assert_eq!(got.len(), want.len());
     for (i, (got, want)) in got.iter().zip(&want).enumerate() {

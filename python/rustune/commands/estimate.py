@@ -23,6 +23,14 @@ def add(commands: Any) -> None:
     parser.add_argument("model", help="a folder or a hub name")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--rank", "-r", type=_positive, default=16, help="of the adapter (16)")
+    parser.add_argument(
+        "--modules-to-save",
+        nargs="+",
+        choices=("embed_tokens", "lm_head"),
+        default=(),
+        metavar="MODULE",
+        help="embed_tokens, lm_head or both: trained whole beside the adapter",
+    )
     parser.add_argument("--batch", "-b", type=_positive, default=2, help="rows of a micro-batch (2)")
     parser.add_argument("--accumulation", "-a", type=_positive, default=4, help="micro-batches of a step (4)")
     parser.add_argument("--length", "-l", type=_positive, default=2048, help="tokens of the longest rows (2048)")
@@ -57,8 +65,10 @@ def run(options: argparse.Namespace) -> int:
     shape = estimate.Shape.from_config(config)
     four = not options.sixteen or bool(config.get("quantization_config"))
     tokens = options.batch * options.length
-    n_trained = shape.n_adapter(options.rank)
+    whole = tuple(dict.fromkeys(options.modules_to_save))
+    n_trained = shape.n_adapter(options.rank) + shape.n_whole(whole)
     wanted = {"tokens": tokens, "rank": options.rank, "four_bits": four, "optim": options.optim}
+    wanted["modules_to_save"] = whole
     forecast = estimate.memory(config, checkpointing=options.checkpointing, **wanted)
     fits = forecast["fits"] is not False
     said: dict[str, Any] = {
@@ -73,7 +83,9 @@ def run(options: argparse.Namespace) -> int:
         of_step = options.batch * options.accumulation * mean
         rate = estimate.measure(shape, tokens=tokens, rank=options.rank, four_bits=four)
         _, in_part, again = forecast["estimate"]["layers"]
-        work = estimate.flops(shape, tokens=of_step, length=mean, again=again + in_part / 2)
+        work = estimate.flops(
+            shape, tokens=of_step, length=mean, again=again + in_part / 2, head_trained="lm_head" in whole
+        )
         said |= {
             "flops_per_second": rate,
             "seconds_per_step": work / rate,
@@ -88,7 +100,10 @@ def run(options: argparse.Namespace) -> int:
     print(f"{options.model}: {shape.n_parameters:,} parameters in {bits} bits, {shape.layers} layers, "
           f"vocabulary {shape.vocab:,}")  # fmt: skip
     share = 100 * n_trained / (shape.n_parameters + n_trained)
-    print(f"adapter of rank {options.rank} on all linear layers: {n_trained:,} trained parameters ({share:.2f} %)")
+    beside = f", with {' and '.join(whole)} trained whole" if whole else ""
+    print(
+        f"adapter of rank {options.rank} on all linear layers{beside}: {n_trained:,} trained parameters ({share:.2f} %)"
+    )
     print(f"\nmemory for a batch of {options.batch} x {options.length:,} tokens")
     for name, text in banner.memory_lines(forecast):
         print(f"  {name:<8}{text}")

@@ -56,6 +56,7 @@ _FLAGS: Final = {
     "lora-alpha": ("lora", "lora_alpha", "(16)"),
     "lora-dropout": ("lora", "lora_dropout", "(0)"),
     "target-modules": ("lora", "target_modules", 'a JSON list, such as ["q_proj","v_proj"], or all-linear'),
+    "modules-to-save": ("lora", "modules_to_save", 'trained whole: a JSON list, such as ["embed_tokens","lm_head"]'),
 }
 
 
