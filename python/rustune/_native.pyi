@@ -187,7 +187,11 @@ class Model:
 
     @staticmethod
     def load(
-        folder: str | PathLike[str], dtype: str | None, quantization: str, max_seq_length: int | None = None
+        folder: str | PathLike[str],
+        dtype: str | None,
+        quantization: str,
+        max_seq_length: int | None = None,
+        rope_scaling: str | None = None,
     ) -> Model: ...
     def add_adapter(self, options: str) -> str: ...
     def load_adapter(self, folder: str | PathLike[str]) -> str: ...
@@ -231,7 +235,7 @@ class Model:
         prompts: list[list[int]],
         options: str,
         tokenizer: Tokenizer | None = None,
-        on_token: Callable[[int, list[int]], bool | None] | None = None,
+        on_step: Callable[[list[int | None]], list[bool]] | None = None,
     ) -> list[list[int]]: ...
     def train(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,6 +55,19 @@ def _field(batch: Any, name: str) -> Any:
 def plain_array(value: Any) -> Any:
     """A torch tensor as a numpy array, without importing torch; other things as they are."""
     return value.detach().cpu().numpy() if hasattr(value, "detach") else value
+
+
+def tensors(*arrays: NDArray[Any]) -> tuple[Any, ...]:
+    """Returns arrays as torch's tensors, if torch is in use: functions written for transformers call it.
+
+    Args:
+        *arrays: Of numpy.
+
+    Returns:
+        The same numbers.
+    """
+    from_numpy = getattr(sys.modules.get("torch"), "from_numpy", None)
+    return arrays if from_numpy is None else tuple(from_numpy(array) for array in arrays)
 
 
 def rectangle(name: str, value: Any, fill: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, NamedTuple
@@ -37,7 +38,27 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    return isinstance(value, str) and is_unicode(value)
+
+
+def is_unicode(text: str) -> bool:
+    r"""Tells whether a text can be written in UTF-8, which halves of surrogate pairs cannot.
+
+    Args:
+        text: The text.
+
+    Returns:
+        Whether every sign of it is a character.
+
+    Example:
+        >>> is_unicode("Grüße"), is_unicode("\ud800")
+        (True, False)
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _several(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -51,6 +72,14 @@ def _several(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return check
 
 
+def _is_id(value: Any) -> bool:
+    return _is_whole(value) and 0 <= value < 2**32
+
+
+def _is_list(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, (list, tuple)) and all(map(fits, value))
+
+
 def _table(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     def check(value: Any) -> bool:
         return isinstance(value, Mapping) and all(map(_is_text, value)) and all(map(fits, value.values()))
@@ -61,30 +90,61 @@ def _table(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
 BOOL: Final = Kind(_is_bool, "True or False")
 WHOLE: Final = Kind(_is_whole, "a whole number")
 NATURAL: Final = Kind(lambda value: _is_whole(value) and value >= 0, "a whole number, at least 0")
+POSITIVE: Final = Kind(lambda value: _is_whole(value) and value >= 1, "a whole number, at least 1")
 NUMBER: Final = Kind(_is_number, "a finite number")
 TEXT: Final = Kind(_is_text, "a text")
 SWITCH: Final = Kind(lambda value: _is_bool(value) or _is_text(value), "True, False or a text")
 TEXTS: Final = Kind(_several(_is_text), "a text or a list of texts")
 WHOLES: Final = Kind(_several(_is_whole), "a whole number or a list of them")
+IDS: Final = Kind(_is_list(_is_id), "a list of ids of tokens")
+ID_ROWS: Final = Kind(_is_list(_is_list(_is_id)), "a list of lists of ids of tokens")
 WHOLE_TABLE: Final = Kind(_table(_is_whole), "a dict from names to whole numbers")
 NUMBER_TABLE: Final = Kind(_table(_is_number), "a dict from names to finite numbers")
-TABLE: Final = Kind(lambda value: isinstance(value, Mapping), "a dict")
+TABLE: Final = Kind(lambda value: isinstance(value, Mapping) and all(map(_is_text, value)), "a dict with names")
+LIST: Final = Kind(lambda value: isinstance(value, (list, tuple)), "a list")
+FUNCTION: Final = Kind(callable, "a function")
 
 
-def check(kinds: Mapping[str, Kind], arguments: Mapping[str, Any]) -> None:
+def check(kinds: Mapping[str, Kind], arguments: Mapping[str, Any], required: Iterable[str] = ()) -> None:
     """Refuses arguments of another kind.
 
     Args:
         kinds: Name to kind.
         arguments: Name to value; None and names without a kind pass.
+        required: Names of those for which None does not pass.
 
     Raises:
         ConfigError: For the first that does not fit.
     """
     for name, kind in kinds.items():
         value = arguments.get(name)
-        if value is not None and not kind.fits(value):
+        if (value is not None or name in required) and (value is None or not kind.fits(value)):
             raise ConfigError(f"{name} = {value!r}: expected {kind.expected}")
+
+
+def is_one_of(value: Any, usual: tuple[Any, ...]) -> bool:
+    """Tells whether a value, of whatever kind, is one of some plain ones.
+
+    Args:
+        value: Anything, arrays too.
+        usual: Plain values.
+
+    Returns:
+        Whether it is one of them.
+    """
+    return any(value is one or (isinstance(value, type(one)) and value == one) for one in usual)
+
+
+def as_json(table: Mapping[str, Any]) -> str:
+    """Writes settings as the engine takes them.
+
+    Args:
+        table: Values by name; numbers of numpy are numbers.
+
+    Returns:
+        JSON.
+    """
+    return json.dumps(table, default=lambda value: value.item())
 
 
 def listed(values: Any) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from rustune import _native
 from rustune._native import ConfigError, DataError
+from rustune.batches import plain_array, tensors
 
 # What fills up short rows, of labels and of predictions, as transformers does.
 PADDING: Final = -100
@@ -235,7 +235,7 @@ def _in_one_pass(
         labels = _filled([np.asarray(rows[i]["labels"], np.int64) for i in range(start, stop)], longest)
         made: Any = _filled(logits, longest)
         if preprocess is not None:
-            made = _arrays(preprocess(*_tensors(made, labels)))
+            made = _arrays(preprocess(*tensors(made, labels)))
         if by_batch and compute_metrics is not None:
             metrics = compute_metrics(EvalPrediction(made, labels), compute_result=stop == len(rows))
         else:
@@ -275,19 +275,11 @@ def _joined(parts: list[Any]) -> Any:
     return joined
 
 
-def _tensors(*arrays: NDArray[Any]) -> tuple[Any, ...]:
-    """The arrays as torch's tensors, if torch is in use: functions written for transformers call it."""
-    from_numpy = getattr(sys.modules.get("torch"), "from_numpy", None)
-    return arrays if from_numpy is None else tuple(from_numpy(array) for array in arrays)
-
-
 def _arrays(made: Any) -> Any:
     """What a user's function made, as arrays."""
     if isinstance(made, (tuple, list)):
         return tuple(_arrays(part) for part in made)
-    if hasattr(made, "detach"):
-        made = made.detach().cpu().numpy()
-    return np.asarray(made)
+    return np.asarray(plain_array(made))
 
 
 def _numbers(metrics: Any) -> dict[str, float]:

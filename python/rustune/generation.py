@@ -23,6 +23,12 @@ _ENGINE: Final = (
     "pad_token_id",
     "stop_strings",
     "seed",
+    "min_new_tokens",
+    "min_length",
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
 )
 # Accepted, because they change nothing here; the values of the second are those that change nothing.
 _IGNORED: Final = (
@@ -39,7 +45,6 @@ _IGNORED: Final = (
     "renormalize_logits",
     "transformers_version",
     "tokenizer",
-    "max_length",
 )
 _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "num_beams": (1,),
@@ -47,10 +52,7 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "typical_p": (1.0,),
     "encoder_repetition_penalty": (1.0,),
     "diversity_penalty": (0.0,),
-    "no_repeat_ngram_size": (0,),
     "encoder_no_repeat_ngram_size": (0,),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
     "epsilon_cutoff": (0.0,),
     "eta_cutoff": (0.0,),
     "return_dict_in_generate": (False,),
@@ -59,19 +61,15 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "output_attentions": (False,),
     "output_hidden_states": (False,),
     "penalty_alpha": (0,),
-    "bad_words_ids": (),
     "forced_bos_token_id": (),
     "forced_eos_token_id": (),
-    "suppress_tokens": (),
-    "begin_suppress_tokens": (),
     "logits_processor": (),
-    "stopping_criteria": (),
     "prefix_allowed_tokens_fn": (),
     "assistant_model": (),
-    "max_time": (),
 }
 _KINDS: Final = {
     "max_new_tokens": checks.WHOLE,
+    "max_time": checks.NUMBER,
     "max_length": checks.WHOLE,
     "do_sample": checks.BOOL,
     "temperature": checks.NUMBER,
@@ -84,8 +82,16 @@ _KINDS: Final = {
     "pad_token_id": checks.WHOLE,
     "stop_strings": checks.TEXTS,
     "seed": checks.NATURAL,
+    "min_new_tokens": checks.WHOLE,
+    "min_length": checks.WHOLE,
+    "no_repeat_ngram_size": checks.WHOLE,
+    "bad_words_ids": checks.ID_ROWS,
+    "suppress_tokens": checks.IDS,
+    "begin_suppress_tokens": checks.IDS,
 }
-_KNOWN: Final = frozenset({*_ENGINE, *_IGNORED, *_NEUTRAL})
+# What `Model.generate` itself looks after.
+_OURS: Final = ("max_length", "max_time")
+_KNOWN: Final = frozenset({*_ENGINE, *_OURS, *_IGNORED, *_NEUTRAL})
 
 
 class GenerationConfig:
@@ -129,7 +135,7 @@ def merge_settings(configs: tuple[Any, ...], arguments: Mapping[str, Any]) -> di
         arguments: What `generate` was called with.
 
     Returns:
-        What the engine knows, and `max_length`; nothing that is None.
+        What the engine knows, `max_length` and `max_time`; nothing that is None.
 
     Raises:
         ConfigError: For an unknown argument, or a setting that is not there yet.
@@ -154,8 +160,11 @@ def merge_settings(configs: tuple[Any, ...], arguments: Mapping[str, Any]) -> di
         empty = hasattr(value, "__len__") and len(value) == 0
         if value is not None and not empty and value not in neutral:
             raise ConfigError(f"{name} = {value!r}: not there yet; leave it out")
-    kept = {name: _plain(settings[name]) for name in (*_ENGINE, "max_length") if settings.get(name) is not None}
+    kept = {name: _plain(settings[name]) for name in (*_ENGINE, *_OURS) if settings.get(name) is not None}
     checks.check(_KINDS, kept)
+    for name in ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens"):
+        if name in kept and not len(kept[name]):
+            del kept[name]  # how transformers writes that nothing is banned
     for name in ("eos_token_id", "pad_token_id"):
         if any(not 0 <= id_ < 2**32 for id_ in checks.listed(kept.get(name, []))):
             raise ConfigError(f"{name} = {kept[name]!r}: expected ids of tokens")

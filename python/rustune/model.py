@@ -19,6 +19,7 @@ from rustune.config import unknown_argument
 from rustune.description import Device, ModelConfig, Parameter, weight_shapes
 from rustune.generation import GenerationConfig, merge_settings
 from rustune.notices import sort_arguments, tell_once
+from rustune.stopping import MaxTimeCriteria, Steps, criteria_of
 from rustune.tokenizer import TokenArray, Tokenizer, as_tokens
 
 # Arguments of calling a model that change nothing, of saving, and of uploading.
@@ -37,7 +38,7 @@ _SAVE: Final = (
     "temporary_location",
     "variant",
 )
-_PUSH: Final = ("repo_id", "token", "private", "commit_message", "commit_description", "revision", "create_pr")
+_METHODS: Final = ("lora", "merged_16bit", "merged_4bit", "merged_4bit_forced")
 _PUSH_IGNORED: Final = ("datasets", "language", "tags", "use_temp_dir")
 
 
@@ -227,6 +228,7 @@ class Model:
         inputs: Any = None,
         streamer: Any = None,
         generation_config: Any = None,
+        stopping_criteria: Any = None,
         tokenizer: Any = None,
         **kwargs: Any,
     ) -> TokenArray:
@@ -238,9 +240,12 @@ class Model:
             inputs: Another name of `input_ids`.
             streamer: Gets the prompt and then each new token by `put(ids)`, and `end()`; for a batch of one.
             generation_config: An object or a mapping with any of the settings below; arguments win over it.
+            stopping_criteria: Functions of the ids `[batch, seq]` so far and of None, asked after each step; they say
+                whether all rows end there, or which. Those of transformers can be used.
             tokenizer: For `stop_strings`; the one the model was loaded with if not given.
-            **kwargs: max_new_tokens, do_sample, temperature, top_k, top_p, min_p, repetition_penalty,
-                num_return_sequences, eos_token_id, pad_token_id, stop_strings, seed.
+            **kwargs: max_new_tokens, max_length, max_time (in seconds), do_sample, temperature, top_k, top_p, min_p,
+                repetition_penalty, no_repeat_ngram_size, bad_words_ids, suppress_tokens, begin_suppress_tokens,
+                min_new_tokens, min_length, num_return_sequences, eos_token_id, pad_token_id, stop_strings, seed.
 
         Returns:
             `[batch * num_return_sequences, seq + new]`: the prompts as they were given, the new tokens, and pad
@@ -255,6 +260,11 @@ class Model:
             array([[ 1,  5,  9, 14,  2]])
         """
         settings = merge_settings((self.generation_config, generation_config), kwargs)
+        criteria = criteria_of(stopping_criteria)
+        if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+            raise ConfigError(f"streamer = {streamer!r}: expected an object with put and end, such as a TextStreamer")
+        if (max_time := settings.pop("max_time", None)) is not None:
+            criteria.append(MaxTimeCriteria(max_time))
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
         eos = settings.get("eos_token_id")
         settings["eos_token_id"] = self._eos_ids(tokenizer) if eos is None else checks.listed(eos)
@@ -273,10 +283,8 @@ class Model:
         n_each = settings.get("num_return_sequences") or 1
         if streamer is not None and len(batch.ids) * n_each > 1:
             raise ConfigError(f"streamer: expected one sequence, got {len(batch.ids) * n_each}")
-
-        def on_token(_: int, new_ids: list[int]) -> None:
-            streamer.put(np.array(new_ids, np.int64))
-
+        watched = streamer is not None or bool(criteria)
+        steps = Steps(batch.ids, n_each, pad, None if streamer is None else streamer.put, criteria)
         try:
             if streamer is not None:
                 streamer.put(batch.ids)
@@ -284,7 +292,7 @@ class Model:
                 batch.rows(),
                 json.dumps({key: value for key, value in settings.items() if value is not None}),
                 native_tokenizer(tokenizer) if stops else None,
-                on_token if streamer is not None else None,
+                steps if watched else None,
             )
         except BaseException:
             # Whoever reads from the streamer in another thread must not wait for ever.
@@ -316,8 +324,8 @@ class Model:
             OSError: If the folder cannot be written, or the hub not be reached.
         """
         folder = os.fspath(save_directory)
-        options = {name: others.pop(name) for name in _PUSH if push_to_hub and name in others}
-        sort_arguments("save_pretrained", _loud(others), _SAVE, ("save_directory", "push_to_hub", *_PUSH))
+        options = {name: others.pop(name) for name in hub.ARGUMENTS if push_to_hub and name in others}
+        sort_arguments("save_pretrained", _loud(others), _SAVE, ("save_directory", "push_to_hub", *hub.ARGUMENTS))
         if self.native.has_adapter:
             self.native.save_adapter(folder, self.base_model)
         elif self.native.is_fully_trained:
@@ -358,7 +366,7 @@ class Model:
             ConfigError: If nothing was trained, or for an argument that does not exist.
             HubError: If the hub refuses, with what to do about it.
         """
-        sort_arguments("push_to_hub", _loud(others), (*_SAVE, *_PUSH_IGNORED), _PUSH)
+        sort_arguments("push_to_hub", _loud(others), (*_SAVE, *_PUSH_IGNORED), hub.ARGUMENTS)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return hub.upload_folder(
@@ -416,7 +424,7 @@ class Model:
         address = self.push_to_hub(repo_id, **others)
         if tokenizer is None:
             return address
-        made: str = tokenizer.push_to_hub(repo_id, **{name: others[name] for name in _PUSH if name in others})
+        made: str = tokenizer.push_to_hub(repo_id, **{name: others[name] for name in hub.ARGUMENTS if name in others})
         return made
 
     def save_pretrained_gguf(self, *_: Any, **__: Any) -> None:
@@ -700,5 +708,8 @@ def _loud(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _only_lora(what: str, save_method: str) -> None:
     """Refuses merged weights."""
-    if save_method.lower() != "lora":
+    name = str(save_method).lower().replace(" ", "_")
+    if name not in _METHODS:
+        raise ConfigError(f"{what}: save_method = {save_method!r}: expected one of {', '.join(_METHODS)}")
+    if name != "lora":
         raise ConfigError(f'{what}: save_method = {save_method}: merged weights come in a later version; use "lora"')

@@ -56,7 +56,15 @@ _LOADING_KINDS: Final = {
     "token": checks.SWITCH,
     "use_gradient_checkpointing": checks.SWITCH,
     "revision": checks.TEXT,
+    "rope_scaling": checks.TABLE,
     "local_files_only": checks.BOOL,
+}
+_QUANTIZATION_KINDS: Final = {
+    "load_in_4bit": checks.BOOL,
+    "load_in_8bit": checks.BOOL,
+    "bnb_4bit_quant_type": checks.TEXT,
+    "bnb_4bit_use_double_quant": checks.BOOL,
+    "block_size": checks.POSITIVE,
 }
 _ADAPTER_KINDS: Final = {
     "target_modules": checks.TEXTS,
@@ -122,7 +130,9 @@ class FastLanguageModel:
             full_finetuning: Train every weight.
             token: For the hub; better kept in HF_TOKEN.
             device_map: Makes no difference: the model is where the processor is.
-            rope_scaling: Not there yet: that of the files applies.
+            rope_scaling: Scales the positions as transformers does, instead of the scaling in the files:
+                `{"rope_type": "linear", "factor": 2.0}`, or llama3 with its numbers; `type` is the older name of
+                `rope_type`. An adapter does not remember it: load it with the same again.
             fix_tokenizer: Makes no difference: a pad token is always found.
             trust_remote_code: Makes no difference: no code of a repository is ever run.
             use_gradient_checkpointing: How many layers are computed again in the backward: `unsloth`, as few as the
@@ -153,13 +163,11 @@ class FastLanguageModel:
         usual = {"device_map": ("sequential", "auto", None), "fix_tokenizer": (True,), "random_state": (random_state,)}
         sort_arguments(
             "from_pretrained",
-            {**{name: value for name, value in idle.items() if not _is_one_of(value, usual[name])}, **others},
+            {**{name: value for name, value in idle.items() if not checks.is_one_of(value, usual[name])}, **others},
             (*_IDLE, *idle),
             _arguments(FastLanguageModel.from_pretrained),
         )
         checks.check(_LOADING_KINDS, locals())
-        if rope_scaling is not None:
-            raise ConfigError(f"rope_scaling = {rope_scaling}: not there yet; that of config.json applies")
         if resize_model_vocab is not None and resize_model_vocab < 1:
             raise ConfigError(f"resize_model_vocab = {resize_model_vocab}: expected at least 1")
         if max_seq_length is not None and (not isinstance(max_seq_length, (int, np.integer)) or max_seq_length < 1):
@@ -176,6 +184,8 @@ class FastLanguageModel:
             quantization_config,
             dtype,
         )
+        if not isinstance(model_name, (str, os.PathLike)) or not checks.is_unicode(os.fspath(model_name)):
+            raise ConfigError(f"model_name = {model_name!r}: expected a folder or a hub name")
         name = os.fspath(model_name)
 
         find = partial(hub.resolve, token=secret, cache_dir=cache_dir, local_files_only=bool(local_files_only))
@@ -185,7 +195,8 @@ class FastLanguageModel:
             name = _base_of(adapter_folder)
             folder = find(name)
         room = None if max_seq_length is None else int(max_seq_length)
-        native = _native.Model.load(folder, _dtype_name(dtype), json.dumps(quantization), room)
+        scaling = None if rope_scaling is None else _as_json("rope_scaling", rope_scaling)
+        native = _native.Model.load(folder, _dtype_name(dtype), checks.as_json(quantization), room, scaling)
         if resize_model_vocab is not None:
             native.resize_vocab(int(resize_model_vocab))
         adapter, n_tokens = None, native.vocab_size
@@ -206,7 +217,7 @@ class FastLanguageModel:
             warnings.warn(f"{folder}: has no tokenizer files; only rows of token ids can be used", stacklevel=2)
         elif max_seq_length is not None:
             tokenizer.model_max_length = length
-        if native.max_position_embeddings > native.original_positions:
+        if rope_scaling is None and native.max_position_embeddings > native.original_positions:
             warnings.warn(
                 f"max_seq_length = {length}: the model was made for {native.original_positions} tokens at most; its "
                 f"positions are divided by {native.max_position_embeddings / native.original_positions:.4g} (linear "
@@ -295,10 +306,7 @@ class FastLanguageModel:
             raise ConfigError(f"model = {type(model).__name__}: expected what from_pretrained returns")
         if not checks.WHOLE.fits(r) or not 1 <= r <= _MAX_RANK:
             raise ConfigError(f"r = {r!r}: expected a whole number from 1 to {_MAX_RANK}")
-        for name, value in (("lora_alpha", lora_alpha), ("lora_dropout", lora_dropout)):
-            if value is None:
-                raise ConfigError(f"{name} = None: expected {checks.NUMBER.expected}")
-        checks.check(_ADAPTER_KINDS, locals())
+        checks.check(_ADAPTER_KINDS, locals(), required=("lora_alpha", "lora_dropout"))
         if layers_pattern not in (None, "layers", ["layers"]):
             raise ConfigError(f"layers_pattern = {layers_pattern}: expected None or layers, the only list of layers")
         if loftq_config:
@@ -339,7 +347,7 @@ class FastLanguageModel:
             _same_adapter(model.adapter or {}, written)
             return model
         tied = model.native.is_tied
-        model.adapter = json.loads(model.native.add_adapter(json.dumps(written)))
+        model.adapter = json.loads(model.native.add_adapter(checks.as_json(written)))
         _tell_of_whole_modules(model, targets, tied=tied)
         model._count()
         return model
@@ -378,13 +386,25 @@ def _quantization(written: dict[str, Any], config: Any, dtype: Any) -> tuple[dic
     """The engine's options and the dtype, from the arguments and a BitsAndBytesConfig, which wins."""
     if config is not None:
         to_dict = getattr(config, "to_dict", None)
-        given = dict(config if isinstance(config, Mapping) else to_dict() if to_dict else vars(config))
+        given = config if isinstance(config, Mapping) else to_dict() if to_dict else getattr(config, "__dict__", None)
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"quantization_config = {config!r}: expected a BitsAndBytesConfig or a dict")
+        checks.check(_QUANTIZATION_KINDS, given)
         names = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "block_size")
         written = written | {name: given[name] for name in names if given.get(name) is not None}
         compute = given.get("bnb_4bit_compute_dtype")
         # Their default, float32, stands there whether or not it was written; only another choice is a wish.
         dtype = compute if dtype is None and str(compute).removeprefix("torch.") == "bfloat16" else dtype
     return {name: value for name, value in written.items() if value is not None}, dtype
+
+
+def _as_json(name: str, table: Mapping[str, Any]) -> str:
+    """A dict of plain values as the engine takes it."""
+    plain = {key: value.item() if hasattr(value, "item") else value for key, value in table.items()}
+    try:
+        return json.dumps(plain, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name} = {dict(table)!r}: expected names and plain values: {error}") from None
 
 
 def _base_of(folder: str) -> str:
@@ -446,7 +466,7 @@ def _same_adapter(present: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 def _dtype_name(dtype: Any) -> str | None:
     """`float32`, `bfloat16` or None, from a name or from torch's or numpy's type."""
-    if _is_one_of(dtype, (None, "auto")):
+    if checks.is_one_of(dtype, (None, "auto")):
         return None
     name = str(dtype if isinstance(dtype, str) else getattr(dtype, "__name__", dtype)).removeprefix("torch.")
     if name in ("float16", "half"):
@@ -455,11 +475,6 @@ def _dtype_name(dtype: Any) -> str | None:
     if name not in ("float32", "bfloat16"):
         raise ConfigError(f"dtype = {name}: expected None (what this machine does best), float32 or bfloat16")
     return name
-
-
-def _is_one_of(value: Any, usual: tuple[Any, ...]) -> bool:
-    """Whether a value, of whatever kind, is one of some plain ones."""
-    return any(value is one or (isinstance(value, type(one)) and value == one) for one in usual)
 
 
 def _arguments(function: Callable[..., Any]) -> list[str]:

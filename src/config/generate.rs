@@ -33,6 +33,35 @@ pub struct GenerateOptions {
     pub stop_strings: Option<Vec<String>>,
     /// Default 3407: the same call gives the same text.
     pub seed: Option<u64>,
+    /// New tokens before a sequence may end; default 0.
+    pub min_new_tokens: Option<i64>,
+    /// Tokens, those of the prompt included, before a sequence may end; default 0.
+    pub min_length: Option<i64>,
+    /// Length of the sequences of tokens that may not come twice; default 0, off.
+    pub no_repeat_ngram_size: Option<i64>,
+    /// Sequences of tokens that may not come; default none.
+    pub bad_words_ids: Option<Vec<Vec<u32>>>,
+    /// Tokens that may not come; default none.
+    pub suppress_tokens: Option<Vec<u32>>,
+    /// Tokens that may not come first; default none.
+    pub begin_suppress_tokens: Option<Vec<u32>>,
+}
+
+/// What may not come next.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bans {
+    /// New tokens before a sequence may end.
+    pub min_new_tokens: usize,
+    /// Tokens, those of the prompt included, before a sequence may end.
+    pub min_length: usize,
+    /// Length of the sequences of tokens that may not come twice; 0 for off.
+    pub no_repeat_ngram_size: usize,
+    /// Sequences of tokens that may not come.
+    pub bad_words_ids: Vec<Vec<u32>>,
+    /// Tokens that may not come.
+    pub suppress_tokens: Vec<u32>,
+    /// Tokens that may not come first.
+    pub begin_suppress_tokens: Vec<u32>,
 }
 
 /// How the next token is drawn.
@@ -67,6 +96,8 @@ pub struct Generate {
     pub stop_strings: Vec<String>,
     /// Seed of the choices.
     pub seed: u64,
+    /// What may not come next.
+    pub bans: Bans,
 }
 
 impl GenerateOptions {
@@ -104,6 +135,26 @@ impl GenerateOptions {
             pad_token_id: self.pad_token_id,
             stop_strings,
             seed: self.seed.unwrap_or(3407),
+            bans: self.bans()?,
+        })
+    }
+
+    fn bans(&self) -> Result<Bans> {
+        let count = |field: &'static str, value: Option<i64>| {
+            let value = value.unwrap_or(0);
+            usize::try_from(value).map_err(|_| Error::config(field, value, "expected at least 0"))
+        };
+        let bad_words_ids = self.bad_words_ids.clone().unwrap_or_default();
+        if bad_words_ids.iter().any(Vec::is_empty) {
+            return Err(Error::config("bad_words_ids", "[]", "expected lists of ids that are not empty"));
+        }
+        Ok(Bans {
+            min_new_tokens: count("min_new_tokens", self.min_new_tokens)?,
+            min_length: count("min_length", self.min_length)?,
+            no_repeat_ngram_size: count("no_repeat_ngram_size", self.no_repeat_ngram_size)?,
+            bad_words_ids,
+            suppress_tokens: self.suppress_tokens.clone().unwrap_or_default(),
+            begin_suppress_tokens: self.begin_suppress_tokens.clone().unwrap_or_default(),
         })
     }
 }
@@ -142,6 +193,9 @@ mod tests {
             (json!({"repetition_penalty": 0}), "repetition_penalty = 0"),
             (json!({"num_return_sequences": 2}), "do_sample=True"),
             (json!({"stop_strings": [""]}), "stop_strings"),
+            (json!({"min_new_tokens": -1}), "min_new_tokens = -1"),
+            (json!({"no_repeat_ngram_size": -2}), "no_repeat_ngram_size = -2"),
+            (json!({"bad_words_ids": [[]]}), "bad_words_ids = []"),
         ] {
             let error = resolve(options.clone()).unwrap_err().to_string();
             assert!(error.contains(message), "{options}: {error}");

@@ -22,6 +22,16 @@ pub trait Chooser {
     /// # Errors
     /// Any error ends the generation.
     fn accept(&mut self, seq: usize, token: u32, new_ids: &[u32]) -> Result<bool>;
+
+    /// Hears of a finished step, with the new token of each sequence that was not over before; says which sequences end
+    /// with it, by an empty list if none does.
+    ///
+    /// # Errors
+    /// Any error ends the generation.
+    fn stepped(&mut self, tokens: &[Option<u32>]) -> Result<Vec<bool>> {
+        let _ = tokens;
+        Ok(Vec::new())
+    }
 }
 
 /// Continues each prompt by at most `max_new_tokens`; returns the new ids.
@@ -45,11 +55,12 @@ pub fn decode(
         model.check_ids(prompt)?;
     }
     let config = &model.config;
-    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0) + max_new_tokens;
+    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0).saturating_add(max_new_tokens);
     let mut cache = KvCache::new(config.num_layers, prompts.len(), longest, config.num_kv_heads * config.head_dim);
     let mut ids = prompts.to_vec();
     for ids in &mut ids {
-        ids.reserve_exact(max_new_tokens);
+        // What may be asked for is more than there is memory; most texts end before.
+        ids.reserve(max_new_tokens.min(PREFILL_TOKENS));
     }
     let mut done = vec![max_new_tokens == 0; prompts.len()];
     let mut tokens = Tokens::default();
@@ -66,15 +77,20 @@ pub fn decode(
             model.next_logits(&model.env(&tokens), &hidden)
         };
         let mut finished = Vec::new();
+        let mut new = vec![None; ids.len()];
         for (logits, seq) in logits.chunks_exact_mut(config.vocab_size).zip(active) {
             let token = chooser.choose(seq, &ids[seq], n_new, logits);
             ids[seq].push(token);
+            new[seq] = Some(token);
             if chooser.accept(seq, token, &ids[seq][prompts[seq].len()..])? || n_new + 1 == max_new_tokens {
                 finished.push(seq);
             }
         }
         for seq in finished {
             done[seq] = true;
+        }
+        for (done, ends) in done.iter_mut().zip(chooser.stepped(&new)?) {
+            *done |= ends;
         }
         n_new += 1;
     }

@@ -1,5 +1,6 @@
 //! Sampling and the decode loop.
 
+pub mod constraints;
 pub mod decode;
 pub mod sampling;
 

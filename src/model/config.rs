@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::ops::rope::RopeScaling;
-use serde_json::Value;
+use serde_json::{Map, Value};
 use std::path::Path;
 
 /// What the decoder is made of.
@@ -78,12 +78,68 @@ impl ModelConfig {
         self.rope_scaling = RopeScaling::Linear { factor };
         self.max_position_embeddings = length;
         self.json["max_position_embeddings"] = length.into();
-        let mut scaling = serde_json::json!({"rope_type": "linear", "factor": factor});
+        self.write_rope(
+            [("rope_type".to_owned(), "linear".into()), ("factor".to_owned(), factor.into())].into_iter().collect(),
+        );
+    }
+
+    /// Scales the rotary positions as `scaling` says, in transformers' form, in place of the scaling there was; `json` says
+    /// so, in the spelling it has. Rows may then have as many tokens as the scaling makes room for.
+    ///
+    /// scaling: `rope_type` (or `type`) default, linear or llama3, its numbers, and perhaps `rope_theta`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a type or number that cannot be used, or if `length` is more than there is room for.
+    pub fn scale_positions(&mut self, scaling: &Value, length: Option<usize>) -> Result<()> {
+        let refuse = |expected: String| Error::config("rope_scaling", scaling, expected);
+        let Some(written) = scaling.as_object() else { return Err(refuse("expected a dict with a rope_type".into())) };
+        if let Some(unknown) = written.keys().find(|key| !ROPE_KEYS.contains(&key.as_str())) {
+            return Err(refuse(format!("unknown key {unknown:?}; expected {}", ROPE_KEYS.join(", "))));
+        }
+        if rope_type(scaling).is_none() {
+            return Err(refuse("expected a rope_type: default, linear or llama3".into()));
+        }
+        let theta = match &scaling["rope_theta"] {
+            Value::Null => self.rope_theta,
+            theta => {
+                theta.as_f64().filter(|&x| x > 0.0).ok_or_else(|| refuse("rope_theta: expected above 0".into()))?
+            }
+        };
+        let made = rope_scaling(scaling).map_err(refuse)?;
+        let trained = self.original_positions as f64;
+        let room = match made {
+            RopeScaling::None => trained,
+            RopeScaling::Linear { factor } => trained * factor,
+            RopeScaling::Llama3 { factor, original_max, .. } => trained.max(original_max * factor),
+        };
+        if let Some(length) = length.filter(|&length| length as f64 > room) {
+            return Err(refuse(format!(
+                "makes room for {room} tokens, but max_seq_length = {length}; raise the factor"
+            )));
+        }
+        if let Some(length) = length.filter(|&length| length > self.max_position_embeddings) {
+            self.max_position_embeddings = length;
+            self.json["max_position_embeddings"] = length.into();
+        }
+        (self.rope_theta, self.rope_scaling) = (theta, made);
+        let mut written = written.clone();
+        if let Some(kind) = written.remove("type") {
+            written.entry("rope_type").or_insert(kind);
+        }
+        self.write_rope(written);
+        Ok(())
+    }
+
+    /// Puts a scaling into `json`, in the spelling it has.
+    fn write_rope(&mut self, mut scaling: Map<String, Value>) {
         if self.json["rope_parameters"].is_object() {
-            scaling["rope_theta"] = self.rope_theta.into();
-            self.json["rope_parameters"] = scaling;
+            scaling.insert("rope_theta".to_owned(), self.rope_theta.into());
+            self.json["rope_parameters"] = scaling.into();
         } else {
-            self.json["rope_scaling"] = scaling;
+            if scaling.remove("rope_theta").is_some() {
+                self.json["rope_theta"] = self.rope_theta.into();
+            }
+            self.json["rope_scaling"] = scaling.into();
         }
     }
 
@@ -173,24 +229,55 @@ fn rope(json: &Value) -> std::result::Result<(f64, RopeScaling), String> {
     let nested = &json["rope_parameters"];
     let scaling = if nested.is_object() { nested } else { &json["rope_scaling"] };
     let theta = nested["rope_theta"].as_f64().or_else(|| json["rope_theta"].as_f64()).unwrap_or(10_000.0);
-    let number = |key: &str| scaling[key].as_f64().ok_or_else(|| format!("rope scaling lacks the number {key:?}"));
     let partial = nested["partial_rotary_factor"].as_f64().or_else(|| json["partial_rotary_factor"].as_f64());
     if partial.is_some_and(|factor| factor != 1.0) {
         return Err("partial_rotary_factor other than 1 is not supported for this architecture".to_owned());
     }
-    let kind = scaling["rope_type"].as_str().or_else(|| scaling["type"].as_str()).unwrap_or("default");
-    let scaling = match kind {
-        "default" => RopeScaling::None,
-        "linear" => RopeScaling::Linear { factor: number("factor")? },
-        "llama3" => RopeScaling::Llama3 {
-            factor: number("factor")?,
-            low_freq_factor: number("low_freq_factor")?,
-            high_freq_factor: number("high_freq_factor")?,
-            original_max: number("original_max_position_embeddings")?,
-        },
-        other => return Err(format!("rope type {other:?} is not supported yet; supported: default, linear, llama3")),
+    Ok((theta, rope_scaling(scaling)?))
+}
+
+/// What a scaling in transformers' form may hold.
+const ROPE_KEYS: [&str; 7] = [
+    "rope_type",
+    "type",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "rope_theta",
+];
+
+/// The name of a scaling, in either spelling.
+fn rope_type(scaling: &Value) -> Option<&str> {
+    scaling["rope_type"].as_str().or_else(|| scaling["type"].as_str())
+}
+
+/// The scaling that a dict of transformers' form describes; none for an empty one.
+fn rope_scaling(scaling: &Value) -> std::result::Result<RopeScaling, String> {
+    let number = |key: &str, least: f64| match scaling[key].as_f64() {
+        None => Err(format!("rope scaling lacks the number {key:?}")),
+        Some(x) if x < least => Err(format!("rope scaling: {key} = {x}: expected at least {least}")),
+        Some(x) => Ok(x),
     };
-    Ok((theta, scaling))
+    Ok(match rope_type(scaling).unwrap_or("default") {
+        "default" => RopeScaling::None,
+        "linear" => RopeScaling::Linear { factor: number("factor", 1.0)? },
+        "llama3" => {
+            let (low, high) = (number("low_freq_factor", 0.0)?, number("high_freq_factor", 0.0)?);
+            if low >= high {
+                return Err(format!(
+                    "rope scaling: low_freq_factor = {low}: expected less than high_freq_factor = {high}"
+                ));
+            }
+            RopeScaling::Llama3 {
+                factor: number("factor", 1.0)?,
+                low_freq_factor: low,
+                high_freq_factor: high,
+                original_max: number("original_max_position_embeddings", 1.0)?,
+            }
+        }
+        other => return Err(format!("rope type {other:?} is not supported yet; supported: default, linear, llama3")),
+    })
 }
 
 #[cfg(test)]
@@ -237,6 +324,60 @@ mod tests {
                 assert!(matches!(config.rope_scaling, RopeScaling::Linear { factor } if factor == 4.0));
                 assert_eq!((config.max_position_embeddings, config.rope_theta), (2048, 500_000.0));
             }
+        }
+    }
+
+    #[test]
+    fn a_scaling_that_was_asked_for_replaces_that_of_the_file() {
+        let mut old = minimal();
+        old["max_position_embeddings"] = json!(512);
+        old["rope_scaling"] = json!({"type": "linear", "factor": 8.0});
+        let mut new = minimal();
+        new["max_position_embeddings"] = json!(512);
+        new["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 500_000.0});
+        for json in [old, new] {
+            let theta = ModelConfig::from_json(json.clone()).unwrap().rope_theta;
+            let mut config = ModelConfig::from_json(json.clone()).unwrap();
+            config.scale_positions(&json!({"type": "linear", "factor": 2}), Some(1024)).unwrap();
+            assert_eq!((config.max_position_embeddings, config.original_positions), (1024, 512));
+            for config in [ModelConfig::from_json(config.json.clone()).unwrap(), config] {
+                assert_eq!((&config.rope_scaling, config.rope_theta), (&RopeScaling::Linear { factor: 2.0 }, theta));
+                assert_eq!(config.max_position_embeddings, 1024);
+            }
+            let mut config = ModelConfig::from_json(json.clone()).unwrap();
+            config.scale_positions(&json!({"rope_type": "default", "rope_theta": 1e6}), None).unwrap();
+            let again = ModelConfig::from_json(config.json.clone()).unwrap();
+            assert_eq!((&again.rope_scaling, again.rope_theta), (&RopeScaling::None, 1e6));
+            let llama3 = json!({"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 512});
+            config.scale_positions(&llama3, Some(2048)).unwrap();
+            assert!(matches!(config.rope_scaling, RopeScaling::Llama3 { factor, .. } if factor == 4.0));
+        }
+    }
+
+    #[test]
+    fn a_scaling_that_cannot_be_is_named() {
+        for (scaling, length, named) in [
+            (json!({"type": "dynamic", "factor": 2.0}), None, "dynamic"),
+            (json!({"type": "linear"}), None, "\"factor\""),
+            (json!({"type": "linear", "factor": 0.5}), None, "factor = 0.5"),
+            (json!({"type": "linear", "factor": "2"}), None, "\"factor\""),
+            (json!({"factor": 2.0}), None, "expected a rope_type"),
+            (json!({"type": "linear", "kind": 2.0}), None, "\"kind\""),
+            (json!({"type": "linear", "factor": 2.0}), Some(1025), "room for 1024 tokens"),
+            (json!({"type": "default", "rope_theta": -1.0}), None, "rope_theta"),
+            (
+                json!({"type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0,
+                    "original_max_position_embeddings": 512}),
+                None,
+                "low_freq_factor = 4",
+            ),
+        ] {
+            let mut json = minimal();
+            json["max_position_embeddings"] = json!(512);
+            let error =
+                ModelConfig::from_json(json).unwrap().scale_positions(&scaling, length).unwrap_err().to_string();
+            assert!(error.starts_with("rope_scaling = ") && error.contains(named), "{error}");
         }
     }
 

@@ -24,7 +24,7 @@ impl KvCache {
     /// An empty cache for `n_seqs` sequences of at most `max_len` tokens; it grows with them, by half each time.
     pub fn new(n_layers: usize, n_seqs: usize, max_len: usize, kv_width: usize) -> Self {
         let buffers = || vec![Vec::new(); n_seqs];
-        let layer = |_| LayerCache { keys: buffers(), values: buffers(), most: max_len * kv_width };
+        let layer = |_| LayerCache { keys: buffers(), values: buffers(), most: max_len.saturating_mul(kv_width) };
         Self { layers: (0..n_layers).map(layer).collect(), lengths: vec![0; n_seqs] }
     }
 

@@ -18,6 +18,7 @@ pub use weights::{LoadOptions, Quantize};
 use crate::error::{Error, Result};
 use crate::ops::{Ctx, Env, ParamStore, Tokens};
 use crate::quant::Int8Matrix;
+use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// A loaded model: the decoder, its trainable tensors, and the tools to run it.
@@ -46,18 +47,25 @@ impl Model {
     /// [`Error::Io`] if a file is missing, [`Error::Model`] for a `config.json` we cannot run, [`Error::Weights`] for a
     /// missing, misshapen or non-finite tensor, [`Error::Config`] for `RUSTUNE_ISA`.
     pub fn load(folder: &Path, options: &LoadOptions) -> Result<Self> {
-        Self::load_for(folder, options, None)
+        Self::load_for(folder, options, None, None)
     }
 
     /// Loads a model for rows of up to `max_seq_length` tokens, more than it was made for if need be: its positions are
-    /// then squeezed, see [`ModelConfig::stretch_to`].
+    /// then squeezed, see [`ModelConfig::stretch_to`], or scaled as was asked for, see [`ModelConfig::scale_positions`].
     ///
     /// # Errors
-    /// As [`load`](Self::load).
-    pub fn load_for(folder: &Path, options: &LoadOptions, max_seq_length: Option<usize>) -> Result<Self> {
+    /// As [`load`](Self::load); [`Error::Config`] for a scaling that cannot be used.
+    pub fn load_for(
+        folder: &Path,
+        options: &LoadOptions,
+        max_seq_length: Option<usize>,
+        rope_scaling: Option<&Value>,
+    ) -> Result<Self> {
         let mut config = ModelConfig::read(folder)?;
-        if let Some(length) = max_seq_length {
-            config.stretch_to(length);
+        match (rope_scaling, max_seq_length) {
+            (Some(scaling), length) => config.scale_positions(scaling, length)?,
+            (None, Some(length)) => config.stretch_to(length),
+            (None, None) => {}
         }
         let ctx = Ctx::new(options.precision)?;
         let mut params = ParamStore::default();

@@ -3,10 +3,12 @@
 use super::rows::Rows;
 use super::tokenizer::Tokenizer;
 use super::{enter, parse, train};
+use crate::config::generate::Bans;
 use crate::config::{GenerateOptions, LoraOptions, Quantization, QuantizationOptions, TrainOptions};
 use crate::data::collate::collate;
 use crate::data::rows::Example;
 use crate::error::{Error, Result};
+use crate::generate::constraints::ban;
 use crate::generate::sampling::{Draw, Sampler, StopMatcher};
 use crate::generate::{Chooser, decode};
 use crate::io::os::with_pool;
@@ -20,7 +22,7 @@ use crate::train::run::{Lender, computing, split};
 use numpy::{PyArray1, PyArray2, PyArrayDyn, PyArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
@@ -137,16 +139,18 @@ fn busy() -> Error {
 impl Model {
     /// Loads a Hugging Face folder.
     #[staticmethod]
-    #[pyo3(signature = (folder, dtype, quantization, max_seq_length=None))]
+    #[pyo3(signature = (folder, dtype, quantization, max_seq_length=None, rope_scaling=None))]
     fn load(
         py: Python<'_>,
         folder: PathBuf,
         dtype: Option<&str>,
         quantization: &str,
         max_seq_length: Option<usize>,
+        rope_scaling: Option<&str>,
     ) -> PyResult<Self> {
         let options = load_options(dtype, quantization)?;
-        let core = enter(py, || with_pool(|| Core::load_for(&folder, &options, max_seq_length)))?;
+        let scaling: Option<Value> = rope_scaling.map(|text| parse("rope_scaling", text)).transpose()?;
+        let core = enter(py, || with_pool(|| Core::load_for(&folder, &options, max_seq_length, scaling.as_ref())))?;
         Ok(Self { state: RwLock::new(State { core, adapter: None }), training: AtomicBool::new(false) })
     }
 
@@ -356,14 +360,17 @@ impl Model {
     }
 
     /// Continues each prompt; returns the new ids, `num_return_sequences` for each prompt.
-    #[pyo3(signature = (prompts, options, tokenizer=None, on_token=None))]
+    ///
+    /// on_step: called after each step with the new token of each sequence, None for those that are over; gives a list
+    /// that says for each whether it ends here, or an empty one.
+    #[pyo3(signature = (prompts, options, tokenizer=None, on_step=None))]
     fn generate(
         &self,
         py: Python<'_>,
         prompts: Vec<Vec<u32>>,
         options: &str,
         tokenizer: Option<&Tokenizer>,
-        on_token: Option<Py<PyAny>>,
+        on_step: Option<Py<PyAny>>,
     ) -> PyResult<Vec<Vec<u32>>> {
         let options: GenerateOptions = parse("generate", options)?;
         let settings = options.resolve()?;
@@ -380,13 +387,13 @@ impl Model {
                 .collect();
             let mut chooser = Chosen {
                 sampler: Sampler::new(settings.sampling, settings.repetition_penalty, settings.seed),
+                bans: settings.bans.clone(),
                 eos: settings.eos_token_ids.clone().unwrap_or_else(|| state.core.config.eos_token_ids.clone()),
                 tokenizer,
                 stops: vec![StopMatcher::new(settings.stop_strings.iter().cloned()); prompts.len()],
                 shown: vec![0; prompts.len()],
                 stop_strings: !settings.stop_strings.is_empty(),
-                on_token,
-                stopped: false,
+                on_step,
             };
             computing(&mut train::PyObserver::silent(), |poll| {
                 decode(&state.core, &prompts, settings.max_new_tokens, &mut chooser, poll)
@@ -520,18 +527,19 @@ pub(super) fn callback(error: PyErr) -> Error {
 /// The user's settings and callback, as the decode loop asks for them.
 struct Chosen {
     sampler: Sampler,
+    bans: Bans,
     eos: Vec<u32>,
     tokenizer: Option<Arc<crate::data::tokenizer::Tokenizer>>,
     stops: Vec<StopMatcher>,
     /// Bytes of each sequence's text that its stop matcher has seen.
     shown: Vec<usize>,
     stop_strings: bool,
-    on_token: Option<Py<PyAny>>,
-    stopped: bool,
+    on_step: Option<Py<PyAny>>,
 }
 
 impl Chooser for Chosen {
-    fn choose(&mut self, seq: usize, ids: &[u32], _: usize, logits: &mut [f32]) -> u32 {
+    fn choose(&mut self, seq: usize, ids: &[u32], n_new: usize, logits: &mut [f32]) -> u32 {
+        ban(&self.bans, logits, ids, n_new, &self.eos);
         self.sampler.choose(logits, ids, Draw { sequence: seq as u32, position: ids.len() as u32 })
     }
 
@@ -546,14 +554,12 @@ impl Chooser for Chosen {
                 self.shown[seq] = text.len();
             }
         }
-        if let Some(on_token) = &self.on_token {
-            let answer = Python::attach(|py| {
-                let answer = on_token.call1(py, (seq, vec![token]))?;
-                answer.extract::<Option<bool>>(py)
-            });
-            self.stopped |= answer.map_err(callback)? == Some(true);
-        }
-        Ok(ends || self.stopped)
+        Ok(ends)
+    }
+
+    fn stepped(&mut self, tokens: &[Option<u32>]) -> Result<Vec<bool>> {
+        let Some(on_step) = &self.on_step else { return Ok(Vec::new()) };
+        Python::attach(|py| on_step.call1(py, (tokens.to_vec(),))?.extract::<Vec<bool>>(py)).map_err(callback)
     }
 }
 

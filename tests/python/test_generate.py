@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 from rustune import ConfigError, FastLanguageModel, Model, RustuneError
+from rustune.stopping import StoppingCriteria, StoppingCriteriaList
 
 PROMPT = [5, 9, 200, 31]
 # An id the model never prefers, so that nothing ends early.
@@ -132,6 +133,89 @@ def test_a_generation_config_is_read_and_arguments_win(model: Model) -> None:
     assert model.generate([PROMPT], generation_config=config).shape == (1, 13)
 
 
+class EndsWith(StoppingCriteria):
+    """Ends rows at one of some ids; remembers what it was asked."""
+
+    def __init__(self, *ids: int) -> None:
+        self.ids = ids
+        self.asked: list[list[list[int]]] = []
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        assert scores is None and isinstance(input_ids, np.ndarray)
+        self.asked.append(input_ids.tolist())
+        return np.isin(input_ids[:, -1], self.ids)
+
+
+def test_stopping_criteria_end_the_rows_they_name(model: Model) -> None:
+    # A prompt after which this random model does not say the same again and again.
+    prompts = [[1, 2, 3, 4], [1, 2]]
+    free = model.generate(prompts, max_new_tokens=8, **NEVER).tolist()
+    stop = free[0][6]
+    assert stop not in free[1] and stop not in free[0][4:6], "choose another prompt"
+    criterion = EndsWith(stop)
+    out = model.generate(prompts, max_new_tokens=8, stopping_criteria=[criterion], **NEVER).tolist()
+    assert out == [free[0][:7] + [tiny.PAD] * 5, free[1]]
+    assert [len(rows[0]) for rows in criterion.asked] == list(range(5, 13)) and criterion.asked[-1] == out
+    # One answer for all rows, as older criteria give it, and several criteria.
+    every = StoppingCriteriaList([EndsWith(), lambda ids, scores: ids.shape[1] >= 6])
+    assert model.generate(prompts, stopping_criteria=every, **NEVER).tolist() == [r[:6] for r in free]
+    assert model.generate(prompts[:1], stopping_criteria=lambda ids, scores: True, **NEVER).tolist() == [free[0][:5]]
+    assert model.generate(prompts[:1], stopping_criteria=[], max_new_tokens=8, **NEVER).tolist() == [free[0]]
+    # A row that is over stays so, whatever is said of it later.
+    once = iter([[True, False], [False, False], [False, True]])
+    out = model.generate(prompts, stopping_criteria=lambda ids, scores: next(once), **NEVER).tolist()
+    assert out == [free[0][:5] + [tiny.PAD] * 2, free[1][:7]]
+
+
+def test_criteria_are_asked_for_each_returned_sequence_and_after_the_streamer(model: Model) -> None:
+    sampled = {"do_sample": True, "seed": 1, "eos_token_id": [263]}
+    out = model.generate([PROMPT], num_return_sequences=3, stopping_criteria=EndsWith(), max_new_tokens=3, **sampled)
+    assert out.tolist() == model.generate([PROMPT], num_return_sequences=3, max_new_tokens=3, **sampled).tolist()
+    streamer, seen = Streamer(), []
+    stop = StoppingCriteriaList([lambda ids, scores: seen.append(len(streamer.got)) or len(seen) == 2])
+    model.generate([PROMPT], streamer=streamer, stopping_criteria=stop, **NEVER)
+    assert streamer.ended and seen == [2, 3]
+
+
+def test_what_is_banned_does_not_come(model: Model) -> None:
+    prompt = [5, 9, 200, 31]
+    free = model.generate([prompt], max_new_tokens=8, **NEVER)[0, 4:].tolist()
+    assert free[:3] == [free[0]] * 3, "choose another prompt"
+    once = model.generate([prompt], max_new_tokens=8, no_repeat_ngram_size=1, **NEVER)[0].tolist()
+    assert len(set(once)) == len(once)
+    assert free[0] not in model.generate([prompt], max_new_tokens=8, bad_words_ids=[[free[0]]], **NEVER)[0]
+    assert free[0] not in model.generate([prompt], max_new_tokens=8, suppress_tokens=[free[0]], **NEVER)[0]
+    assert model.generate([prompt], max_new_tokens=2, begin_suppress_tokens=[free[0]], **NEVER)[0, 4] != free[0]
+    ends = {"eos_token_id": free[0], "do_sample": False, "max_new_tokens": 8}
+    assert model.generate([prompt], **ends).shape == (1, 5)
+    assert free[0] not in model.generate([prompt], min_new_tokens=3, **ends)[0, 4:7]
+    assert free[0] not in model.generate([prompt], min_length=7, **ends)[0, 4:7]
+
+
+def test_max_time_ends_a_generation(model: Model) -> None:
+    # No time at all: every row has its first token.
+    assert model.generate([PROMPT, PROMPT], max_time=-1.0, max_new_tokens=50, **NEVER).shape == (2, 5)
+    assert model.generate([PROMPT], max_time=3600, max_new_tokens=5, **NEVER).shape == (1, 9)
+
+
+@pytest.mark.parametrize(
+    ("criteria", "message"),
+    [
+        ("stop", "stopping_criteria = 'stop': expected functions"),
+        ([3], "stopping_criteria = 3: expected functions"),
+        (7, "stopping_criteria = 7: expected functions"),
+        (lambda ids, scores: "yes", "returned 'yes': expected True or False, or one for each of 1 rows"),
+        (lambda ids, scores: [True, False], "one for each of 1 rows"),
+        (lambda ids, scores: None, "returned None"),
+    ],
+)
+def test_criteria_that_cannot_be_are_named(model: Model, criteria: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        model.generate([PROMPT], max_new_tokens=2, stopping_criteria=criteria, **NEVER)
+    with pytest.raises(NotImplementedError, match="__call__"):
+        model.generate([PROMPT], max_new_tokens=2, stopping_criteria=StoppingCriteria(), **NEVER)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -139,6 +223,10 @@ def test_a_generation_config_is_read_and_arguments_win(model: Model) -> None:
         ({"num_beams": 4}, "num_beams"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"top_p": 1.5}, "top_p"),
+        ({"bad_words_ids": [3]}, r"bad_words_ids = \[3\]: expected a list of lists of ids"),
+        ({"bad_words_ids": [[]]}, "bad_words_ids"),
+        ({"suppress_tokens": [-1]}, "suppress_tokens"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size = -1"),
         ({"max_length": 3}, "max_length"),
         ({"num_return_sequences": 2, "do_sample": False}, "num_return_sequences"),
     ],

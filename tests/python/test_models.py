@@ -23,8 +23,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, **changes: Any) -> Model:
-    arguments = {"dtype": "float32", "load_in_4bit": False, **changes}
-    return FastLanguageModel.from_pretrained(str(folder), 64, **arguments)[0]
+    arguments = {"max_seq_length": 64, "dtype": "float32", "load_in_4bit": False, **changes}
+    return FastLanguageModel.from_pretrained(str(folder), **arguments)[0]
 
 
 def move(model: Model) -> None:
@@ -92,8 +92,12 @@ def test_what_a_bitsandbytes_config_says_counts(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
         ({"resize_model_vocab": 0}, "resize_model_vocab = 0"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 'rope_scaling = .*"dynamic" is not supported yet'),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor = 0: expected at least 1"),
+        ({"rope_scaling": {"type": "linear", "factor": np.nan}}, "rope_scaling"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}, "max_seq_length": 513}, "room for 512 tokens"),
+        ({"rope_scaling": "linear"}, "rope_scaling = 'linear': expected a dict"),
         ({"load_in_8bit": True}, "load_in_8bit"),
         ({"load_in_4bit": True, "load_in_16bit": True}, "load_in_4bit"),
         ({"dtype": "int8"}, "dtype = int8"),
@@ -104,6 +108,27 @@ def test_what_a_bitsandbytes_config_says_counts(folder: Path) -> None:
 def test_what_cannot_be_is_named(folder: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         FastLanguageModel.from_pretrained(str(folder), **changes)
+
+
+def test_positions_are_scaled_as_asked_and_as_the_file_would_say(folder: Path, tmp_path: Path) -> None:
+    linear = {"type": "linear", "factor": np.float32(2)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        asked = load(folder, rope_scaling=linear, max_seq_length=400)
+    ids = [list(range(60))]
+    assert asked.max_seq_length == 400 and asked.config.rope_scaling == {"rope_type": "linear", "factor": 2.0}
+    written = tiny.write_model(tmp_path / "written", rope_scaling={"rope_type": "linear", "factor": 2.0})
+    np.testing.assert_array_equal(asked(ids).logits, load(written)(ids).logits)
+    assert not np.array_equal(asked(ids).logits, load(folder)(ids).logits)
+    # What is asked for goes over what the file says, also in the newer spelling.
+    none = load(written, rope_scaling={"rope_type": "default"})
+    np.testing.assert_array_equal(none(ids).logits, load(folder)(ids).logits)
+    newer = tiny.write_model(
+        tmp_path / "newer", rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}
+    )
+    asked_newer = load(newer, rope_scaling=linear)
+    np.testing.assert_array_equal(asked_newer(ids).logits, asked(ids).logits)
+    assert asked_newer.config.rope_parameters == {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 
 
 def test_folders_that_cannot_be_loaded(tmp_path: Path, folder: Path) -> None:

@@ -62,6 +62,82 @@ def test_their_logits_are_ours(folder: Path, torch: Any, transformers: Any) -> N
     np.testing.assert_allclose(load(folder)([[5, 9, 200, 31]]).logits, want, atol=2e-4)
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {
+            "rope_type": "llama3",
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+    ids=["linear", "llama3"],
+)
+def test_positions_are_scaled_as_theirs_are(
+    folder: Path, torch: Any, transformers: Any, scaling: dict[str, Any]
+) -> None:
+    config = transformers.LlamaConfig.from_pretrained(folder)
+    config.rope_parameters = {**scaling, "rope_theta": 10000.0}
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+    ids = [[(7 * i) % 256 for i in range(60)]]
+    with torch.no_grad():
+        want = theirs(torch.tensor(ids)).logits.numpy()
+    asked = {"dtype": "float32", "load_in_4bit": False, "rope_scaling": scaling}
+    ours = FastLanguageModel.from_pretrained(str(folder), 64, **asked)[0](ids).logits
+    np.testing.assert_allclose(ours, want, atol=2e-4)
+    # Without the scaling it is something else.
+    assert np.abs(load(folder)(ids).logits - want).max() > 0.1
+
+
+def test_their_stopping_criteria_serve(folder: Path, torch: Any, transformers: Any) -> None:
+    model = load(folder)
+    prompts = [[1, 2, 3, 4], [5, 1, 2, 3]]
+    free = model.generate(prompts, max_new_tokens=8, **NEVER).tolist()
+
+    class EndsWith(transformers.StoppingCriteria):  # type: ignore[misc]
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+            return torch.all(input_ids[:, -1:] == torch.tensor([free[0][6]]), dim=1)
+
+    assert free[0].index(free[0][6], 4) == 6 and free[0][6] not in free[1][4:10], "choose another prompt"
+    criteria = transformers.StoppingCriteriaList([EndsWith(), transformers.MaxLengthCriteria(max_length=10)])
+    out = model.generate(prompts, max_new_tokens=8, stopping_criteria=criteria, **NEVER)
+    assert out.tolist() == [free[0][:7] + [tiny.PAD] * 3, free[1][:10]]
+
+
+@pytest.mark.parametrize(
+    "bans",
+    [
+        {"no_repeat_ngram_size": 1},
+        {"no_repeat_ngram_size": 2},
+        {"bad_words_ids": [[84], [3, 3, 3]]},
+        {"bad_words_ids": [[84], [3, 3, 3]], "eos_token_id": 84},
+        {"suppress_tokens": [84, 13], "begin_suppress_tokens": [6]},
+        {"min_new_tokens": 5},
+        {"min_length": 7},
+        {"repetition_penalty": 1.5, "no_repeat_ngram_size": 3},
+    ],
+    ids=str,
+)
+def test_what_may_not_come_next_is_what_theirs_leave_out(
+    folder: Path, torch: Any, transformers: Any, bans: dict[str, Any]
+) -> None:
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model, n_changed = load(folder), 0
+    for prompt in ([5, 9], [1, 2, 3, 4], [5, 9, 200, 31], [84, 84, 84]):
+        options = {"max_new_tokens": 10, "pad_token_id": tiny.PAD, **NEVER, "eos_token_id": 263, **bans}
+        if bans.keys() & {"min_length", "min_new_tokens"}:
+            # An end that this model likes to come to.
+            options["eos_token_id"] = int(model.generate([prompt], max_new_tokens=3, **NEVER)[0, -1])
+        want = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **options)
+        assert model.generate([prompt], **options).tolist() == want.tolist()
+        without = {name: value for name, value in options.items() if name not in bans.keys() - {"eos_token_id"}}
+        n_changed += model.generate([prompt], **without).tolist() != want.tolist()
+    assert n_changed > 0
+
+
 def test_their_tokenizer_serves(folder: Path, tmp_path: Path, transformers: Any) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = FastLanguageModel.get_peft_model(load(folder), r=4)

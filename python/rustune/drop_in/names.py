@@ -104,7 +104,10 @@ _LOGGING: Final[Names] = {name: f"rustune.verbosity:{name}" for name in verbosit
 STAND_INS: Final[Mapping[str, Names]] = {
     "transformers": {
         "DataCollatorWithPadding": "rustune.collators:DataCollatorWithPadding",
+        "MaxTimeCriteria": "rustune.stopping:MaxTimeCriteria",
         "PreTrainedTokenizerBase": "rustune.tokenizer:Tokenizer",
+        "StoppingCriteria": "rustune.stopping:StoppingCriteria",
+        "StoppingCriteriaList": "rustune.stopping:StoppingCriteriaList",
         "TrainerControl": "rustune.callbacks:TrainerControl",
         "TrainerState": "rustune.callbacks:TrainerState",
         "default_data_collator": "rustune.collators:default_data_collator",
@@ -124,9 +127,10 @@ STAND_INS: Final[Mapping[str, Names]] = {
         **{
             name: f"rustune.drop_in.torch_stand_in:{name}"
             for name in (
-                "Generator Tensor __version__ arange argmax as_tensor autocast backends bfloat16 cat compile "
-                "device distributed double dtype enable_grad exp float16 float32 float64 from_numpy half "
-                "inference_mode int16 int32 int64 int8 is_grad_enabled is_tensor log log_softmax long manual_seed "
+                "BoolTensor FloatTensor Generator IntTensor LongTensor Tensor __version__ all any arange argmax "
+                "as_tensor autocast backends bfloat16 cat compile device distributed double dtype enable_grad eq exp "
+                "float16 float32 float64 from_numpy full half inference_mode int16 int32 int64 int8 is_grad_enabled "
+                "is_tensor isin log log_softmax long manual_seed "
                 "mean no_grad ones ones_like set_default_dtype set_float32_matmul_precision set_grad_enabled "
                 "softmax stack tensor uint8 version zeros zeros_like"
             ).split()

@@ -129,6 +129,19 @@ def tensor(data: Any, dtype: Any = None, **_: Any) -> TokenArray:
 as_tensor = tensor
 
 
+def _typed(name: str, kind: dtype) -> type[TokenArray]:
+    """torch.LongTensor and the like: a name for annotations, and a function that makes an array of that kind."""
+
+    def make(_: type[TokenArray], data: Any = ()) -> TokenArray:
+        return tensor(data, kind)
+
+    return type(name, (TokenArray,), {"__new__": make, "__doc__": f"Arrays of {kind!r}."})
+
+
+LongTensor, IntTensor, BoolTensor = _typed("LongTensor", int64), _typed("IntTensor", int32), _typed("BoolTensor", bool_)
+FloatTensor = _typed("FloatTensor", float32)
+
+
 def from_numpy(array: Any) -> TokenArray:
     """Views an array.
 
@@ -265,6 +278,41 @@ def argmax(input: Any, dim: int | None = None, **_: Any) -> Any:
         Positions.
     """
     return np.asarray(np.argmax(np.asarray(input), axis=dim)).view(TokenArray)
+
+
+def all(input: Any, dim: int | None = None) -> TokenArray:
+    """Returns whether all values are true, of all or along an axis."""
+    return np.asarray(np.all(np.asarray(input), axis=dim)).view(TokenArray)
+
+
+def any(input: Any, dim: int | None = None) -> TokenArray:
+    """Returns whether any value is true, of all or along an axis."""
+    return np.asarray(np.any(np.asarray(input), axis=dim)).view(TokenArray)
+
+
+def eq(input: Any, other: Any) -> TokenArray:
+    """Returns where values are equal."""
+    return np.asarray(np.equal(np.asarray(input), np.asarray(other))).view(TokenArray)
+
+
+def isin(elements: Any, test_elements: Any) -> TokenArray:
+    """Returns where values are among others."""
+    return np.asarray(np.isin(np.asarray(elements), np.asarray(test_elements))).view(TokenArray)
+
+
+def full(size: Any, fill_value: Any, *, dtype: Any = None, **_: Any) -> TokenArray:
+    """Makes an array that holds one value everywhere.
+
+    Args:
+        size: Its shape.
+        fill_value: The value.
+        dtype: The kind of number; that of the value if not given.
+        **_: Device and the like, which make no difference.
+
+    Returns:
+        The array.
+    """
+    return tensor(np.full(size, fill_value), dtype)
 
 
 def exp(input: Any) -> TokenArray:
