@@ -46,7 +46,9 @@ from rustune.peft_names import (
 )
 from rustune.pipelines import pipeline
 from rustune.preference import DPOConfig, DPOTrainer, ORPOConfig, ORPOTrainer
+from rustune.search import BestRun
 from rustune.sharegpt import to_sharegpt
+from rustune.stopping import StoppingCriteria, StoppingCriteriaList
 from rustune.streamers import TextIteratorStreamer, TextStreamer
 from rustune.text_templates import apply_chat_template
 from rustune.tokenizer import Tokenizer
@@ -64,6 +66,7 @@ __all__ = [
     "AutoModelForCausalLM",
     "AutoPeftModelForCausalLM",
     "AutoTokenizer",
+    "BestRun",
     "BitsAndBytesConfig",
     "CheckpointError",
     "ConfigError",
@@ -88,6 +91,8 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "ShapeError",
+    "StoppingCriteria",
+    "StoppingCriteriaList",
     "TextIteratorStreamer",
     "TextStreamer",
     "Tokenizer",

@@ -16,18 +16,9 @@ from rustune.config import TrainingArguments, unknown_argument
 from rustune.model import Model
 from rustune.models import FastLanguageModel
 from rustune.notices import sort_arguments
-from rustune.tokenizer import Tokenizer
+from rustune.tokenizer import HABITS, Tokenizer
 from rustune.trainer import SFTTrainer
 
-# What transformers' loaders take that means nothing here, beyond what `FastLanguageModel.from_pretrained` knows of.
-_HABITS: Final = (
-    "use_fast",
-    "legacy",
-    "use_auth_token",
-    "trust_remote_code",
-    "add_prefix_space",
-    "clean_up_tokenization_spaces",
-)
 _SPECIAL: Final = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -55,8 +46,8 @@ class AutoTokenizer:
         place = ("padding_side", "model_max_length", "chat_template", *_SPECIAL)
         others = {name: value for name, value in options.items() if name not in (*load, *place)}
         for name in others:
-            if name not in _HABITS:
-                raise unknown_argument("AutoTokenizer.from_pretrained", name, (*load, *place, *_HABITS))
+            if name not in HABITS:
+                raise unknown_argument("AutoTokenizer.from_pretrained", name, (*load, *place, *HABITS))
         tokenizer = Tokenizer.from_pretrained(
             pretrained_model_name_or_path, **{name: options[name] for name in load if name in options}
         )
@@ -168,7 +159,9 @@ class Trainer(SFTTrainer):
         **arguments: As of `SFTTrainer`.
     """
 
-    def __init__(self, model: Model, args: Any = None, data_collator: Any = None, **arguments: Any) -> None:
+    def __init__(
+        self, model: Model | None = None, args: Any = None, data_collator: Any = None, **arguments: Any
+    ) -> None:
         super().__init__(model, TrainingArguments() if args is None else args, data_collator=data_collator, **arguments)
 
 

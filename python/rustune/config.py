@@ -6,19 +6,22 @@ field back gives what will run.
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import functools
 import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from typing import Any, ClassVar, Final, TypeVar
 
-from rustune import _native, reporting
+from rustune import _native, checks, reporting
 from rustune._native import ConfigError
+from rustune.checks import is_unicode
+from rustune.notices import tell_meaningless
+from rustune.notices import unknown_argument as unknown_argument
 
 _T = TypeVar("_T")
 
@@ -28,6 +31,8 @@ _ALIASES: Final = {
     "max_seq_length": "max_length",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
 }
 
 # What the engine is told, and the kind of value it takes.
@@ -62,6 +67,8 @@ _ENGINE: Final[dict[str, type]] = {
     "metric_for_best_model": str,
     "greater_is_better": bool,
     "load_best_model_at_end": bool,
+    "save_only_model": bool,
+    "dataloader_drop_last": bool,
     "seed": int,
     "data_seed": int,
     "output_dir": str,
@@ -73,24 +80,98 @@ _ENGINE: Final[dict[str, type]] = {
     "embedding_learning_rate": float,
 }
 
+_SEEDS: Final = ("seed", "data_seed")
+_LARGEST: Final = 2**63 - 1
+
+# Where a number of rows is asked for and none is known yet; enough for a batch of any size.
+_ANY_ROWS: Final = 1 << 31
+
+_HUB_STRATEGIES: Final = ("end", "every_save", "checkpoint", "all_checkpoints")
+
+# The kinds of values of the other fields.
+_KINDS: Final[dict[str, checks.Kind]] = {
+    **dict.fromkeys(
+        (
+            "assistant_only_loss",
+            "batch_eval_metrics",
+            "bf16",
+            "completion_only_loss",
+            "disable_tqdm",
+            "do_eval",
+            "fp16",
+            "hub_private_repo",
+            "overwrite_output_dir",
+            "prediction_loss_only",
+            "push_to_hub",
+        ),
+        checks.BOOL,
+    ),
+    **dict.fromkeys(
+        (
+            "chat_template_path",
+            "dataset_text_field",
+            "eos_token",
+            "hub_model_id",
+            "hub_revision",
+            "hub_strategy",
+            "logging_dir",
+            "loss_type",
+            "packing_strategy",
+            "pad_token",
+            "project",
+            "run_name",
+            "truncation_mode",
+        ),
+        checks.TEXT,
+    ),
+    **dict.fromkeys(("gradient_checkpointing", "resume_from_checkpoint"), checks.SWITCH),
+    **dict.fromkeys(("dataset_kwargs", "model_init_kwargs"), checks.TABLE),
+    "report_to": checks.TEXTS,
+}
+
 # What would change the result and is not there yet: only these values pass (falsy ones always do).
 _MISSING: Final[dict[str, tuple[Any, ...]]] = {
-    "auto_find_batch_size": (),
-    "chat_template_path": (),
-    "dataset_kwargs": (),
-    "dataloader_drop_last": (),
-    "deepspeed": (),
-    "eos_token": (),
-    "eval_packing": (),
-    "fsdp": (),
-    "ignore_data_skip": (),
+    "include_for_metrics": (),
     "label_smoothing_factor": (),
     "loss_type": ("nll",),
-    "model_init_kwargs": (),
     "optim_target_modules": (),
-    "pad_token": (),
-    "save_only_model": (),
+    "truncation_mode": ("keep_start",),
 }
+
+# Fields that mean nothing here, and the values that are not worth a line.
+_IDLE: Final[dict[str, tuple[Any, ...]]] = {
+    "activation_offloading": (False,),
+    "auto_find_batch_size": (False,),  # what a run takes is known before its first step
+    "dataloader_num_workers": (0,),
+    "dataloader_persistent_workers": (False,),
+    "dataloader_prefetch_factor": (None,),
+    "ddp_find_unused_parameters": (None, False),
+    "deepspeed": (None,),
+    "eval_packing": (None, False),  # rows of evaluation never see each other, packed or not
+    "fsdp": (None, False, "", []),
+    "ignore_data_skip": (False,),  # a resumed run finds its place without going over what it has seen
+    "shuffle_dataset": (False,),  # the rows are shuffled in every pass
+    "tf32": (None, False),
+    "torch_compile": (False,),
+    "torch_empty_cache_steps": (None,),
+    "use_liger_kernel": (False,),
+}
+
+# Further names of transformers and trl, of this year or an earlier one, that mean nothing here.
+_FOREIGN: Final = frozenset(
+    """
+    accelerator_config activation_checkpointing activation_checkpointing_kwargs chars_per_token dataloader_in_order
+    dataloader_multiprocessing_context dataset_batch_size ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
+    ddp_static_graph ddp_timeout debug dispatch_batches enable_jit_checkpoint eval_use_gather_object fp16_backend
+    fp16_opt_level fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap half_precision_backend infinite
+    jit_mode_eval liger_kernel_config mp_parameters num_of_sequences parallelism_config past_index ray_scope
+    restore_callback_states_from_checkpoint router_aux_loss_coef save_on_each_node save_safetensors sharded_ddp
+    skip_memory_metrics split_batches torch_compile_backend torch_compile_mode torchdynamo tpu_metrics_debug
+    tpu_num_cores trackio_bucket_id trackio_space_id trackio_static_space_id trust_remote_code
+    unsloth_logit_chunk_multiplier unsloth_num_chunks use_cache use_ipex use_legacy_prediction_loop use_liger
+    use_mps_device vllm_sampling_params xpu_backend
+    """.split()
+)
 
 
 def _plain(value: Any) -> Any:
@@ -98,7 +179,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         value = value.value
     if hasattr(value, "item") and not isinstance(value, (str, bytes)):
-        value = value.item()
+        # Arrays of several numbers have none to give; whoever checks the value names it.
+        with contextlib.suppress(ValueError, RuntimeError, TypeError):
+            value = value.item()
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     return value
@@ -118,9 +201,28 @@ def _checked(name: str, value: Any, kind: type) -> Any:
     }[kind]
     if not fits or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"{name} = {value!r}: expected {expected}")
-    if isinstance(value, float) and not math.isfinite(value):
+    if kind is float and not _is_finite(value):
         raise ConfigError(f"{name} = {value}: expected a finite number")
+    if kind is int and not (0 if name in _SEEDS else -_LARGEST) <= value <= _LARGEST:
+        raise ConfigError(f"{name} = {value}: expected {'at least 0, and ' if name in _SEEDS else ''}less than 2**63")
+    if kind is str and not is_unicode(value):
+        raise ConfigError(f"{name} = {value!r}: holds half of a surrogate pair, which stands for no character")
     return int(value) if kind is int else value
+
+
+def _is_finite(value: float) -> bool:
+    """Whether a number is one that 64 bits can hold."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether a value asks for nothing: None, False, 0, or something empty."""
+    if hasattr(value, "__len__"):
+        return len(value) == 0
+    return value is None or (isinstance(value, (bool, int, float)) and not value)
 
 
 def _from_json(name: str, text: str) -> Any:
@@ -129,22 +231,6 @@ def _from_json(name: str, text: str) -> Any:
         return json.loads(text)
     except ValueError:
         raise ConfigError(f"{name} = {text!r}: expected a dict, or one written as JSON") from None
-
-
-def unknown_argument(owner: str, name: str, known: Iterable[str]) -> ConfigError:
-    """Makes the error for an argument that does not exist.
-
-    Args:
-        owner: What was called.
-        name: The argument.
-        known: The names there are.
-
-    Returns:
-        The error, naming the nearest known argument.
-    """
-    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return ConfigError(f"{name}: {owner} has no such argument{hint}")
 
 
 def _names_unknown(cls: type[_T]) -> type[_T]:
@@ -156,6 +242,8 @@ def _names_unknown(cls: type[_T]) -> type[_T]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         for name in list(kwargs):
             right = _ALIASES.get(name, name)
+            if right in _FOREIGN:
+                continue
             if right not in known:
                 raise unknown_argument(cls.__name__, name, known | _ALIASES.keys())
             if right == name:
@@ -164,7 +252,10 @@ def _names_unknown(cls: type[_T]) -> type[_T]:
             if kwargs.get(right) not in (None, value):
                 raise ConfigError(f"{name} = {value!r}: contradicts {right} = {kwargs[right]!r}; write one of them")
             kwargs[right] = value
+        foreign = {name: kwargs.pop(name) for name in _FOREIGN & kwargs.keys()}
         generated(self, *args, **kwargs)
+        idle = [name for name, usual in _IDLE.items() if not checks.is_one_of(getattr(self, name), usual)]
+        tell_meaningless(cls.__name__, [*idle, *(name for name, value in foreign.items() if not _is_nothing(value))])
 
     cls.__init__ = __init__  # type: ignore[method-assign]
     return cls
@@ -175,8 +266,8 @@ def _names_unknown(cls: type[_T]) -> type[_T]:
 class TrainingArguments:
     """Settings of a run with transformers' defaults: batches of 8, AdamW, a log entry every 500 steps.
 
-    Fields that change nothing on a CPU, or nothing about the result, are accepted and ignored. A field whose feature is
-    not there yet is an error unless it is left at its default.
+    Fields that mean nothing on a CPU are accepted; those that would elsewhere are told of in one line. A field whose
+    feature is not there yet is an error unless it is left at its default.
 
     Raises:
         ConfigError: For an unknown name, a value out of range, or what is not there yet.
@@ -252,6 +343,7 @@ class TrainingArguments:
     gradient_checkpointing_kwargs: Any = None
     report_to: Any = None
     run_name: str | None = None
+    project: str | None = None
     disable_tqdm: bool | None = None
     log_level: str = "passive"
     log_level_replica: str = "warning"
@@ -282,6 +374,8 @@ class TrainingArguments:
     hub_token: str | None = field(default=None, repr=False)
     hub_private_repo: bool | None = None
     hub_always_push: bool = False
+    hub_revision: str | None = None
+    include_for_metrics: Any = None
     # What trl's SFTConfig adds. TrainingArguments take them too: notebooks mix both.
     max_length: int | None = None
     dataset_text_field: str = "text"
@@ -291,9 +385,11 @@ class TrainingArguments:
     assistant_only_loss: bool = False
     packing: bool = False
     packing_strategy: str = "bfd"
+    truncation_mode: str = "keep_start"
+    shuffle_dataset: bool = False
     padding_free: bool | None = None
     eval_packing: bool | None = None
-    pad_to_multiple_of: int | None = None
+    pad_to_multiple_of: int | str | None = None
     pad_token: str | None = None
     eos_token: str | None = None
     chat_template_path: str | None = None
@@ -305,18 +401,24 @@ class TrainingArguments:
         """Checks every field and fills in what was not written."""
         for name in _ENGINE:
             setattr(self, name, _plain(getattr(self, name)))
-        if isinstance(self.lr_scheduler_kwargs, str):
-            self.lr_scheduler_kwargs = _from_json("lr_scheduler_kwargs", self.lr_scheduler_kwargs)
+        for name in _KINDS:
+            setattr(self, name, _plain(getattr(self, name)))
+        for name in ("lr_scheduler_kwargs", "dataset_kwargs", "model_init_kwargs"):
+            if isinstance(text := getattr(self, name), str):
+                setattr(self, name, _from_json(name, text))
+        checks.check(_KINDS, vars(self))
+        self.engine_options()
+        if self.hub_token is not None and not isinstance(self.hub_token, str):
+            raise ConfigError("hub_token: expected a text")
         for name, passes in _MISSING.items():
             value = _plain(getattr(self, name))
-            if value and value not in passes:
+            if not _is_nothing(value) and not checks.is_one_of(value, passes):
                 raise ConfigError(f"{name} = {value!r}: not there yet; leave it out")
+        self._check_dataset_kwargs()
         if self.packing and self.packing_strategy != "bfd":
             raise ConfigError(f"packing_strategy = {self.packing_strategy!r}: not there yet; expected 'bfd'")
-        if self.push_to_hub and self.hub_strategy not in ("end", "every_save"):
-            raise ConfigError(
-                f"hub_strategy = {self.hub_strategy!r}: expected end, or every_save: whole checkpoints stay here"
-            )
+        if self.hub_strategy not in _HUB_STRATEGIES:
+            raise ConfigError(f"hub_strategy = {self.hub_strategy!r}: expected {', '.join(_HUB_STRATEGIES)}")
         if self.fp16 and self.bf16:
             raise ConfigError("fp16 = True: contradicts bf16 = True; dtype of from_pretrained chooses the arithmetic")
         self._check_report_to()
@@ -377,12 +479,21 @@ class TrainingArguments:
         plan: dict[str, int] = json.loads(_native.resolve_train_options(self.engine_options(), n_rows))["plan"]
         return plan
 
+    def _check_dataset_kwargs(self) -> None:
+        """Refuses wishes of `dataset_kwargs` that nothing is done about."""
+        known = ("add_special_tokens", "skip_prepare_dataset", "append_concat_token")
+        for name, value in (self.dataset_kwargs or {}).items():
+            if name not in known:
+                raise unknown_argument("dataset_kwargs", name, known)
+            if not isinstance(value, bool):
+                raise ConfigError(f"dataset_kwargs: {name} = {value!r}: expected True or False")
+
     def _check_report_to(self) -> None:
         named = self.report_to if isinstance(self.report_to, (list, tuple)) else [self.report_to]
         self.report_to = reporting.checked([name for name in map(_plain, named) if name not in (None, "none")])
 
     def _fill_in(self) -> None:
-        resolved = json.loads(_native.resolve_train_options(self.engine_options(), 1))["train"]
+        resolved = json.loads(_native.resolve_train_options(self.engine_options(), _ANY_ROWS))["train"]
         adam = resolved["adam"]
         self.per_device_train_batch_size = resolved["per_device_train_batch_size"]
         self.per_device_eval_batch_size = resolved["per_device_eval_batch_size"]
@@ -393,7 +504,7 @@ class TrainingArguments:
         if "epochs" in resolved["length"]:
             self.num_train_epochs = resolved["length"]["epochs"]
         elif self.num_train_epochs is None:
-            unset = json.loads(_native.resolve_train_options(json.dumps({"preset": self.preset}), 1))["train"]
+            unset = json.loads(_native.resolve_train_options(json.dumps({"preset": self.preset}), _ANY_ROWS))["train"]
             self.num_train_epochs = unset["length"]["epochs"]
         self.learning_rate = resolved["learning_rate"]
         self.lr_scheduler_type = self.lr_scheduler_type or resolved["schedule"]
@@ -449,6 +560,7 @@ def settings_from(args: Any) -> TrainingArguments:
     if args is None:
         return SFTConfig()
     if isinstance(args, Mapping):
+        checks.check({"args": checks.TABLE}, {"args": args})
         return SFTConfig(**args)
     if not callable(getattr(args, "to_dict", None)):
         raise ConfigError(f"args = {type(args).__name__}: expected SFTConfig or TrainingArguments")

@@ -82,6 +82,30 @@ def is_streamed(dataset: Any) -> bool:
     return hasattr(dataset, "column_names") and hasattr(dataset, "take") and not hasattr(dataset, "__len__")
 
 
+def is_several(dataset: Any) -> bool:
+    """Tells whether a mapping names datasets, as `eval_dataset` may, rather than columns of one.
+
+    Args:
+        dataset: Anything.
+
+    Returns:
+        Whether it is a mapping and each of its values is a dataset: a list of rows, a path, or an object of a library.
+
+    Example:
+        >>> is_several({"short": [{"text": "a"}]}), is_several({"text": ["a"]})
+        (True, False)
+    """
+
+    def is_dataset(value: Any) -> bool:
+        if isinstance(value, (list, tuple)):
+            return all(isinstance(row, Mapping) for row in value)
+        return isinstance(value, (str, os.PathLike, Mapping)) or any(
+            hasattr(value, name) for name in ("column_names", "schema", "columns")
+        )
+
+    return isinstance(dataset, Mapping) and bool(dataset) and all(map(is_dataset, dataset.values()))
+
+
 def formatted(batches: Iterable[Columns], function: Callable[[Any], Any]) -> Iterator[Columns]:
     """Applies a user's formatting function, which may take a row or a batch of columns: tried out once.
 
@@ -161,6 +185,9 @@ def _mapping(columns: Mapping[str, Any], batch: int) -> Iterator[Columns]:
     """A dict of columns; a dict of splits is asked back."""
     if any(hasattr(value, "column_names") for value in columns.values()):
         raise DataError(f"dataset: has the splits {', '.join(map(str, columns))}; give one of them")
+    for name, values in columns.items():
+        if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
+            raise DataError(f"dataset: column {name!r}: expected a list of values, got {type(values).__name__}")
     plain = {str(name): listed(values) for name, values in columns.items()}
     lengths = {name: len(values) for name, values in plain.items()}
     if len(set(lengths.values())) > 1:

@@ -25,6 +25,9 @@ from rustune import _native
 from rustune._native import ConfigError, HubError, __version__
 from rustune.notices import tell_once
 
+ARGUMENTS: Final = ("repo_id", "token", "private", "commit_message", "commit_description", "revision", "create_pr")
+"""What every `push_to_hub` takes."""
+
 _SAMPLE: Final = 512  # bytes of a file the hub looks at
 _CHUNK: Final = 1 << 20
 _ATTEMPTS: Final = 4
@@ -80,6 +83,7 @@ def upload_folder(
     commit_description: str = "",
     revision: str | None = None,
     create_pr: bool = False,
+    folder_there: str = "",
 ) -> str:
     """Uploads the files of a folder in one commit.
 
@@ -92,6 +96,7 @@ def upload_folder(
         commit_description: What else it says.
         revision: The branch; `main` if not given.
         create_pr: Whether to open a pull request instead of writing to the branch.
+        folder_there: The folder of the repository they go to; its top if not given.
 
     Returns:
         The address of the commit (of the pull request, if one was asked for).
@@ -104,7 +109,8 @@ def upload_folder(
     warn_of_literal(token)
     hub = _Hub(repo_id, token)
     hub.create(private)
-    files = {path.name: _File(path) for path in sorted(Path(folder).iterdir()) if path.is_file()}
+    prefix = f"{folder_there}/" if folder_there else ""
+    files = {f"{prefix}{path.name}": _File(path) for path in sorted(Path(folder).iterdir()) if path.is_file()}
     branch = quote(revision or "main", safe="")
     large = [files[name] for name in hub.stored_beside_git(files, branch, create_pr) if files[name].size]
     if large:

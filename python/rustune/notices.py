@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from rustune.config import unknown_argument
+from rustune._native import ConfigError
 
 _told: Final[set[str]] = set()
 _PACKAGE: Final = str(Path(__file__).parent)
@@ -34,6 +35,35 @@ def forget() -> None:
     _told.clear()
 
 
+def unknown_argument(owner: str, name: str, known: Iterable[str]) -> ConfigError:
+    """Makes the error for an argument that does not exist.
+
+    Args:
+        owner: What was called.
+        name: The argument.
+        known: The names there are.
+
+    Returns:
+        The error, naming the nearest known argument.
+    """
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return ConfigError(f"{name}: {owner} has no such argument{hint}")
+
+
+def tell_meaningless(owner: str, names: Iterable[str]) -> None:
+    """Tells in one line, once, which arguments mean nothing here.
+
+    Args:
+        owner: What was called.
+        names: The arguments; none of them is no line.
+    """
+    if listed := sorted(names):
+        verb = "means" if len(listed) == 1 else "mean"
+        said = f"{', '.join(listed)} {verb} nothing here"
+        tell_once(f"{owner}: {said}: the model runs in this machine's processor and memory")
+
+
 def sort_arguments(owner: str, given: Mapping[str, Any], meaningless: Iterable[str], known: Iterable[str]) -> None:
     """Tells in one line which arguments mean nothing here, and refuses those that do not exist.
 
@@ -50,7 +80,4 @@ def sort_arguments(owner: str, given: Mapping[str, Any], meaningless: Iterable[s
     for name in given:
         if name not in accepted:
             raise unknown_argument(owner, name, accepted | set(known))
-    if given:
-        named = ", ".join(sorted(given))
-        verb = "means" if len(given) == 1 else "mean"
-        tell_once(f"{owner}: {named} {verb} nothing here: the model runs in this machine's processor and memory")
+    tell_meaningless(owner, given)

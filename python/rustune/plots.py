@@ -61,16 +61,16 @@ def loss_curves(
         elif len(losses):
             marker = "o" if len(losses) == 1 else None
             axes.plot(steps, losses, color=colour, linewidth=1.6, marker=marker, label=f"{prefix}training")
-        if validation:
+        for also, (dataset, scores) in enumerate(validation.items(), start=1):
             validated = True
             axes.plot(
-                [step for step, _ in validation],
-                [loss for _, loss in validation],
-                color=colour if len(given) > 1 else _COLOURS[1],
+                sorted(scores),
+                [scores[step] for step in sorted(scores)],
+                color=colour if len(given) > 1 else _COLOURS[also % len(_COLOURS)],
                 linestyle="--",
                 marker="o",
                 markersize=5,
-                label=f"{prefix}validation",
+                label=f"{prefix}{dataset}",
             )
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
@@ -217,18 +217,22 @@ def _named(runs: tuple[Any, ...], labels: Iterable[str] | None) -> tuple[list[st
     return names, list(runs)
 
 
-def _losses(run: Any, name: str) -> tuple[list[int], NDArray[np.float64], list[tuple[int, float]]]:
-    """Steps and training losses, and pairs of step and validation loss."""
-    entries = log_history(run)
+def _losses(run: Any, name: str) -> tuple[list[int], NDArray[np.float64], dict[str, dict[int, float]]]:
+    """Steps and training losses; and for `validation`, or each of several evaluation datasets, steps with losses."""
     # A resumed run logs a step again: the newer entry counts.
-    training = {int(entry["step"]): float(entry["loss"]) for entry in entries if "loss" in entry and "step" in entry}
-    validation = {
-        int(entry["step"]): float(entry["eval_loss"]) for entry in entries if "eval_loss" in entry and "step" in entry
-    }
+    entries = [entry for entry in log_history(run) if "step" in entry]
+    training = {int(entry["step"]): float(entry["loss"]) for entry in entries if "loss" in entry}
+    validation: dict[str, dict[int, float]] = {}
+    has_one = any("eval_loss" in entry for entry in entries)
+    for entry in entries:
+        for key, value in entry.items():
+            if key == "eval_loss" or (not has_one and key.startswith("eval_") and key.endswith("_loss")):
+                dataset = key.removeprefix("eval_").removesuffix("loss").rstrip("_") or "validation"
+                validation.setdefault(dataset, {})[int(entry["step"])] = float(value)
     if not training and not validation:
         raise DataError(f"{name}: nothing to draw: no loss was logged")
     steps = sorted(training)
-    return steps, np.array([training[step] for step in steps]), sorted(validation.items())
+    return steps, np.array([training[step] for step in steps]), validation
 
 
 def _running_mean(losses: NDArray[np.float64]) -> NDArray[np.float64]:

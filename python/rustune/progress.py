@@ -18,7 +18,7 @@ _MEASURED_STEPS = 3
 _MEASURED_SECONDS = 10.0
 _SHORT_SECONDS = 10.0
 # What an evaluation's entry holds beside its results.
-_NO_RESULTS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+_NO_RESULTS = ("_runtime", "_samples_per_second", "_steps_per_second")
 
 
 def in_notebook() -> bool:
@@ -333,12 +333,12 @@ def _results(entry: dict[str, Any]) -> dict[str, float]:
     return {
         name: float(value)
         for name, value in entry.items()
-        if name.startswith("eval_") and name not in _NO_RESULTS and isinstance(value, (int, float))
+        if name.startswith("eval_") and not name.endswith(_NO_RESULTS) and isinstance(value, (int, float))
     }
 
 
 def _title(name: str) -> str:
-    """The heading of a result: `Validation Loss` for `eval_loss`, `Rouge1` for `eval_rouge1`."""
+    """The heading of a result: `Validation Loss` for `eval_loss`, `Rouge1` for `eval_rouge1`, `Short Loss`..."""
     return "Validation Loss" if name == "eval_loss" else name.removeprefix("eval_").replace("_", " ").title()
 
 

@@ -201,9 +201,9 @@ class Trackio(Reporter):
     _package: Any = None
 
     def open(self, package: ModuleType, args: Any, config: dict[str, Any]) -> None:
-        """Begins a run of the project `rustune`."""
+        """Begins a run of the project `args.project`, or `rustune`."""
         self._package = package
-        self._package.init(project="rustune", name=args.run_name, config=config)
+        self._package.init(project=args.project or "rustune", name=args.run_name, config=config)
 
     def write(self, numbers: dict[str, float], step: int) -> None:
         """Logs the numbers with their step."""

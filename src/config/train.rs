@@ -116,6 +116,10 @@ pub struct TrainOptions {
     pub greater_is_better: Option<bool>,
     /// Whether the run ends with the weights of the best checkpoint, which is kept; default false.
     pub load_best_model_at_end: Option<bool>,
+    /// Whether checkpoints go without the optimizer's state, so that no run can go on from them; default false.
+    pub save_only_model: Option<bool>,
+    /// Whether a pass over the data leaves out a last micro-batch that is not full; default false.
+    pub dataloader_drop_last: Option<bool>,
     /// Seed of dropout and, unless `data_seed` is given, of the order of rows; default 3407, or 42.
     pub seed: Option<u64>,
     /// Seed of the order of rows; default `seed`.
@@ -231,6 +235,7 @@ pub struct Plan {
 }
 
 /// A run as it will go.
+#[expect(clippy::struct_excessive_bools, reason = "five independent switches, named as in transformers")]
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Train {
     /// Rows of a micro-batch.
@@ -261,6 +266,8 @@ pub struct Train {
     pub save: When,
     /// Checkpoints kept; `None` for all.
     pub save_total_limit: Option<usize>,
+    /// Whether checkpoints go without the optimizer's state.
+    pub save_only_model: bool,
     /// When the evaluation data is scored.
     pub eval: When,
     /// Steps, or epochs, before that begins.
@@ -279,6 +286,8 @@ pub struct Train {
     pub data_seed: u64,
     /// The order of rows.
     pub order: RowOrder,
+    /// Whether a last micro-batch that is not full is left out.
+    pub drop_last: bool,
     /// Where checkpoints go.
     pub output_dir: PathBuf,
     /// Longest row in tokens; `None` for the model's.
@@ -358,6 +367,7 @@ impl TrainOptions {
             logging_first_step: self.logging_first_step.unwrap_or(false),
             save,
             save_total_limit: self.save_total_limit.and_then(|n| usize::try_from(n).ok()).filter(|&n| n > 0),
+            save_only_model: self.save_only_model.unwrap_or(false),
             eval,
             eval_delay: number("eval_delay", self.eval_delay, 0.0, not_below_zero, not_negative)?,
             eval_on_start: self.eval_on_start.unwrap_or(false),
@@ -370,6 +380,7 @@ impl TrainOptions {
             seed,
             data_seed: self.data_seed.unwrap_or(seed),
             order: self.order()?,
+            drop_last: self.dataloader_drop_last.unwrap_or(false),
             output_dir: self.output_dir.clone().unwrap_or_else(|| PathBuf::from("outputs")),
             max_length: match self.max_length {
                 None => None,
@@ -453,12 +464,17 @@ impl Train {
     /// The steps of a run over `n_rows` rows (packed ones, with packing), counted as transformers' `Trainer` counts them.
     ///
     /// # Errors
-    /// [`Error::Data`] if there are no rows.
+    /// [`Error::Data`] if there are no rows, or none that are trained.
     pub fn plan(&self, n_rows: usize) -> Result<Plan> {
         if n_rows == 0 {
             return Err(Error::data("train_dataset", "has no rows to train on"));
         }
-        let micro_batches = n_rows.div_ceil(self.per_device_train_batch_size);
+        let batch = self.per_device_train_batch_size;
+        let micro_batches = if self.drop_last { n_rows / batch } else { n_rows.div_ceil(batch) };
+        if micro_batches == 0 {
+            let problem = format!("its {n_rows} rows are no full batch of {batch}, and dataloader_drop_last = True");
+            return Err(Error::data("train_dataset", problem));
+        }
         let steps_per_epoch = micro_batches.div_ceil(self.gradient_accumulation_steps);
         let total_steps = match self.length {
             Length::Steps(steps) => steps,

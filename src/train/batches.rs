@@ -16,6 +16,7 @@ pub struct Batches {
     units_per_step: usize,
     seed: u64,
     order: RowOrder,
+    drop_last: bool,
 }
 
 impl Batches {
@@ -34,6 +35,7 @@ impl Batches {
             units_per_step: train.per_device_train_batch_size * train.gradient_accumulation_steps,
             seed: train.data_seed,
             order: train.order,
+            drop_last: train.drop_last,
         }
     }
 
@@ -44,13 +46,17 @@ impl Batches {
 
     /// The units of one pass over the data, in the order they are trained.
     pub fn epoch(&self, epoch: usize) -> Vec<u32> {
-        match self.order {
+        let mut order = match self.order {
             RowOrder::Random => epoch_order(self.n_units(), self.seed, epoch as u64),
             RowOrder::Sequential => (0..self.n_units() as u32).collect(),
             RowOrder::GroupByLength => {
                 length_grouped_order(&self.lengths, self.units_per_step, self.seed, epoch as u64)
             }
+        };
+        if self.drop_last {
+            order.truncate(order.len() - order.len() % self.units_per_batch);
         }
+        order
     }
 
     /// The rows of each micro-batch of one step;  order: that of the step's epoch, step: counted from the epoch's start.
@@ -131,6 +137,20 @@ mod tests {
         let step = packed.step(&packed.epoch(0), 1);
         assert_eq!(step.iter().map(Vec::len).collect::<Vec<_>>(), [8, 8]);
         assert_eq!(packed.largest(&plan), 80);
+    }
+
+    #[test]
+    fn a_last_batch_that_is_not_full_may_be_left_out() {
+        let lengths = [1; 11];
+        let (whole, plan) = batches(&json!({}), &lengths);
+        assert_eq!((whole.epoch(0).len(), plan.steps_per_epoch), (11, 3));
+        let (dropped, plan) = batches(&json!({"dataloader_drop_last": true}), &lengths);
+        assert_eq!((dropped.epoch(0), plan.steps_per_epoch), (whole.epoch(0)[..10].to_vec(), 3));
+        let last = dropped.step(&dropped.epoch(1), 2);
+        assert_eq!(last.iter().map(Vec::len).collect::<Vec<_>>(), [2]);
+        let options = json!({"dataloader_drop_last": true, "per_device_train_batch_size": 12});
+        let train = serde_json::from_value::<TrainOptions>(options).unwrap().resolve().unwrap();
+        assert!(train.plan(11).unwrap_err().to_string().contains("dataloader_drop_last"));
     }
 
     #[test]

@@ -30,14 +30,15 @@ pub fn path(output_dir: &Path, step: usize) -> PathBuf {
 
 /// Writes `output_dir/checkpoint-{step}` and then removes the oldest complete ones beyond `limit`, but not `best`.
 ///
-/// `write_model` writes the weights (and the tokenizer) into the folder it is given. Returns the checkpoint's path.
+/// Without an optimizer no run can go on from it. `write_model` writes the weights (and the tokenizer) into the folder it
+/// is given. Returns the checkpoint's path.
 ///
 /// # Errors
 /// [`Error::Io`], or what `write_model` returns; nothing half-written remains, and older checkpoints stay.
 pub fn save(
     output_dir: &Path,
     step: usize,
-    optimizer: &dyn Optimizer,
+    optimizer: Option<&dyn Optimizer>,
     state: &Value,
     limit: Option<usize>,
     best: Option<&Path>,
@@ -48,7 +49,9 @@ pub fn save(
     let path = path(output_dir, step);
     let folder = AtomicDir::create(&path)?;
     write_model(folder.path())?;
-    write_optimizer(&folder.path().join(OPTIMIZER_FILE), optimizer)?;
+    if let Some(optimizer) = optimizer {
+        write_optimizer(&folder.path().join(OPTIMIZER_FILE), optimizer)?;
+    }
     let text = serde_json::to_vec_pretty(state).expect("JSON values always serialise");
     crate::io::atomic::write_file(folder.path().join(STATE_FILE), &text)?;
     folder.commit(Some(step as u64))?;
@@ -102,9 +105,14 @@ fn write_optimizer(path: &Path, optimizer: &dyn Optimizer) -> Result<()> {
 /// Restores an optimizer from a checkpoint.
 ///
 /// # Errors
-/// [`Error::Checkpoint`] if the file does not belong to this optimizer; [`Error::Io`].
+/// [`Error::Checkpoint`] if there is no file, or it does not belong to this optimizer; [`Error::Io`].
 pub fn load_optimizer(folder: &Path, optimizer: &mut dyn Optimizer) -> Result<()> {
     let refuse = |problem: String| Error::Checkpoint { path: folder.to_owned(), problem };
+    if !folder.join(OPTIMIZER_FILE).exists() {
+        let problem =
+            "holds the weights alone (save_only_model): from_pretrained opens it, but no run can go on from it";
+        return Err(refuse(problem.to_owned()));
+    }
     let file = TensorFile::open(folder.join(OPTIMIZER_FILE))?;
     let steps = file.metadata().get("steps").and_then(|s| s.parse().ok());
     let steps = steps.ok_or_else(|| refuse(format!("{OPTIMIZER_FILE} does not say how many steps it has taken")))?;

@@ -378,7 +378,7 @@ impl<'a, 'o> Run<'a, 'o> {
     }
 
     /// What the order of rows depends on.
-    fn fingerprint(&self) -> [(&'static str, Value); 7] {
+    fn fingerprint(&self) -> [(&'static str, Value); 8] {
         let t = &self.job.settings.train;
         [
             ("packing", json!(t.packing)),
@@ -388,6 +388,7 @@ impl<'a, 'o> Run<'a, 'o> {
             ("gradient_accumulation_steps", json!(t.gradient_accumulation_steps)),
             ("data_seed", json!(t.data_seed)),
             ("order", json!(t.order)),
+            ("drop_last", json!(t.drop_last)),
         ]
     }
 
@@ -698,7 +699,7 @@ impl<'a, 'o> Run<'a, 'o> {
         let path = checkpoint::save(
             &s.train.output_dir,
             self.status.step,
-            &*self.optimizer,
+            (!s.train.save_only_model).then_some(&*self.optimizer),
             &state,
             s.train.save_total_limit,
             self.status.best_checkpoint.as_deref().filter(|_| s.train.best.keep),

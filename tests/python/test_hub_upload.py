@@ -196,6 +196,43 @@ def test_a_trainer_uploads_what_it_made(fake: FakeHub, model: Model, tmp_path: P
     assert any("/api/models/someone/run/commit/" in request.path for request in fake.requests)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "folders", "n_commits"),
+    [
+        ("end", set(), 1),
+        ("every_save", set(), 3),
+        ("checkpoint", {"last-checkpoint"}, 5),
+        ("all_checkpoints", {"checkpoint-1", "checkpoint-2"}, 5),
+    ],
+)
+def test_checkpoints_go_along_as_the_strategy_says(
+    fake: FakeHub, model: Model, tmp_path: Path, strategy: str, folders: set[str], n_commits: int
+) -> None:
+    settings = {"max_steps": 2, "save_steps": 1, "output_dir": str(tmp_path / "run"), "disable_tqdm": True}
+    args = SFTConfig(
+        **settings, push_to_hub=True, hub_strategy=strategy, hub_revision="trial", hub_model_id="owner/run"
+    )
+    SFTTrainer(model, args, train_dataset=tiny.rows()).train()
+    assert {name.rpartition("/")[0] for name in fake.files} - {""} == folders
+    assert "adapter_model.safetensors" in fake.files and fake.header["summary"] == "End of training"
+    commits = [request for request in fake.requests if "/commit/" in request.path]
+    assert len(commits) == n_commits and all(request.path.endswith("/commit/trial") for request in commits)
+    titles = [json.loads(request.body.splitlines()[0])["value"]["summary"] for request in commits]
+    if strategy in ("checkpoint", "all_checkpoints"):
+        assert titles[2:4] == ["Training in progress, step 2", "Training in progress, step 2, checkpoint"]
+    # A checkpoint that came back from the hub can be gone on from.
+    for folder in folders:
+        there = {Path(name).name: content for name, content in fake.files.items() if name.startswith(f"{folder}/")}
+        here = tmp_path / "run" / ("checkpoint-2" if folder == "last-checkpoint" else folder)
+        assert there == {path.name: path.read_bytes() for path in here.iterdir()}
+        for name, content in there.items():
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / name).write_bytes(content)
+        settings |= {"max_steps": 3, "output_dir": str(tmp_path / "again")}
+        again = SFTTrainer(model, SFTConfig(**settings), train_dataset=tiny.rows())
+        assert again.train(resume_from_checkpoint=str(tmp_path / folder)).global_step == 3
+
+
 @pytest.mark.parametrize("status", [302, 307])
 def test_the_token_goes_to_the_hub_and_nowhere_else(fake: FakeHub, model: Model, status: int) -> None:
     model.push_to_hub("owner/adapter")

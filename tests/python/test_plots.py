@@ -57,6 +57,19 @@ def test_a_run_that_was_resumed_is_one_curve() -> None:
     assert curves(plots.loss_curves(again))["training"] == [(1, 5.0), (2, 3.5), (3, 3.0)]
 
 
+def test_each_of_several_evaluation_datasets_has_its_line() -> None:
+    history = [
+        {"step": 1, "loss": 3.0},
+        {"step": 1, "eval_short_loss": 2.5, "eval_long_loss": 2.0, "eval_short_runtime": 9.0},
+        {"step": 2, "eval_long_loss": 1.0, "eval_short_loss": 1.5},
+    ]
+    pytest.importorskip("matplotlib")
+    shown = curves(plots.loss_curves(history))
+    assert shown == {"training": [(1, 3.0)], "short": [(1, 2.5), (2, 1.5)], "long": [(1, 2.0), (2, 1.0)]}
+    # Beside a loss of evaluation, what else is called a loss is some other metric.
+    assert set(curves(plots.loss_curves([*history, {"step": 2, "eval_loss": 1.0}]))) == {"training", "validation"}
+
+
 def test_the_running_mean_stays_within_the_losses() -> None:
     pytest.importorskip("matplotlib")
     history = [{"step": step, "loss": float(step % 2)} for step in range(1, 41)]

@@ -8,6 +8,7 @@ import re
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from rustune import (
     DataError,
     DivergedError,
     FastLanguageModel,
+    LoraConfig,
     Model,
     SFTConfig,
     SFTTrainer,
@@ -387,7 +389,7 @@ def test_settings_read_back_as_they_will_run() -> None:
         ({"optim": "lion_4bit"}, "optim = lion_4bit: not there"),
         ({"report_to": "wandbb"}, "report_to = 'wandbb': .*did you mean wandb"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
-        ({"push_to_hub": True, "hub_strategy": "all_checkpoints"}, "hub_strategy"),
+        ({"hub_token": 3}, "hub_token: expected a text"),
         ({"fp16": True, "bf16": True}, "fp16"),
         ({"max_length": 3, "max_seq_length": 4}, "max_seq_length = 4"),
     ],
@@ -405,6 +407,10 @@ def test_settings_that_cannot_be_are_named(arguments: dict[str, Any], message: s
         ({"preprocess_logits_for_metrics": 3}, "preprocess_logits_for_metrics = 3"),
         ({"data_collator": dict}, "data_collator = dict"),
         ({"optimizers": (1, None)}, "optimizers"),
+        ({"compute_loss_func": len}, "compute_loss_func: not there yet; the loss is the cross entropy"),
+        ({"model_init": len}, "model_init: not together with model"),
+        ({"model_init_kwargs": {"dtype": "float32"}}, "model_init_kwargs = .*the model is loaded already"),
+        ({"args": {"eos_token": "<|none|>"}}, r"eos_token = '<\|none\|>': the vocabulary has no such token"),
         ({"callbacks": [3]}, "callbacks"),
         ({"tokenizer": 3}, "tokenizer = int"),
         ({"peft_config": 3}, "peft_config"),
@@ -454,3 +460,48 @@ def test_saving_writes_adapter_tokenizer_and_state(make: Make, tmp_path: Path) -
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names
     state = json.loads((Path(trainer.args.output_dir) / "trainer_state.json").read_text())
     assert state["global_step"] == 4 and len(state["log_history"]) == 5
+
+
+def test_what_trl_called_settings_of_the_trainer_goes_to_the_settings(folder: Path, tmp_path: Path) -> None:
+    rows = [{"text": "<|begin|>one two"}]
+    with pytest.warns(UserWarning, match="SFTTrainer: infinite, num_of_sequences mean nothing here") as caught:
+        trainer = SFTTrainer(
+            load(folder),
+            SFTConfig(pad_token="<|user|>", eos_token="<|assistant|>"),
+            train_dataset=rows,
+            dataset_kwargs={"add_special_tokens": False},
+            infinite=True,
+            num_of_sequences=1024,
+        )
+    assert len(caught) == 1
+    assert trainer.train_dataset[0]["input_ids"] == [tiny.BOS, *b"one two"]
+    assert (trainer.tokenizer.pad_token_id, trainer.tokenizer.eos_token_id) == (tiny.USER, tiny.ASSISTANT)
+    plain = SFTTrainer(load(folder), SFTConfig(), train_dataset=rows)
+    assert plain.train_dataset[0]["input_ids"] == [tiny.BOS, *b"one two", tiny.EOS]
+    (tmp_path / "short.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    talk = [{"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]}]
+    for path in (tmp_path / "short.jinja", tmp_path / "other"):
+        args = SFTConfig(chat_template_path=path)
+        trainer = SFTTrainer(load(folder), args, train_dataset=talk)
+        assert trainer.train_dataset[0]["input_ids"] == [*b"abc"]
+        trainer.tokenizer.save_pretrained(tmp_path / "other")
+
+
+def test_a_model_may_be_named(folder: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    args = SFTConfig(model_init_kwargs={"dtype": "float32"}, max_steps=1, save_strategy="no", disable_tqdm=True)
+    trainer = SFTTrainer(str(folder), args, train_dataset=tiny.rows(count=4), peft_config=config)
+    assert trainer.train().global_step == 1 and trainer.model.peft_config["default"]["r"] == 2
+    assert trainer.processing_class is trainer.model.tokenizer
+
+
+def test_settings_that_mean_nothing_are_told_of_in_one_line() -> None:
+    with pytest.warns(UserWarning) as caught:
+        SFTConfig(deepspeed="zero.json", dataloader_num_workers=4, ddp_timeout=7, fsdp_config={}, use_cache=False)
+    assert [str(warning.message).partition(":")[0] for warning in caught] == ["SFTConfig"]
+    assert "dataloader_num_workers, ddp_timeout, deepspeed mean nothing here" in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # What is so anyway needs no word.
+        SFTConfig(remove_unused_columns=False, padding_free=True, use_cpu=True, dataset_num_proc=2, fsdp="")
+        assert SFTConfig(push_to_hub_model_id="me/mine").hub_model_id == "me/mine"

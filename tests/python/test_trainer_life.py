@@ -14,12 +14,14 @@ import pytest
 import tiny
 
 from rustune import (
+    CheckpointError,
     ConfigError,
     DataError,
     EarlyStoppingCallback,
     FastLanguageModel,
     HubError,
     Model,
+    RustuneError,
     SFTConfig,
     SFTTrainer,
     TrainerCallback,
@@ -384,7 +386,10 @@ def test_checkpoints_are_uploaded_and_a_failing_hub_ends_nothing(make: Make) -> 
         ({"neftune_noise_alpha": -5}, "neftune_noise_alpha = -5"),
         ({"greater_is_better": "yes"}, "greater_is_better = 'yes': expected True or False"),
         ({"metric_for_best_model": 3}, "metric_for_best_model = 3: expected a text"),
-        ({"push_to_hub": True, "hub_strategy": "checkpoint"}, "hub_strategy = 'checkpoint'"),
+        ({"hub_strategy": "sometimes"}, "hub_strategy = 'sometimes': expected end, every_save"),
+        ({"dataset_kwargs": {"skip": True}}, "dataset_kwargs has no such argument"),
+        ({"dataset_kwargs": {"add_special_tokens": 3}}, "add_special_tokens = 3: expected True or False"),
+        ({"truncation_mode": "keep_end"}, "truncation_mode = 'keep_end': not there yet"),
     ],
 )
 def test_settings_that_cannot_be_are_named(arguments: dict[str, Any], message: str) -> None:
@@ -405,6 +410,53 @@ def test_defaults_follow_transformers() -> None:
     assert again.metric_for_best_model == "loss"
 
 
-def test_there_is_no_search_for_settings(make: Make) -> None:
-    with pytest.raises(ConfigError, match="in a loop"):
-        make().hyperparameter_search()
+def test_several_evaluation_datasets_have_names(make: Make) -> None:
+    short, long = tiny.rows(count=4, seed=2), tiny.rows(count=5, length=20, seed=3)
+    settings = {**BEST, "metric_for_best_model": "long_loss", "eval_dataset": {"short": short, "long": long}}
+    trainer = make(max_steps=3, **settings)
+    assert trainer.args.greater_is_better is False
+    before = trainer.evaluate()
+    alone = {name: make(eval_dataset=rows).evaluate()["eval_loss"] for name, rows in (("short", short), ("long", long))}
+    assert {name: before[f"eval_{name}_loss"] for name in alone} == alone and "eval_loss" not in before
+    assert trainer.evaluate("long")["eval_loss"] == alone["long"]
+    assert trainer.evaluate({"a": short}, metric_key_prefix="test")["test_a_loss"] == alone["short"]
+    trainer.train()
+    scores = [entry for entry in trainer.state.log_history if "eval_long_loss" in entry and entry["step"] > 0]
+    assert [entry["step"] for entry in scores] == [1, 2, 3] and all("eval_short_loss" in entry for entry in scores)
+    assert trainer.state.best_metric == min(entry["eval_long_loss"] for entry in scores)
+    assert trainer.evaluate()["eval_long_loss"] == trainer.state.best_metric
+    stopping = make(callbacks=[EarlyStoppingCallback(1, 1e9)], **settings)
+    assert stopping.train().global_step == 2
+    with pytest.raises(ConfigError, match="metric_for_best_model = eval_loss: the evaluation gives eval_short_loss"):
+        make(**{**settings, "metric_for_best_model": None}).train()
+
+
+def test_one_dataset_of_several_is_named_in_errors(make: Make) -> None:
+    with pytest.raises(RustuneError, match=r"eval_dataset\['bad'\].*row 0"):
+        make(eval_dataset={"good": tiny.rows(count=2), "bad": [{"input_ids": ["x"]}]})
+
+
+def test_columns_are_no_names_of_datasets(make: Make) -> None:
+    rows = tiny.rows(count=4, seed=2)
+    columns = {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
+    assert make(eval_dataset=columns).evaluate()["eval_loss"] == make(eval_dataset=rows).evaluate()["eval_loss"]
+
+
+def test_a_last_batch_that_is_not_full_is_left_out(make: Make) -> None:
+    settings = {"per_device_train_batch_size": 5, "max_steps": -1, "num_train_epochs": 1}
+    assert make(**settings).train().global_step == 5
+    assert make(dataloader_drop_last=True, **settings).train().global_step == 4
+    with pytest.raises(DataError, match="dataloader_drop_last"):
+        make(dataloader_drop_last=True, per_device_train_batch_size=25).train()
+
+
+def test_checkpoints_of_the_model_alone_can_be_loaded_and_not_resumed(make: Make) -> None:
+    trainer = make(save_only_model=True, save_strategy="steps", save_steps=2)
+    trainer.train()
+    checkpoint = Path(trainer.args.output_dir) / "checkpoint-4"
+    assert not (checkpoint / "optimizer.safetensors").exists()
+    loaded, _ = FastLanguageModel.from_pretrained(str(checkpoint), 64, dtype="float32", load_in_4bit=False)
+    for name, array in weights(trainer.model).items():
+        np.testing.assert_array_equal(array, weights(loaded)[name])
+    with pytest.raises(CheckpointError, match="save_only_model"):
+        make().train(resume_from_checkpoint=True)
