@@ -11,6 +11,7 @@ from functools import cache
 from importlib import resources
 from typing import Any, Final, NamedTuple
 
+from rustune import checks
 from rustune._native import ConfigError
 from rustune.sharegpt import standardize_data_formats as standardize_data_formats
 from rustune.sharegpt import standardize_sharegpt as standardize_sharegpt
@@ -118,10 +119,10 @@ def get_chat_template(
     """
     if not hasattr(tokenizer, "convert_tokens_to_ids"):
         raise ConfigError(f"tokenizer = {type(tokenizer).__name__}: expected a tokenizer of rustune or transformers")
-    if system_message is not None and not isinstance(system_message, str):
-        raise ConfigError(f"system_message = {system_message!r}: expected a text")
+    checks.check({"system_message": checks.TEXT, "map_eos_token": checks.BOOL}, locals())
     if mapping is not None and not (
-        isinstance(mapping, Mapping) and all(isinstance(word, str) for pair in mapping.items() for word in pair)
+        isinstance(mapping, Mapping)
+        and all(isinstance(word, str) and checks.is_unicode(word) for pair in mapping.items() for word in pair)
     ):
         raise ConfigError(f"mapping = {mapping!r}: expected texts by texts, as {{'role': 'from', 'content': 'value'}}")
     template = _find(chat_template)

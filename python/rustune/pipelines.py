@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rustune._native import ConfigError
+from rustune import checks
+from rustune._native import ConfigError, DataError
 from rustune.auto import AutoModelForCausalLM, AutoTokenizer
 from rustune.model import Model
 
@@ -32,7 +33,7 @@ def pipeline(
     Raises:
         ConfigError: For another task.
     """
-    if task not in (None, "text-generation"):
+    if not checks.is_one_of(task, (None, "text-generation")):
         raise ConfigError(f"pipeline: task = {task}: expected text-generation")
     for name in ("device", "device_map", "framework", "use_fast", "trust_remote_code", "batch_size"):
         options.pop(name, None)
@@ -76,9 +77,15 @@ class TextGeneration:
             A list of dicts with `generated_text`; a list of such lists for a list.
         """
         settings = {**self.settings, **settings}
+        checks.check({"return_full_text": checks.BOOL}, settings)
         full = settings.pop("return_full_text", True)
         for name in ("batch_size", "clean_up_tokenization_spaces", "truncation", "padding"):
             settings.pop(name, None)
+        kinds = {type(one) for one in text_inputs} if isinstance(text_inputs, (list, tuple)) else {type(text_inputs)}
+        if not all(issubclass(kind, (str, list, tuple, Mapping)) for kind in kinds) or isinstance(text_inputs, Mapping):
+            raise DataError(
+                f"pipeline: expected a text, a list of messages, or a list of either, got {type(text_inputs).__name__}"
+            )
         is_one = isinstance(text_inputs, str) or (bool(text_inputs) and isinstance(text_inputs[0], Mapping))
         made = [self._continue(one, full, settings) for one in ([text_inputs] if is_one else text_inputs)]
         return made[0] if is_one else made

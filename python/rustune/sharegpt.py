@@ -9,13 +9,29 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from rustune import _native
+from rustune import _native, checks
 from rustune._native import ConfigError, DataError
 from rustune.data import Columns, iter_columns, listed
 
 # {column}, and [[ a part left out where its first column is empty ]].
 _COLUMN: Final = re.compile(r"\{([^{}\[\]]+)\}")
 _OPTIONAL: Final = re.compile(r"\[\[(.*?)\]\]", re.DOTALL)
+
+_SHAREGPT_KINDS: Final = {
+    "aliases_for_system": checks.TEXTS,
+    "aliases_for_user": checks.TEXTS,
+    "aliases_for_assistant": checks.TEXTS,
+    "batch_size": checks.POSITIVE,
+    "num_proc": checks.POSITIVE,
+}
+_TABLE_KINDS: Final = {
+    "merged_prompt": checks.TEXT,
+    "merged_column_name": checks.TEXT,
+    "output_column_name": checks.TEXT,
+    "remove_unused_columns": checks.BOOL,
+    "conversation_extension": checks.POSITIVE,
+    "random_state": checks.WHOLE,
+}
 
 _SYSTEM: Final = ("system",)
 _USER: Final = ("user", "human", "input")
@@ -55,6 +71,7 @@ def standardize_sharegpt(
         >>> standardize_sharegpt([{"conversations": [{"from": "human", "value": "Hi"}]}])
         [{'conversations': [{'role': 'user', 'content': 'Hi'}]}]
     """
+    checks.check(_SHAREGPT_KINDS, locals())
     aliases = {
         str(alias): role
         for role, named in (
@@ -62,7 +79,7 @@ def standardize_sharegpt(
             ("user", aliases_for_user),
             ("assistant", aliases_for_assistant),
         )
-        for alias in named
+        for alias in checks.listed(named or ())
     }
     return mapped(
         dataset,
@@ -110,10 +127,7 @@ def to_sharegpt(
         >>> to_sharegpt([{"q": "2 + 2", "a": 4}], merged_prompt="Sum: {q}", output_column_name="a")
         [{'conversations': [{'from': 'human', 'value': 'Sum: 2 + 2'}, {'from': 'gpt', 'value': '4'}]}]
     """
-    if isinstance(conversation_extension, bool) or not isinstance(conversation_extension, int):
-        raise ConfigError(f"conversation_extension = {conversation_extension!r}: expected a whole number")
-    if conversation_extension < 1:
-        raise ConfigError(f"conversation_extension = {conversation_extension}: expected at least 1")
+    checks.check(_TABLE_KINDS, locals(), required=("output_column_name", "conversation_extension"))
     parts = _parse_prompt(merged_prompt or f"{{{merged_column_name}}}")
     wanted = dict.fromkeys([*(name for part in parts for name in part.columns), output_column_name])
     made = mapped(

@@ -8,10 +8,16 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
+from rustune import checks
 from rustune._native import ConfigError, DataError
 from rustune.data import Columns, listed
 from rustune.sharegpt import mapped, standard_messages
 
+_KINDS: Final = {
+    "chat_template": checks.TEXT,
+    "default_system_message": checks.TEXT,
+    "extra_eos_tokens": checks.TEXTS,
+}
 _INSTRUCTION: Final = "### Instruction:\n{INPUT}\n\n### Response:\n{OUTPUT}"
 DEFAULT_TEMPLATE: Final = (
     "Below are some instructions that describe some tasks. Write responses that appropriately complete each request."
@@ -54,7 +60,8 @@ def apply_chat_template(
     """
     if not callable(getattr(tokenizer, "apply_chat_template", None)):
         raise ConfigError(f"tokenizer = {type(tokenizer).__name__}: expected a tokenizer of rustune or transformers")
-    source = jinja_of_text(tokenizer, chat_template, default_system_message, extra_eos_tokens or ())
+    checks.check(_KINDS, locals(), required=("chat_template",))
+    source = jinja_of_text(tokenizer, chat_template, default_system_message, checks.listed(extra_eos_tokens or ()))
     tokenizer.chat_template = source
     # Rendered by our own tokenizer where it is ours: then `datasets` hashes its contents, not its address.
     return mapped(dataset, partial(_render_batch, tokenizer), check=_talks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import tempfile
 import warnings
@@ -12,15 +13,60 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rustune import _native
+from rustune import _native, checks, hub
 from rustune._native import ConfigError, DataError, TokenizerError
-from rustune.hub import upload_folder
+from rustune.notices import sort_arguments, unknown_argument
 
 IGNORE: Final = -100
 """The label of a token that is not trained."""
 
+_LONGEST: Final = 1 << 24  # no text is longer; a slip of the keyboard must not eat the memory
 _TENSORS: Final = ("np", "pt", "numpy", "torch")
 _NO_LIMIT: Final = int(1e30)  # how transformers writes "no limit"
+
+_CALL_KINDS: Final = {
+    "add_special_tokens": checks.BOOL,
+    "padding": checks.SWITCH,
+    "truncation": checks.SWITCH,
+    "max_length": checks.NATURAL,
+    "return_tensors": checks.TEXT,
+    "padding_side": checks.TEXT,
+    "pad_to_multiple_of": checks.NATURAL,
+    "return_attention_mask": checks.BOOL,
+    "return_offsets_mapping": checks.BOOL,
+    "return_length": checks.BOOL,
+}
+_CHAT_KINDS: Final = {
+    "tools": checks.LIST,
+    "documents": checks.LIST,
+    "chat_template": checks.TEXT,
+    "add_generation_prompt": checks.BOOL,
+    "continue_final_message": checks.BOOL,
+    "tokenize": checks.BOOL,
+    "return_dict": checks.BOOL,
+    "return_assistant_tokens_mask": checks.BOOL,
+    "tokenizer_kwargs": checks.TABLE,
+    "return_tensors": checks.TEXT,
+}
+# What transformers' loaders of tokenizers take that means nothing here.
+HABITS: Final = (
+    "use_fast",
+    "legacy",
+    "use_auth_token",
+    "trust_remote_code",
+    "add_prefix_space",
+    "clean_up_tokenization_spaces",
+)
+# What transformers' tokenizers take besides.
+_ELSEWHERE: Final = (
+    "is_split_into_words",
+    "return_overflowing_tokens",
+    "return_special_tokens_mask",
+    "stride",
+    "text_pair",
+    "text_pair_target",
+    "text_target",
+)
 
 # rayon's threads do not survive a fork, and `datasets.map(num_proc=2)` forks.
 if hasattr(os, "register_at_fork"):
@@ -152,9 +198,10 @@ def _role_id(role: str) -> Any:
         return None if token is None else self.native.token_to_id(token)
 
     def write(self: Tokenizer, token_id: int) -> None:
-        token = self.native.id_to_token(token_id)
+        known = checks.NATURAL.fits(token_id) and token_id < 2**32
+        token = self.native.id_to_token(int(token_id)) if known else None
         if token is None:
-            raise ConfigError(f"{role}_id = {token_id}: expected an id below {len(self)}")
+            raise ConfigError(f"{role}_id = {token_id!r}: expected an id below {len(self)}")
         self.set_special_token(role, token)
 
     return property(read, write, doc=f"The id of the {role.removesuffix('_token')} token, or None.")
@@ -226,7 +273,7 @@ class Tokenizer:
         revision: str | None = None,
         cache_dir: str | None = None,
         local_files_only: bool = False,
-        **ignored: object,
+        **others: Any,
     ) -> Tokenizer:
         """Opens the tokenizer of a folder or a hub repository.
 
@@ -236,15 +283,20 @@ class Tokenizer:
             revision: A branch, tag or commit.
             cache_dir: Where downloads are kept.
             local_files_only: Whether to look at what was downloaded before only.
-            **ignored: Whatever else transformers takes.
+            **others: What transformers takes and means nothing here, such as `use_fast`.
 
         Returns:
             The tokenizer.
 
         Raises:
+            ConfigError: For an argument that does not exist.
             TokenizerError: If there is no vocabulary.
             HubError: If the repository cannot be had.
         """
+        known = inspect.signature(cls.from_pretrained).parameters
+        for other in others:
+            if other not in HABITS:
+                raise unknown_argument("Tokenizer.from_pretrained", other, (*known, *HABITS))
         name = os.fspath(pretrained_model_name_or_path)
         folder = name
         if not Path(name).is_dir():
@@ -291,6 +343,7 @@ class Tokenizer:
         padding_side: str | None = None,
         pad_to_multiple_of: int | None = None,
         verbose: bool = True,
+        **others: Any,
     ) -> BatchEncoding:
         """Turns texts into ids.
 
@@ -308,21 +361,26 @@ class Tokenizer:
             padding_side: "left" or "right"; `padding_side` of the tokenizer if not given.
             pad_to_multiple_of: Makes the padded length a multiple of this.
             verbose: Ignored.
+            **others: What transformers' tokenizers take besides; an error that names it if it asks for anything.
 
         Returns:
             `input_ids` and `attention_mask`; a single text with `return_tensors=None` gives flat lists.
 
         Raises:
+            ConfigError: For an argument that cannot be used, or does not exist.
             DataError: If `text` is no text, or rows of different lengths are to become an array.
         """
+        checks.check(_CALL_KINDS, locals())
+        if others:
+            _refuse("tokenizer(...)", others)
         single = isinstance(text, str)
-        texts = [text] if isinstance(text, str) else _texts(text)
+        texts = _texts([text] if isinstance(text, str) else text)
         offsets: list[list[tuple[int, int]]] | None = None
         if return_offsets_mapping:
-            pairs = [self.native.encode_with_offsets(one, add_special_tokens) for one in texts]
+            pairs = [self.native.encode_with_offsets(one, bool(add_special_tokens)) for one in texts]
             rows, offsets = [ids for ids, _ in pairs], [spans for _, spans in pairs]
         else:
-            rows = self.native.encode_batch(texts, add_special_tokens)
+            rows = self.native.encode_batch(texts, bool(add_special_tokens))
         limit = self._limit(truncation, max_length)
         rows = [row[:limit] for row in rows]
         columns: dict[str, list[Any]] = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
@@ -361,7 +419,8 @@ class Tokenizer:
         Returns:
             The tokens.
         """
-        return [self.native.id_to_token(i) or "" for i in self.native.encode(text, add_special_tokens)]
+        (ids,) = self([text], add_special_tokens=add_special_tokens).input_ids
+        return [self.native.id_to_token(i) or "" for i in ids]
 
     def decode(
         self, token_ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
@@ -383,7 +442,7 @@ class Tokenizer:
         plain = _plain(token_ids)
         if isinstance(plain, (list, tuple)) and any(isinstance(_plain(row), (list, tuple)) for row in plain):
             return self.batch_decode(plain, skip_special_tokens)
-        return self.native.decode(_ids(plain), skip_special_tokens)
+        return self.native.decode(_ids(plain), bool(skip_special_tokens))
 
     def batch_decode(
         self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
@@ -398,7 +457,10 @@ class Tokenizer:
         Returns:
             A text for each row.
         """
-        return [self.native.decode(_ids(row), skip_special_tokens) for row in _plain(sequences)]
+        rows = _plain(sequences)
+        if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
+            raise DataError(f"decode: expected rows of ids, got {type(sequences).__name__}")
+        return [self.native.decode(_ids(row), bool(skip_special_tokens)) for row in rows]
 
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> Any:
         """Looks tokens up.
@@ -410,8 +472,10 @@ class Tokenizer:
             The id, or a list of ids; the unk token's for a token that is not in the vocabulary (None without one).
         """
         if isinstance(tokens, str):
-            found = self.native.token_to_id(tokens)
+            found = self.native.token_to_id(tokens) if checks.is_unicode(tokens) else None
             return self.unk_token_id if found is None else found
+        if not checks.TEXTS.fits(tokens) and not isinstance(tokens, Iterable):
+            raise DataError(f"convert_tokens_to_ids: expected a token or a list of them, got {type(tokens).__name__}")
         return [self.convert_tokens_to_ids(token) for token in tokens]
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
@@ -426,9 +490,12 @@ class Tokenizer:
         """
         plain = _plain(ids)
         if isinstance(plain, int):
-            return self.native.id_to_token(plain)
+            (token,) = self.convert_ids_to_tokens([plain])
+            return token
         special = set(self.all_special_ids) if skip_special_tokens else set()
-        return [self.native.id_to_token(i) for i in plain if i not in special]
+        if not checks.WHOLES.fits(plain):
+            raise DataError(f"convert_ids_to_tokens: expected an id or a list of them, got {type(ids).__name__}")
+        return [self.native.id_to_token(i) if 0 <= i < 2**32 else None for i in plain if i not in special]
 
     def pad(
         self,
@@ -439,7 +506,7 @@ class Tokenizer:
         padding_side: str | None = None,
         pad_to_multiple_of: int | None = None,
         return_tensors: str | None = None,
-        **ignored: object,
+        **others: Any,
     ) -> BatchEncoding:
         """Fills rows of ids up to one length.
 
@@ -450,11 +517,20 @@ class Tokenizer:
             padding_side: As of calling the tokenizer.
             pad_to_multiple_of: As of calling the tokenizer.
             return_tensors: As of calling the tokenizer.
-            **ignored: Whatever else transformers takes.
+            **others: `verbose` and `return_attention_mask`, which make no difference.
 
         Returns:
             The filled rows.
+
+        Raises:
+            ConfigError: For an argument that cannot be used, or does not exist.
+            DataError: If there are no rows of ids, or they cannot be one array.
         """
+        checks.check(_CALL_KINDS, locals())
+        for name in others:
+            if name not in ("verbose", "return_attention_mask"):
+                raise unknown_argument("tokenizer.pad", name, inspect.signature(Tokenizer.pad).parameters)
+        _check_rows(encoded_inputs)
         if isinstance(encoded_inputs, Mapping):
             columns = {name: [list(_plain(row)) for row in rows] for name, rows in encoded_inputs.items()}
         else:
@@ -509,6 +585,7 @@ class Tokenizer:
             TokenizerError: If there is no template, or it refuses the conversation.
             ConfigError: If options contradict each other.
         """
+        checks.check(_CHAT_KINDS, locals())
         if continue_final_message and add_generation_prompt:
             raise ConfigError("continue_final_message = True: not together with add_generation_prompt")
         if return_assistant_tokens_mask and not (tokenize and return_dict):
@@ -517,11 +594,11 @@ class Tokenizer:
         variables = {**template_variables, **({} if documents is None else {"documents": list(documents)})}
         texts, marks = [], []
         for talk in [conversation] if single else conversation:
-            messages = [dict(message) for message in (talk if not hasattr(talk, "messages") else talk.messages)]
+            messages = _messages(talk.messages if hasattr(talk, "messages") else talk)
             text, answers = self.native.render(
                 messages,
                 tools=None if tools is None else list(tools),
-                add_generation_prompt=add_generation_prompt,
+                add_generation_prompt=bool(add_generation_prompt),
                 variables=variables,
                 template=chat_template,
             )
@@ -550,21 +627,31 @@ class Tokenizer:
             batch = _finish(columns, single=single, return_tensors=return_tensors)
         return batch if return_dict else batch.input_ids
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **ignored: object) -> tuple[str, ...]:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **others: Any
+    ) -> tuple[str, ...]:
         """Writes the tokenizer's files; transformers and tokenizers read them too.
 
         Args:
             save_directory: The folder; made if need be.
-            **ignored: Whatever else transformers takes.
+            push_to_hub: Whether to upload them too; then `repo_id` (the folder's name if not given), `token`,
+                `private` and the like are as of `push_to_hub`.
+            **others: What transformers takes and means nothing here.
 
         Returns:
             The files.
 
         Raises:
-            OSError: If a file cannot be written.
+            ConfigError: For an argument that does not exist.
+            OSError: If a file cannot be written, or the hub not be reached.
         """
+        options = {name: others.pop(name) for name in hub.ARGUMENTS if push_to_hub and name in others}
+        idle = ("filename_prefix", "is_main_process", "legacy_format", "safe_serialization", "save_jinja_files")
+        sort_arguments("tokenizer.save_pretrained", others, idle, ("save_directory", "push_to_hub", *hub.ARGUMENTS))
         folder = Path(save_directory)
         self.native.save(os.fspath(folder))
+        if push_to_hub:
+            self.push_to_hub(options.pop("repo_id", None) or folder.resolve().name, **options)
         names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
         return tuple(str(folder / name) for name in names if (folder / name).is_file())
 
@@ -585,7 +672,7 @@ class Tokenizer:
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return upload_folder(folder, repo_id, commit_message=commit_message or "Upload a tokenizer", **options)
+            return hub.upload_folder(folder, repo_id, commit_message=commit_message or "Upload a tokenizer", **options)
 
     @property
     def content_hash(self) -> str:
@@ -604,6 +691,7 @@ class Tokenizer:
 
     @chat_template.setter
     def chat_template(self, template: str | None) -> None:
+        checks.check({"chat_template": checks.TEXT}, {"chat_template": template})
         self.native.chat_template = template
 
     @property
@@ -613,6 +701,7 @@ class Tokenizer:
 
     @padding_side.setter
     def padding_side(self, side: str) -> None:
+        checks.check({"padding_side": checks.TEXT}, {"padding_side": side}, required=("padding_side",))
         self.native.padding_side = side
 
     @property
@@ -623,7 +712,10 @@ class Tokenizer:
 
     @model_max_length.setter
     def model_max_length(self, limit: int | None) -> None:
-        self.native.model_max_length = None if limit is None or limit >= 10**9 else int(limit)
+        huge = isinstance(limit, (int, float)) and limit >= 10**9
+        kinds = {"model_max_length": checks.POSITIVE}
+        checks.check(kinds, {"model_max_length": None if huge else limit})
+        self.native.model_max_length = None if limit is None or huge else int(limit)
 
     @property
     def vocab_size(self) -> int:
@@ -668,18 +760,23 @@ class Tokenizer:
             ConfigError: If the role is unknown.
         """
         text = str(getattr(token, "content", token))
+        checks.check({role: checks.TEXT}, {role: text})
+        if not text:
+            raise ConfigError(f"{role} = {text!r}: expected a text that is not empty")
         if role == "pad_token" and text == self.eos_token:
             # Notebooks do this by habit; a model trained so may never learn to stop.
             warnings.warn(f"pad_token stays {self.pad_token!r}: it must not be the eos token {text!r}", stacklevel=3)
             return 0
         return self.native.set_special(role, text)
 
-    def add_special_tokens(self, special_tokens_dict: Mapping[str, Any], **ignored: object) -> int:
+    def add_special_tokens(
+        self, special_tokens_dict: Mapping[str, Any], replace_additional_special_tokens: bool = True
+    ) -> int:
         """Gives tokens roles, adding those the vocabulary lacks.
 
         Args:
             special_tokens_dict: Role to token; `additional_special_tokens` to a list of tokens.
-            **ignored: Whatever else transformers takes.
+            replace_additional_special_tokens: Makes no difference: a special token stays one.
 
         Returns:
             How many tokens were added to the vocabulary.
@@ -688,9 +785,10 @@ class Tokenizer:
             ConfigError: If a role is unknown.
         """
         added = 0
+        checks.check({"special_tokens_dict": checks.TABLE}, locals(), required=("special_tokens_dict",))
         for role, token in special_tokens_dict.items():
             if role in ("additional_special_tokens", "extra_special_tokens"):
-                added += self.native.add_special_tokens([str(getattr(one, "content", one)) for one in token])
+                added += self.add_tokens(token, special_tokens=True)
             else:
                 added += self.set_special_token(role, token)
         return added
@@ -705,8 +803,8 @@ class Tokenizer:
         Returns:
             How many were new.
         """
-        listed = [new_tokens] if isinstance(new_tokens, str) else list(new_tokens)
-        texts = [str(getattr(token, "content", token)) for token in listed]
+        texts = [str(getattr(token, "content", token)) for token in checks.listed(new_tokens)]
+        checks.check({"new_tokens": checks.TEXTS}, {"new_tokens": texts})
         return self.native.add_special_tokens(texts) if special_tokens else self.native.add_tokens(texts)
 
     def _limit(self, truncation: bool | str | None, max_length: int | None) -> int | None:
@@ -738,6 +836,9 @@ class Tokenizer:
                 raise ConfigError('padding = "max_length": give max_length, since the model names no limit')
         if multiple:
             width += -width % multiple
+        if width > _LONGEST:
+            culprit = "pad_to_multiple_of" if multiple else "max_length"
+            raise ConfigError(f"{culprit} = {multiple or max_length}: rows of {width} tokens would fill the memory")
         fill = {"input_ids": self.pad_token_id or 0, "labels": IGNORE, "offset_mapping": (0, 0)}
         for name, rows in columns.items():
             if name == "length":
@@ -780,7 +881,19 @@ def _texts(values: Any) -> list[str]:
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise DataError(f"tokenizer: expected texts, but item {i} is {type(text).__name__}")
+        if not checks.is_unicode(text):
+            raise DataError(f"tokenizer: item {i} holds half of a surrogate pair, which stands for no character")
     return texts
+
+
+def _refuse(owner: str, others: Mapping[str, Any]) -> None:
+    """Refuses what only transformers' tokenizers do, and what does not exist."""
+    for name, value in others.items():
+        if name not in _ELSEWHERE:
+            known = inspect.signature(Tokenizer.__call__).parameters
+            raise unknown_argument(owner, name, (*known, *_ELSEWHERE))
+        if value not in (None, False, 0):
+            raise ConfigError(f"{name} = {value!r}: not there yet; leave it out")
 
 
 def _is_conversation(value: Any) -> bool:
@@ -791,6 +904,35 @@ def _is_conversation(value: Any) -> bool:
         raise DataError(f"conversation: expected a list of messages, got {type(value).__name__}")
     listed = list(value)
     return not listed or isinstance(listed[0], Mapping)
+
+
+def _messages(talk: Any) -> list[dict[str, Any]]:
+    """The messages of one conversation, each a dict of its own."""
+    if isinstance(talk, (str, Mapping)) or not isinstance(talk, Iterable):
+        raise DataError(f"conversation: expected a list of messages, got {type(talk).__name__}")
+    messages = list(talk)
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise DataError(
+                f"conversation, message {i}: expected a dict with role and content, got {type(message).__name__}"
+            )
+    return [dict(message) for message in messages]
+
+
+def _check_rows(encoded: Any) -> None:
+    """Refuses what `pad` cannot fill up."""
+
+    def are_rows(values: Any) -> bool:
+        return isinstance(_plain(values), (list, tuple)) and all(isinstance(_plain(v), (list, tuple)) for v in values)
+
+    if isinstance(encoded, Mapping):
+        fits = all(map(are_rows, encoded.values()))
+    else:
+        fits = isinstance(encoded, (list, tuple)) and all(
+            isinstance(row, Mapping) and are_rows(list(row.values())) for row in encoded
+        )
+    if not fits:
+        raise DataError("tokenizer.pad: expected a dict of lists of rows, or a list of dicts with a row in each column")
 
 
 def _left_open(text: str, last: Mapping[str, Any]) -> str:

@@ -41,6 +41,8 @@ pub struct RowOptions {
     pub completion_only_loss: Option<bool>,
     /// Train on the assistant's turns of a conversation only.
     pub assistant_only_loss: bool,
+    /// Give texts the BOS and the eos they lack; default true.
+    pub add_special_tokens: bool,
     /// Variables for the chat template; `date_string` keeps a template that prints the date the same every day.
     pub variables: Map<String, Value>,
 }
@@ -53,6 +55,7 @@ impl Default for RowOptions {
             max_rows: None,
             completion_only_loss: None,
             assistant_only_loss: false,
+            add_special_tokens: true,
             variables: Map::new(),
         }
     }
@@ -102,6 +105,24 @@ pub struct RowReader<'a> {
     report: RowReport,
 }
 
+/// Every column that is read, besides the one of [`RowOptions::text_field`].
+const COLUMNS: [&str; 14] = [
+    "input_ids",
+    "labels",
+    "attention_mask",
+    "completion_mask",
+    "assistant_masks",
+    "prompt",
+    "completion",
+    "messages",
+    "conversations",
+    "instruction",
+    "input",
+    "output",
+    "response",
+    "tools",
+];
+
 /// One row on its way: `Ok(None)` is an empty one.
 type Read = Result<Option<Example>>;
 
@@ -109,6 +130,16 @@ impl<'a> RowReader<'a> {
     /// A reader that has seen no rows; the tokenizer may only be missing if the rows hold `input_ids`.
     pub fn new(tokenizer: Option<&'a Tokenizer>, options: RowOptions) -> Self {
         Self { tokenizer, options, kind: None, masker: None, examples: Vec::new(), report: RowReport::default() }
+    }
+
+    /// Whether a column is ever looked at.
+    pub fn reads(&self, column: &str) -> bool {
+        column == self.options.text_field || COLUMNS.contains(&column)
+    }
+
+    /// Rows read so far.
+    pub fn n_read(&self) -> usize {
+        self.report.rows
     }
 
     /// Tokenises rows given as columns of equal length, on all threads.
@@ -249,17 +280,18 @@ impl<'a> RowReader<'a> {
         self.tokenizer.expect("`begin` refuses text without a tokenizer")
     }
 
-    /// A text with its BOS (once) and its eos; trained from byte `trained_from` of the text if `masked`.
+    /// A text with its BOS (once) and its eos, or as it is without [`RowOptions::add_special_tokens`]; trained from byte
+    /// `trained_from` of the text if `masked`.
     fn example_of_text(&self, text: &str, trained_from: usize, masked: bool) -> Result<Example> {
-        let tokenizer = self.tokenizer();
-        let mut encoded = tokenizer.encode_with_spans(text, true)?;
+        let (tokenizer, complete) = (self.tokenizer(), self.options.add_special_tokens);
+        let mut encoded = tokenizer.encode_with_spans(text, complete)?;
         let bos = tokenizer.special_id("bos_token");
-        if bos.is_some() && encoded.ids.len() > 1 && encoded.ids[..2].iter().all(|&id| Some(id) == bos) {
+        if complete && bos.is_some() && encoded.ids.len() > 1 && encoded.ids[..2].iter().all(|&id| Some(id) == bos) {
             // The text was rendered by a chat template that writes the BOS itself.
             encoded.ids.remove(0);
             encoded.spans.remove(0);
         }
-        if let Some(&eos) = tokenizer.eos_ids().first() {
+        if let (true, Some(&eos)) = (complete, tokenizer.eos_ids().first()) {
             let has_end = |(&id, &(start, end)): (&u32, &(usize, usize))| {
                 tokenizer.eos_ids().contains(&id) || !text.get(start..end).unwrap_or_default().trim().is_empty()
             };
@@ -585,6 +617,10 @@ mod tests {
         let seen: Vec<String> = examples.iter().map(|example| texts(&tokenizer, example).0).collect();
         assert_eq!(seen, ["<s>Hi<|im_end|>", "<s>Hi<|im_end|>", "<s>Hi<|im_end|>\n"]);
         assert_eq!(report, RowReport { rows: 5, kept: 3, empty: 2, ..RowReport::default() });
+        let options = RowOptions { add_special_tokens: false, ..RowOptions::default() };
+        let (examples, _) = read(Some(&tokenizer), options, &rows).unwrap();
+        let seen: Vec<String> = examples.iter().map(|example| texts(&tokenizer, example).0).collect();
+        assert_eq!(seen, ["Hi", "<s>Hi", "Hi<|im_end|>\n"]);
     }
 
     #[test]

@@ -1,17 +1,34 @@
 //! Python objects as JSON values and back.
 
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use crate::error::Error;
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyList, PyString, PyTuple};
+use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyList, PyString, PyTuple, PyType};
 use serde_json::{Map, Number, Value};
 
 /// Deepest nesting accepted; a list that contains itself would otherwise never end.
 const MAX_DEPTH: usize = 64;
 
 /// A Python object as JSON: None, bool, int, float, str, mappings and sequences of them, and whatever has `tolist`
-/// (numpy arrays and scalars) or `isoformat` (dates).
-pub(crate) fn from_python(object: &Bound<'_, PyAny>) -> PyResult<Value> {
-    convert(object, 0)
+/// (numpy arrays and scalars) or `isoformat` (dates). What cannot be JSON is an error about `what`.
+pub(crate) fn from_python(what: &str, object: &Bound<'_, PyAny>) -> PyResult<Value> {
+    convert(object, 0).map_err(|failure| match failure {
+        Failure::Unfit(problem) => Error::data(what, problem).into(),
+        Failure::Raised(error) => error,
+    })
+}
+
+/// Why an object became no JSON.
+enum Failure {
+    /// It is none, and why.
+    Unfit(String),
+    /// A method of it raised this.
+    Raised(PyErr),
+}
+
+impl From<PyErr> for Failure {
+    fn from(error: PyErr) -> Self {
+        Self::Raised(error)
+    }
 }
 
 /// A JSON value as Python objects.
@@ -42,25 +59,27 @@ pub(crate) fn to_python<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'
     })
 }
 
-fn convert(object: &Bound<'_, PyAny>, depth: usize) -> PyResult<Value> {
+fn convert(object: &Bound<'_, PyAny>, depth: usize) -> Result<Value, Failure> {
     if depth > MAX_DEPTH {
-        return Err(PyValueError::new_err(format!("nested more than {MAX_DEPTH} levels deep")));
+        return Err(Failure::Unfit(format!("nested more than {MAX_DEPTH} levels deep")));
     }
     if object.is_none() {
         return Ok(Value::Null);
     }
     if let Ok(text) = object.cast::<PyString>() {
-        return Ok(Value::String(text.to_cow()?.into_owned()));
+        return text_of(text).map(Value::String);
     }
     // bool is a subclass of int, so it is asked first.
     if let Ok(truth) = object.cast::<PyBool>() {
         return Ok(Value::Bool(truth.is_true()));
     }
     if object.is_instance_of::<PyInt>() {
-        return match object.extract::<i64>() {
-            Ok(number) => Ok(Value::from(number)),
-            Err(_) => Ok(Value::from(object.extract::<u64>()?)),
-        };
+        if let Ok(number) = object.extract::<i64>() {
+            return Ok(Value::from(number));
+        }
+        // Beyond what JSON's readers keep exact; only ids of rows are so large.
+        let number = object.extract::<f64>();
+        return Ok(Value::from(number.map_err(|_| Failure::Unfit("a whole number that is too large".to_owned()))?));
     }
     if object.is_instance_of::<PyFloat>() {
         // JSON has no NaN; tables use it for a missing text.
@@ -69,25 +88,35 @@ fn convert(object: &Bound<'_, PyAny>, depth: usize) -> PyResult<Value> {
     if let Ok(dict) = object.cast::<PyDict>() {
         let mut fields = Map::new();
         for (key, item) in dict {
-            fields.insert(key.str()?.to_cow()?.into_owned(), convert(&item, depth + 1)?);
+            fields.insert(text_of(&key.str()?)?, convert(&item, depth + 1)?);
         }
         return Ok(Value::Object(fields));
     }
     if object.is_instance_of::<PyList>() || object.is_instance_of::<PyTuple>() {
-        return object.try_iter()?.map(|item| convert(&item?, depth + 1)).collect::<PyResult<_>>().map(Value::Array);
+        let mut items = Vec::new();
+        for item in object.try_iter()? {
+            items.push(convert(&item?, depth + 1)?);
+        }
+        return Ok(Value::Array(items));
     }
-    for method in ["tolist", "isoformat"] {
-        if object.hasattr(method)? {
-            return convert(&object.call_method0(method)?, depth + 1);
+    if !object.is_instance_of::<PyType>() {
+        for method in ["tolist", "isoformat"] {
+            if object.hasattr(method)? {
+                return convert(&object.call_method0(method)?, depth + 1);
+            }
+        }
+        if object.hasattr("keys")? {
+            let dict = PyDict::new(object.py());
+            dict.call_method1("update", (object,))?;
+            return convert(&dict, depth + 1);
         }
     }
-    if object.hasattr("keys")? {
-        let dict = PyDict::new(object.py());
-        dict.call_method1("update", (object,))?;
-        return convert(&dict, depth + 1);
-    }
-    Err(PyTypeError::new_err(format!(
-        "expected text, numbers, lists and dicts, got {}",
-        object.get_type().fully_qualified_name()?
-    )))
+    let kind = object.get_type().fully_qualified_name()?;
+    Err(Failure::Unfit(format!("expected text, numbers, lists and dicts, got {kind}")))
+}
+
+/// A text; Python's may hold halves of surrogate pairs.
+fn text_of(text: &Bound<'_, PyString>) -> Result<String, Failure> {
+    let read = text.to_cow().map(std::borrow::Cow::into_owned);
+    read.map_err(|_| Failure::Unfit("a text with half of a surrogate pair, which stands for no character".to_owned()))
 }

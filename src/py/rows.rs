@@ -10,6 +10,7 @@ use crate::error::Error;
 use pyo3::exceptions::PyIndexError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyIterator};
+use serde_json::Value;
 use std::sync::Arc;
 
 /// Tokenised rows with their labels.
@@ -35,7 +36,7 @@ impl Rows {
         let mut batches = PyIterator::from_object(batches)?;
         while !reader.is_full() {
             let Some(batch) = batches.next() else { break };
-            let columns = columns(&batch?.cast_into::<PyDict>()?)?;
+            let columns = columns(&batch?.cast_into::<PyDict>()?, &reader)?;
             let reader = &mut reader;
             enter(py, move || reader.push(&columns))?;
         }
@@ -115,12 +116,19 @@ impl Rows {
     }
 }
 
-/// A batch of columns, `{name: [value of each row]}`.
-fn columns(batch: &Bound<'_, PyDict>) -> PyResult<Vec<(String, Vec<serde_json::Value>)>> {
+/// A batch of columns, `{name: [value of each row]}`; those that nobody reads, whatever they hold, hold nothing.
+fn columns(batch: &Bound<'_, PyDict>, reader: &RowReader<'_>) -> PyResult<Vec<(String, Vec<Value>)>> {
     let mut columns = Vec::with_capacity(batch.len());
     for (name, values) in batch {
-        let values: PyResult<Vec<_>> = values.try_iter()?.map(|value| from_python(&value?)).collect();
-        columns.push((name.str()?.to_string(), values?));
+        let name = name.str()?.to_string_lossy().into_owned();
+        let values = if reader.reads(&name) {
+            let row = |i: usize| format!("row {}: column {name:?}", reader.n_read() + i);
+            let values = values.try_iter()?.enumerate();
+            values.map(|(i, value)| from_python(&row(i), &value?)).collect::<PyResult<_>>()?
+        } else {
+            vec![Value::Null; values.len()?]
+        };
+        columns.push((name, values));
     }
     Ok(columns)
 }

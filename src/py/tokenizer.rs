@@ -41,14 +41,14 @@ impl Conversation {
         tools: Option<&Bound<'_, PyAny>>,
         variables: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
-        let Value::Array(messages) = from_python(messages)? else {
+        let Value::Array(messages) = from_python("messages", messages)? else {
             return Err(Error::data("messages", "expected a list of dicts with role and content").into());
         };
-        let variables = match variables.map(from_python).transpose()? {
+        let variables = match variables.map(|given| from_python("template variables", given)).transpose()? {
             Some(Value::Object(variables)) => variables,
             _ => Map::new(),
         };
-        Ok(Self { messages, tools: tools.map(from_python).transpose()?, variables })
+        Ok(Self { messages, tools: tools.map(|given| from_python("tools", given)).transpose()?, variables })
     }
 
     fn input(&self, add_generation_prompt: bool) -> RenderInput<'_> {
@@ -293,7 +293,7 @@ impl Tokenizer {
 /// A conversation in `role`/`content` form, from that or from ShareGPT's `from`/`value`.
 #[pyfunction(name = "standard_messages")]
 fn py_standard_messages(conversation: &Bound<'_, PyAny>) -> PyResult<Py<PyAny>> {
-    let messages = standard_messages(&from_python(conversation)?)?;
+    let messages = standard_messages(&from_python("conversation", conversation)?)?;
     Ok(to_python(conversation.py(), &Value::Array(messages))?.unbind())
 }
 

@@ -100,7 +100,7 @@ impl Observer for PyObserver {
         let Some(object) = &self.object else { return Ok(None) };
         Python::attach(|py| {
             let answer = object.bind(py).call_method1("evaluate", (described(status),))?;
-            let Value::Object(entry) = json::from_python(&answer)? else { return Ok(None) };
+            let Value::Object(entry) = json::from_python("compute_metrics", &answer)? else { return Ok(None) };
             Ok(Some(entry))
         })
         .map_err(callback)

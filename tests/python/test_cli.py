@@ -318,6 +318,8 @@ def test_the_estimate_counts_what_the_model_counts(folder: Path) -> None:
     assert shape.n_adapter(4) == model.num_parameters(only_trainable=True)
     llama = estimate.Shape(2048, 8192, 16, 32, 8, 64, 128256, True)
     assert llama.n_adapter(16) == 11_272_192 and llama.n_parameters == 1_235_814_400
+    larger = estimate.Shape(3072, 8192, 28, 24, 8, 128, 128256, True)
+    assert larger.n_adapter(16) == 24_313_856 and larger.n_parameters == 3_212_749_824
     # 1,024 tokens with every layer run again: 7.1 billion a token, a thousandth of them for scores in short rows.
     assert estimate.flops(llama, tokens=1, length=1, again=16) == pytest.approx(6.89e9, rel=0.01)
 

@@ -110,6 +110,21 @@ def test_what_cannot_be_is_named(folder: Path, changes: dict[str, Any], message:
         FastLanguageModel.from_pretrained(str(folder), **changes)
 
 
+def test_unsloths_name_for_saving_an_adapter_keeps_its_tokenizer_beside_it(folder: Path, tmp_path: Path) -> None:
+    model = FastLanguageModel.get_peft_model(load(folder), r=4)
+    move(model)
+    model.save_pretrained_merged(tmp_path / "both", model.tokenizer, save_method="LoRA", max_shard_size="5GB")
+    model.save_pretrained(tmp_path / "adapter")
+    written = {path.name: path.read_bytes() for path in (tmp_path / "both").iterdir()}
+    assert written.items() >= {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}.items()
+    assert "tokenizer.json" in written
+    again, tokenizer = FastLanguageModel.from_pretrained(
+        str(tmp_path / "both"), 64, dtype="float32", load_in_4bit=False
+    )
+    np.testing.assert_array_equal(again(IDS).logits, model(IDS).logits)
+    assert tokenizer == model.tokenizer
+
+
 def test_positions_are_scaled_as_asked_and_as_the_file_would_say(folder: Path, tmp_path: Path) -> None:
     linear = {"type": "linear", "factor": np.float32(2)}
     with warnings.catch_warnings():

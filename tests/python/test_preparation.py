@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import CELLS, TURNS
 from test_tokenizer import make_tokenizer
 
 from rustune import (
@@ -198,26 +199,6 @@ def test_datasets_stay_datasets(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert splits["test"][0]["conversations"][0] == {"role": "user", "content": "q0"}
     with pytest.raises(DataError, match="'asked'"):
         to_sharegpt(table, "{asked}", output_column_name="say")
-
-
-# What people put into cells and columns, right and wrong.
-CELLS = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 300) | st.floats(allow_nan=True) | st.text(max_size=8),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "x"]), inner, max_size=3)
-    ),
-    max_leaves=8,
-)
-TURNS = st.fixed_dictionaries(
-    {},
-    optional={
-        "role": st.sampled_from(["user", "assistant", "system", "tool", "wizard"]) | CELLS,
-        "content": st.text(max_size=8) | CELLS,
-        "from": st.sampled_from(["human", "gpt", "wizard"]) | CELLS,
-        "value": st.text(max_size=8) | CELLS,
-    },
-)
 
 
 @given(st.lists(st.fixed_dictionaries({"conversations": st.lists(TURNS, max_size=4) | CELLS}), max_size=3))

@@ -438,7 +438,8 @@ def test_one_dataset_of_several_is_named_in_errors(make: Make) -> None:
 
 def test_columns_are_no_names_of_datasets(make: Make) -> None:
     rows = tiny.rows(count=4, seed=2)
-    columns = {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
+    columns["source"] = [{"page": page} for page in range(len(rows))]
     assert make(eval_dataset=columns).evaluate()["eval_loss"] == make(eval_dataset=rows).evaluate()["eval_loss"]
 
 

@@ -14,6 +14,7 @@ import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import CELLS, TURNS
 from test_tokenizer import make_tokenizer
 
 from rustune import (
@@ -303,9 +304,6 @@ def test_longer_rows_than_the_model_was_made_for(folder: Path, tmp_path: Path) -
     assert longer.config.rope_scaling["factor"] == 4.0
 
 
-CELLS = (
-    st.none() | st.integers(-2, 400) | st.floats() | st.text(max_size=6) | st.lists(st.integers(-2, 300), max_size=4)
-)
 COLUMNS = st.sampled_from(
     ["text", "input_ids", "labels", "attention_mask", "messages", "prompt", "completion", "instruction", "output", "x"]
 )
@@ -338,6 +336,52 @@ def test_any_rows_are_read_or_refused(kept: Tokenizer, rows: list[dict[str, Any]
         assert len(row["input_ids"]) == len(row["labels"]) <= (limit or 10**6)
         assert all(label in (-100, token) or "labels" in rows[0] for token, label in zip(*row.values(), strict=True))
         assert any(label != -100 for label in row["labels"][1:])
+
+
+IDS = st.lists(st.integers(-1, 300), max_size=4) | CELLS
+TALKS = st.lists(TURNS, max_size=4) | CELLS
+FORMATS = st.one_of(
+    st.fixed_dictionaries({"text": st.text(max_size=8) | CELLS}),
+    st.fixed_dictionaries({"messages": TALKS}, optional={"tools": CELLS}),
+    st.fixed_dictionaries({"conversations": TALKS}),
+    st.fixed_dictionaries({"prompt": st.text(max_size=8) | TALKS, "completion": st.text(max_size=8) | TALKS}),
+    st.fixed_dictionaries({"instruction": CELLS, "output": CELLS}, optional={"input": CELLS}),
+    st.fixed_dictionaries({"input_ids": IDS}, optional={"labels": IDS, "attention_mask": IDS, "assistant_masks": IDS}),
+)
+
+
+@given(rows=st.lists(FORMATS, min_size=1, max_size=3), options=OPTIONS)
+def test_rows_of_any_format_are_read_or_refused(
+    kept: Tokenizer, rows: list[dict[str, Any]], options: dict[str, Any]
+) -> None:
+    try:
+        made = _native.Rows.read(kept.native, json.dumps(options), iter_columns(rows, 2))
+    except RustuneError:
+        return
+    assert 0 < len(made) <= len(rows) and made.n_trained > 0
+
+
+@given(other=CELLS)
+def test_a_column_nobody_reads_may_hold_anything(kept: Tokenizer, other: Any) -> None:
+    assert len(_native.Rows.read(kept.native, "{}", iter_columns([{"text": "ab", "other": other}]))) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "a\ud800"}, 'row 1: column "text": a text with half of a surrogate pair'),
+        ({"text": b"a"}, 'row 1: column "text": expected text, numbers, lists and dicts, got bytes'),
+        ({"input_ids": [10**30, 1]}, 'row 1: column "input_ids": expected a list of whole numbers, got a number'),
+        ({"input_ids": [10**400, 1]}, 'row 1: column "input_ids": a whole number that is too large'),
+        ({"messages": [{"role": "user", "content": object()}]}, 'row 1: column "messages": expected text, numbers'),
+    ],
+)
+def test_what_no_row_can_hold_is_named(kept: Tokenizer, row: dict[str, Any], message: str) -> None:
+    good = {"text": "a", "input_ids": [1, 2], "messages": [{"role": "user", "content": "a"}]}
+    rows = [{name: good[name] for name in row}, row]
+    with pytest.raises(DataError) as caught:
+        _native.Rows.read(kept.native, "{}", iter_columns(rows))
+    assert message in str(caught.value)
 
 
 @given(
