@@ -34,6 +34,60 @@ before = {{name: dict(vars(module)) for name, module in theirs.items()}}
 DATASETS = "import datasets"
 ON_TOP = "import rustune.drop_in"
 
+# What both kinds of notebooks of Unsloth have.
+ADAPT = """
+model = FastLanguageModel.get_peft_model(
+    model,
+    r = 16,
+    target_modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",],
+    lora_alpha = 16,
+    lora_dropout = 0,
+    bias = "none",
+    use_gradient_checkpointing = "unsloth",
+    random_state = 3407,
+    use_rslora = False,
+    loftq_config = None,
+)
+"""
+SETTINGS = """
+        per_device_train_batch_size = 2,
+        gradient_accumulation_steps = 4,
+        warmup_steps = 1,
+        max_steps = 8,
+        learning_rate = 2e-2,
+        logging_steps = 1,
+        optim = "adamw_8bit",
+        weight_decay = 0.01,
+        lr_scheduler_type = "linear",
+        seed = 3407,
+        report_to = "none","""
+MEMORY_BEFORE = """
+gpu_stats = torch.cuda.get_device_properties(0)
+start_gpu_memory = round(torch.cuda.max_memory_reserved() / 1024 / 1024 / 1024, 3)
+max_memory = round(gpu_stats.total_memory / 1024 / 1024 / 1024, 3)
+print(f"GPU = {gpu_stats.name}. Max memory = {max_memory} GB.")
+print(f"{start_gpu_memory} GB of memory reserved.")
+"""
+TRAIN = "trainer_stats = trainer.train()"
+SAVE = """
+model.save_pretrained("lora_model")
+tokenizer.save_pretrained("lora_model")
+# model.push_to_hub("your_name/lora_model", token = "...")
+"""
+LOAD_AGAIN = """
+trained_model = model
+if True:
+    from unsloth import FastLanguageModel
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        model_name = "lora_model",
+        max_seq_length = 256,
+        dtype = None,
+        load_in_4bit = True,
+    )
+    FastLanguageModel.for_inference(model)
+reloaded = model.generate(inputs, max_new_tokens = 16, do_sample = False)
+"""
+
 # How a notebook of late 2024 does it: conversations of ShareGPT, TrainingArguments, markers written out.
 LATE_2024 = [
     """
@@ -49,20 +103,7 @@ model, tokenizer = FastLanguageModel.from_pretrained(
     load_in_4bit = load_in_4bit,
 )
 """,
-    """
-model = FastLanguageModel.get_peft_model(
-    model,
-    r = 16,
-    target_modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",],
-    lora_alpha = 16,
-    lora_dropout = 0,
-    bias = "none",
-    use_gradient_checkpointing = "unsloth",
-    random_state = 3407,
-    use_rslora = False,
-    loftq_config = None,
-)
-""",
+    ADAPT,
     """
 from unsloth.chat_templates import get_chat_template
 
@@ -83,7 +124,7 @@ dataset = dataset.map(formatting_prompts_func, batched = True,)
 """,
     "dataset[5]['conversations']",
     "dataset[5]['text']",
-    """
+    f"""
 from trl import SFTTrainer
 from transformers import TrainingArguments, DataCollatorForSeq2Seq
 from unsloth import is_bfloat16_supported
@@ -97,21 +138,10 @@ trainer = SFTTrainer(
     data_collator = DataCollatorForSeq2Seq(tokenizer = tokenizer),
     dataset_num_proc = 2,
     packing = False,
-    args = TrainingArguments(
-        per_device_train_batch_size = 2,
-        gradient_accumulation_steps = 4,
-        warmup_steps = 1,
-        max_steps = 8,
-        learning_rate = 2e-2,
+    args = TrainingArguments({SETTINGS}
         fp16 = not is_bfloat16_supported(),
         bf16 = is_bfloat16_supported(),
-        logging_steps = 1,
-        optim = "adamw_8bit",
-        weight_decay = 0.01,
-        lr_scheduler_type = "linear",
-        seed = 3407,
         output_dir = "outputs",
-        report_to = "none",
     ),
 )
 """,
@@ -129,14 +159,8 @@ space = tokenizer(" ", add_special_tokens = False).input_ids[0]
 trained_text = tokenizer.decode([space if x == -100 else x for x in trainer.train_dataset[5]["labels"]])
 trained_text
 """,
-    """
-gpu_stats = torch.cuda.get_device_properties(0)
-start_gpu_memory = round(torch.cuda.max_memory_reserved() / 1024 / 1024 / 1024, 3)
-max_memory = round(gpu_stats.total_memory / 1024 / 1024 / 1024, 3)
-print(f"GPU = {gpu_stats.name}. Max memory = {max_memory} GB.")
-print(f"{start_gpu_memory} GB of memory reserved.")
-""",
-    "trainer_stats = trainer.train()",
+    MEMORY_BEFORE,
+    TRAIN,
     """
 used_memory = round(torch.cuda.max_memory_reserved() / 1024 / 1024 / 1024, 3)
 used_memory_for_lora = round(used_memory - start_gpu_memory, 3)
@@ -169,24 +193,8 @@ from transformers import TextStreamer
 text_streamer = TextStreamer(tokenizer, skip_prompt = True)
 _ = model.generate(input_ids = inputs, streamer = text_streamer, max_new_tokens = 16, do_sample = False)
 """,
-    """
-model.save_pretrained("lora_model")
-tokenizer.save_pretrained("lora_model")
-# model.push_to_hub("your_name/lora_model", token = "...")
-""",
-    """
-trained_model = model
-if True:
-    from unsloth import FastLanguageModel
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        model_name = "lora_model",
-        max_seq_length = max_seq_length,
-        dtype = dtype,
-        load_in_4bit = load_in_4bit,
-    )
-    FastLanguageModel.for_inference(model)
-reloaded = model.generate(inputs, max_new_tokens = 16, do_sample = False)
-""",
+    SAVE,
+    LOAD_AGAIN,
     """
 if False: model.save_pretrained_merged("model", tokenizer, save_method = "merged_16bit",)
 if False: model.save_pretrained_gguf("model", tokenizer, quantization_method = "q4_k_m")
@@ -206,20 +214,7 @@ model, tokenizer = FastModel.from_pretrained(
     full_finetuning = False,
 )
 """,
-    """
-model = FastModel.get_peft_model(
-    model,
-    r = 16,
-    target_modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",],
-    lora_alpha = 16,
-    lora_dropout = 0,
-    bias = "none",
-    use_gradient_checkpointing = "unsloth",
-    random_state = 3407,
-    use_rslora = False,
-    loftq_config = None,
-)
-""",
+    ADAPT.replace("FastLanguageModel", "FastModel"),
     """
 from unsloth.chat_templates import get_chat_template, standardize_data_formats
 from datasets import load_dataset
@@ -234,7 +229,7 @@ def formatting_prompts_func(examples):
 dataset = dataset.map(formatting_prompts_func, batched = True)
 dataset[5]["text"]
 """,
-    """
+    f"""
 from trl import SFTTrainer, SFTConfig
 trainer = SFTTrainer(
     model = model,
@@ -242,18 +237,7 @@ trainer = SFTTrainer(
     train_dataset = dataset,
     eval_dataset = None,
     args = SFTConfig(
-        dataset_text_field = "text",
-        per_device_train_batch_size = 2,
-        gradient_accumulation_steps = 4,
-        warmup_steps = 1,
-        max_steps = 8,
-        learning_rate = 2e-2,
-        logging_steps = 1,
-        optim = "adamw_8bit",
-        weight_decay = 0.001,
-        lr_scheduler_type = "linear",
-        seed = 3407,
-        report_to = "none",
+        dataset_text_field = "text",{SETTINGS}
     ),
 )
 """,
@@ -267,13 +251,8 @@ trained_text = tokenizer.decode([pad if x == -100 else x for x in trainer.train_
 trained_text = trained_text.replace(tokenizer.pad_token, " ")
 trained_text
 """,
-    """
-gpu_stats = torch.cuda.get_device_properties(0)
-start_gpu_memory = round(torch.cuda.max_memory_reserved() / 1024 / 1024 / 1024, 3)
-max_memory = round(gpu_stats.total_memory / 1024 / 1024 / 1024, 3)
-print(f"GPU = {gpu_stats.name}. Max memory = {max_memory} GB.")
-""",
-    "trainer_stats = trainer.train()",
+    MEMORY_BEFORE,
+    TRAIN,
     """
 messages = [{"role" : "user", "content" : "Say a3"}]
 text = tokenizer.apply_chat_template(messages, tokenize = False, add_generation_prompt = True)
@@ -292,17 +271,8 @@ _ = model.generate(
     temperature = 0.7, top_p = 0.8, top_k = 20,
 )
 """,
-    """
-model.save_pretrained("lora_model")
-tokenizer.save_pretrained("lora_model")
-trained_model = model
-if True:
-    from unsloth import FastLanguageModel
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        model_name = "lora_model", max_seq_length = 256, load_in_4bit = True,
-    )
-reloaded = model.generate(inputs, max_new_tokens = 16, do_sample = False)
-""",
+    SAVE,
+    LOAD_AGAIN,
 ]
 
 # How one of 2023 does it that was written for plain transformers with PEFT.
@@ -403,6 +373,22 @@ trained_text = tokenizer.decode([id for id in trainer.train_dataset[5]["labels"]
 # What else a notebook does in the same process, after a step of training.
 AROUND = [
     """
+from transformers import StoppingCriteria, StoppingCriteriaList
+class StopOn(StoppingCriteria):
+    def __init__(self, stops = []):
+        self.stops = stops
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> bool:
+        for stop in self.stops:
+            if torch.all(stop == input_ids[0][-len(stop):]).item():
+                return True
+        return False
+answer = trained_model.generate(inputs, max_new_tokens = 16, do_sample = False)
+second = torch.tensor([int(answer[0, inputs.shape[1] + 1])])
+stopped = trained_model.generate(
+    inputs, max_new_tokens = 16, do_sample = False, stopping_criteria = StoppingCriteriaList([StopOn([second])]),
+)
+""",
+    """
 import datasets
 counted = dataset.map(lambda batch: {"n": [len(ids) for ids in tokenizer(batch["text"]).input_ids]}, batched = True)
 forked = dataset.map(lambda row: {"n": len(tokenizer(row["text"]).input_ids)}, num_proc = 2)
@@ -448,7 +434,6 @@ served = {
     "is_available": torch.cuda.is_available(),
 }
 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-answer = trained_model.generate(inputs, max_new_tokens = 16, do_sample = False)
 prompt_length = inputs.shape[1]
 rustune.drop_in.uninstall()
 left = {
@@ -470,6 +455,7 @@ facts = {
     "steps": trainer_stats.global_step,
     "trained_text": trained_text,
     "streamed_text": tokenizer.decode(answer[0, prompt_length:]),
+    "stopped": (answer[0, prompt_length:].tolist(), stopped[0, prompt_length:].tolist()),
     "same_when_reloaded": answer.tolist() == reloaded.tolist(),
     "counts": [list(column) for column in (counted["n"], forked["n"], [row["n"] for row in streamed])],
     "lengths": [len(text) for text in dataset["text"]],
@@ -531,6 +517,8 @@ def test_a_notebook_runs_after_one_line(cells: list[str], trained_text: str, ord
     assert trained_text in facts["trained_text"] and len(facts["trained_text"].strip()) < len(trained_text) + 20
     assert facts["streamed_text"] and facts["streamed_text"] in text
     assert facts["same_when_reloaded"]
+    answer, stopped = facts["stopped"]
+    assert stopped == answer[: answer.index(answer[1]) + 1]
     assert ("GPU = " in text and "Max memory = " in text) or cells is PLAIN_PEFT
     assert facts["served"] == {
         "TextStreamer": "rustune.streamers",
