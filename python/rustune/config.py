@@ -330,7 +330,7 @@ class TrainingArguments:
     overwrite_output_dir: bool = False
     ignore_data_skip: bool = False
     fp16: bool = False
-    bf16: bool = False
+    bf16: bool | None = None
     fp16_full_eval: bool = False
     bf16_full_eval: bool = False
     tf32: bool | None = None
@@ -521,6 +521,10 @@ class TrainingArguments:
             self.metric_for_best_model = self.metric_for_best_model or "loss"
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             self.greater_is_better = resolved["best"]["greater"]
+        if self.bf16 is None:
+            # As Unsloth and trl set it: what the machine does best, unless something else is asked for.
+            prefers = self.preset == "sft" and not self.fp16
+            self.bf16 = prefers and bool(json.loads(_native.info())["prefers_bfloat16"])
         self.seed = resolved["seed"]
         self.output_dir = resolved["output_dir"]
 

@@ -29,6 +29,7 @@ from rustune import (
     SFTTrainer,
     TrainerCallback,
     TrainingArguments,
+    is_bfloat16_supported,
 )
 from rustune.chat_templates import train_on_responses_only
 
@@ -485,6 +486,13 @@ def test_what_trl_called_settings_of_the_trainer_goes_to_the_settings(folder: Pa
         trainer = SFTTrainer(load(folder), args, train_dataset=talk)
         assert trainer.train_dataset[0]["input_ids"] == [*b"abc"]
         trainer.tokenizer.save_pretrained(tmp_path / "other")
+
+
+def test_half_precision_is_what_the_machine_has_unless_said_otherwise() -> None:
+    best = is_bfloat16_supported()
+    assert (SFTConfig().fp16, SFTConfig().bf16) == (False, best)
+    assert (SFTConfig(fp16=True).bf16, SFTConfig(bf16=True).bf16, SFTConfig(bf16=False).bf16) == (False, True, False)
+    assert (TrainingArguments().fp16, TrainingArguments().bf16) == (False, False)
 
 
 def test_a_model_may_be_named(folder: Path) -> None:
