@@ -87,6 +87,7 @@ _ADAPTER_KINDS: Final = {
     "alpha_pattern": checks.NUMBER_TABLE,
 }
 _TABLES: Final = frozenset({"embed_tokens", "lm_head"})
+_MAX_VOCAB: Final = 2**22
 _MAX_RANK: Final = 2**16  # beyond every matrix there is; a slip of the keyboard must not eat the memory
 _ALL_LINEAR: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -168,8 +169,8 @@ class FastLanguageModel:
             _arguments(FastLanguageModel.from_pretrained),
         )
         checks.check(_LOADING_KINDS, locals())
-        if resize_model_vocab is not None and resize_model_vocab < 1:
-            raise ConfigError(f"resize_model_vocab = {resize_model_vocab}: expected at least 1")
+        if resize_model_vocab is not None and not 1 <= resize_model_vocab <= _MAX_VOCAB:
+            raise ConfigError(f"resize_model_vocab = {resize_model_vocab}: expected from 1 to {_MAX_VOCAB}")
         if max_seq_length is not None and (not isinstance(max_seq_length, (int, np.integer)) or max_seq_length < 1):
             raise ConfigError(f"max_seq_length = {max_seq_length!r}: expected at least 1")
         secret = token if isinstance(token, str) else None

@@ -43,14 +43,17 @@ impl Which {
     }
 }
 
+/// The most tokens a vocabulary may have; a slip of the keyboard must not eat the memory.
+pub const MAX_VOCAB: usize = 1 << 22;
+
 impl Model {
     /// Gives the model a vocabulary of `n` tokens: rows are cut off, or added as the mean of the old ones.
     ///
     /// # Errors
-    /// [`Error::Config`] if `n` is 0 or beyond what ids can number.
+    /// [`Error::Config`] if `n` is 0 or beyond every vocabulary there is.
     pub fn resize_vocab(&mut self, n: usize) -> Result<()> {
-        if n == 0 || i32::try_from(n).is_err() {
-            return Err(Error::config("new_num_tokens", n, "expected at least 1, and fewer than 2 to the 31st"));
+        if !(1..=MAX_VOCAB).contains(&n) {
+            return Err(Error::config("new_num_tokens", n, format!("expected from 1 to {MAX_VOCAB}")));
         }
         if n == self.config.vocab_size {
             return Ok(());
