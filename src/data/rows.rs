@@ -618,9 +618,10 @@ mod tests {
         assert_eq!(seen, ["<s>Hi<|im_end|>", "<s>Hi<|im_end|>", "<s>Hi<|im_end|>\n"]);
         assert_eq!(report, RowReport { rows: 5, kept: 3, empty: 2, ..RowReport::default() });
         let options = RowOptions { add_special_tokens: false, ..RowOptions::default() };
-        let (examples, _) = read(Some(&tokenizer), options, &rows).unwrap();
+        let (examples, report) = read(Some(&tokenizer), options, &rows).unwrap();
         let seen: Vec<String> = examples.iter().map(|example| texts(&tokenizer, example).0).collect();
-        assert_eq!(seen, ["Hi", "<s>Hi", "Hi<|im_end|>\n"]);
+        // A text of one token predicts nothing.
+        assert_eq!((seen, report.untrained), (vec!["<s>Hi".to_owned(), "Hi<|im_end|>\n".to_owned()], 1));
     }
 
     #[test]
