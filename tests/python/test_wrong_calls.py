@@ -125,7 +125,7 @@ WRONG: list[tuple[str, Call, type[Exception], str]] = [
     ("no model", lambda b: FastLanguageModel.get_peft_model("llama"), ConfigError, "model = str"),
     ("LoraConfig", lambda b: LoraConfig(rank=8), ConfigError, "rank: LoraConfig has no such argument"),
     # Calling and generating.
-    ("model(...)", lambda b: b.model([[1]], atention_mask=[[1]]), ConfigError, "did you mean attention_mask"),
+    ("model(...)", lambda b: b.model([[1]], attention_masks=[[1]]), ConfigError, "did you mean attention_mask"),
     ("ids beyond the vocabulary", lambda b: b.model([[999]]).logits, DataError, "999"),
     ("ids that are none", lambda b: b.model([["a"]]), DataError, "input_ids: expected whole numbers"),
     ("no ids", lambda b: b.model.generate(), DataError, "input_ids: not given"),
@@ -149,9 +149,9 @@ WRONG: list[tuple[str, Call, type[Exception], str]] = [
         "streamer: expected one sequence, got 2",
     ),
     ("criteria", lambda b: b.model.generate([[1]], stopping_criteria=3), ConfigError, "stopping_criteria = 3"),
-    ("GenerationConfig", lambda b: GenerationConfig(temprature=1), ConfigError, "did you mean temperature"),
+    ("GenerationConfig", lambda b: GenerationConfig(temperatur=1), ConfigError, "did you mean temperature"),
     # Tokenizers and templates.
-    ("tokenizer(...)", lambda b: b.tokenizer("a", max_lenght=3), ConfigError, "did you mean max_length"),
+    ("tokenizer(...)", lambda b: b.tokenizer("a", max_len=3), ConfigError, "did you mean max_length"),
     ("no text", lambda b: b.tokenizer(None), DataError, "tokenizer: expected a text"),
     (
         "half a surrogate pair",
@@ -200,7 +200,7 @@ WRONG: list[tuple[str, Call, type[Exception], str]] = [
     # The trainer, its data and its settings.
     ("unknown argument", lambda b: train(b, train_datset=TEXT), ConfigError, "did you mean train_dataset"),
     ("no model", lambda b: train(b, model=None), ConfigError, "model = NoneType"),
-    ("Trainer", lambda b: Trainer(b.model, trian_dataset=TEXT), ConfigError, "did you mean train_dataset"),
+    ("Trainer", lambda b: Trainer(b.model, train_datset=TEXT), ConfigError, "did you mean train_dataset"),
     ("unknown column", lambda b: train(b, train_dataset=[{"texts": "x"}]), DataError, 'did you mean "texts"'),
     ("not a dataset", lambda b: train(b, train_dataset=3), DataError, "dataset: expected a list of dicts"),
     ("no such file", lambda b: train(b, train_dataset="gone.jsonl"), FileNotFoundError, "gone.jsonl"),
@@ -262,7 +262,7 @@ WRONG: list[tuple[str, Call, type[Exception], str]] = [
     ],
     # Saving.
     ("nothing to save", lambda b: b.plain.save_pretrained("x"), ConfigError, "nothing to save"),
-    ("save_pretrained", lambda b: b.model.save_pretrained("x", save_directry=1), ConfigError, "did you mean save_dir"),
+    ("save_pretrained", lambda b: b.model.save_pretrained("x", save_dir=1), ConfigError, "did you mean save_directory"),
     *[
         (
             f"save_method = {method}",
