@@ -149,7 +149,7 @@ WRONG: list[tuple[str, Call, type[Exception], str]] = [
         "streamer: expected one sequence, got 2",
     ),
     ("criteria", lambda b: b.model.generate([[1]], stopping_criteria=3), ConfigError, "stopping_criteria = 3"),
-    ("GenerationConfig", lambda b: GenerationConfig(temperatur=1), ConfigError, "did you mean temperature"),
+    ("GenerationConfig", lambda b: GenerationConfig(temperatures=1), ConfigError, "did you mean temperature"),
     # Tokenizers and templates.
     ("tokenizer(...)", lambda b: b.tokenizer("a", max_len=3), ConfigError, "did you mean max_length"),
     ("no text", lambda b: b.tokenizer(None), DataError, "tokenizer: expected a text"),
