@@ -2,11 +2,11 @@
 
 mod adafactor;
 mod adagrad;
-pub mod adamw;
-pub mod adamw8bit;
+mod adamw;
 pub mod batches;
 pub mod checkpoint;
 pub mod clip;
+mod in_blocks;
 #[cfg(test)]
 mod life_tests;
 mod lion;

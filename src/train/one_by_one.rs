@@ -4,13 +4,16 @@ use rayon::prelude::*;
 
 use super::optimizer::{NamedState, Optimizer, ParamSlot, Stored, TensorSize, check_slots};
 use crate::error::Result;
+use crate::kernels::{self, Kernels};
 
 /// Elements of a task: large enough to be worth handing to another thread.
 const CHUNK: usize = 16_384;
 
 /// What a step of a rule is told about a tensor.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub(super) struct StepOf {
+    /// What runs on vectors.
+    pub(super) kernels: &'static Kernels,
     /// The step, counted from 1.
     pub(super) t: u64,
     /// The learning rate.
@@ -60,10 +63,11 @@ impl<R: Rule> OneByOne<R> {
 impl<R: Rule> Optimizer for OneByOne<R> {
     fn step(&mut self, params: &mut [ParamSlot<'_>], grad_scale: f32) -> Result<()> {
         check_slots(params, self.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor.len)))?;
+        let kernels = kernels::active()?;
         self.steps += 1;
         let (t, rule) = (self.steps, &self.rule);
         params.par_iter_mut().zip(&mut self.tensors).for_each(|(slot, tensor)| {
-            let step = StepOf { t, lr: slot.lr, grad_scale, decay: slot.decay };
+            let step = StepOf { kernels, t, lr: slot.lr, grad_scale, decay: slot.decay };
             // chunks[i]: the i-th piece of every part.
             let mut chunks: Vec<Vec<&mut [f32]>> = (0..tensor.len.div_ceil(CHUNK)).map(|_| Vec::new()).collect();
             for part in &mut tensor.parts {

@@ -5,14 +5,13 @@ use std::borrow::Cow;
 use super::adafactor::Adafactor;
 use super::adagrad::Adagrad;
 use super::adamw::AdamW;
-use super::adamw8bit::AdamW8bit;
-use super::lion::{Lion, Lion8bit};
+use super::in_blocks::InBlocks;
+use super::lion::Lion;
 use super::one_by_one::OneByOne;
 use super::rmsprop::RmsProp;
 use super::sgd::Sgd;
 pub use crate::config::{AdamHyper, OptimizerKind};
 use crate::error::{Error, Result};
-use crate::kernels::elementwise::AdamStep;
 
 /// One trainable tensor as a step sees it.
 #[derive(Debug)]
@@ -91,36 +90,20 @@ pub trait Optimizer: Send + Sync {
 pub fn build(kind: OptimizerKind, hyper: AdamHyper, sizes: &[TensorSize]) -> Box<dyn Optimizer> {
     let weight_decay = hyper.weight_decay;
     match kind {
-        OptimizerKind::AdamW => Box::new(AdamW::new(hyper, sizes)),
-        OptimizerKind::AdamW8bit => Box::new(AdamW8bit::new(hyper, sizes)),
+        OptimizerKind::AdamW => Box::new(OneByOne::new(AdamW { hyper }, sizes)),
+        OptimizerKind::AdamW8bit => Box::new(InBlocks::new(AdamW { hyper }, sizes)),
         OptimizerKind::Adafactor => Box::new(Adafactor::new(weight_decay, sizes)),
         OptimizerKind::Sgd { momentum, dampening, nesterov } => {
             Box::new(OneByOne::new(Sgd { momentum, dampening, nesterov, weight_decay }, sizes))
         }
         OptimizerKind::Lion => Box::new(OneByOne::new(Lion { hyper }, sizes)),
-        OptimizerKind::Lion8bit => Box::new(Lion8bit::new(hyper, sizes)),
+        OptimizerKind::Lion8bit => Box::new(InBlocks::new(Lion { hyper }, sizes)),
         OptimizerKind::RmsProp { alpha, eps, momentum, centered } => {
             Box::new(OneByOne::new(RmsProp { alpha, eps, momentum, centered, weight_decay }, sizes))
         }
         OptimizerKind::Adagrad { eps, lr_decay } => {
             Box::new(OneByOne::new(Adagrad { eps, lr_decay, weight_decay }, sizes))
         }
-    }
-}
-
-/// The scalars of step `t`, which counts from 1. Computed in f64 and rounded once, as PyTorch does with Python floats.
-pub(super) fn adam_step(hyper: &AdamHyper, t: u64, slot: &ParamSlot<'_>, grad_scale: f32) -> AdamStep {
-    let t = t as f64;
-    AdamStep {
-        beta1: hyper.beta1 as f32,
-        one_minus_beta1: (1.0 - hyper.beta1) as f32,
-        beta2: hyper.beta2 as f32,
-        one_minus_beta2: (1.0 - hyper.beta2) as f32,
-        eps: hyper.eps as f32,
-        correction2_sqrt: (1.0 - hyper.beta2.powf(t)).sqrt() as f32,
-        step_size: (-slot.lr / (1.0 - hyper.beta1.powf(t))) as f32,
-        keep: if slot.decay { (1.0 - slot.lr * hyper.weight_decay) as f32 } else { 1.0 },
-        grad_scale,
     }
 }
 

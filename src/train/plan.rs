@@ -3,7 +3,7 @@
 //! The sums follow the schedule of `train/step.rs` and `model/llama.rs` buffer by buffer; a test holds them against the
 //! most that the pool had in use.
 
-use super::adamw8bit::{BLOCK, MIN_8BIT_SIZE};
+use super::in_blocks::{BLOCK, MIN_8BIT_SIZE};
 use super::step::{Recompute, first_trained};
 use crate::config::{Lora, OptimizerKind};
 use crate::error::{Error, Result};
