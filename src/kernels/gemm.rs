@@ -178,7 +178,32 @@ pub(super) fn transpose<S: Simd>(s: S, rows: Rows<'_>, out: &mut [f32], width: u
             // A whole vector may be stored where it stays within the row, or runs into the next one, which is written later.
             let spill = first + r0 + S::LANES <= width || first + r0 == 0;
             let block = Rows { data: src, stride, count: block_rows, depth: block_depth };
-            s.transpose(block, &mut out[p0 * width + first + r0..], width, spill);
+            transpose_block(s, block, &mut out[p0 * width + first + r0..], width, spill);
+        }
+    }
+}
+
+/// [`transpose`] of at most `LANES x LANES` words: `out[p · width + r] = rows[r][p]`; with `spill`, the words behind a row
+/// may become zero, up to `LANES` in all and as far as `out` reaches.
+#[inline(always)]
+fn transpose_block<S: Simd>(s: S, rows: Rows<'_>, out: &mut [f32], width: usize, spill: bool) {
+    let Rows { data, stride, count, depth } = rows;
+    assert!(count <= S::LANES && depth <= S::LANES, "transpose: a block of {count} x {depth}");
+    let mut square = s.square(s.splat(0.0));
+    for (i, vector) in square.as_mut().iter_mut().enumerate() {
+        if i < count {
+            let row = &data[i * stride..];
+            *vector = if depth == S::LANES { s.load(row) } else { s.load_tail(&row[..depth]) };
+        }
+    }
+    for (p, column) in s.transpose(square).as_ref().iter().enumerate() {
+        if p < depth {
+            let out = &mut out[p * width..];
+            if count == S::LANES || (spill && out.len() >= S::LANES) {
+                s.store(*column, out);
+            } else {
+                s.store_tail(*column, &mut out[..count]);
+            }
         }
     }
 }

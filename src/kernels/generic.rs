@@ -4,8 +4,6 @@
 //! its instructions may run and everything here is safe code. All is `inline(always)`: the `target_feature` sits on the
 //! outermost function, in the file of the instruction set. Tails use masked loads and stores, never a scalar loop.
 
-use super::gemm::Rows;
-
 /// One instruction set's vector of f32.
 pub(super) trait Simd: Copy {
     /// `LANES` floats in a register.
@@ -45,9 +43,12 @@ pub(super) trait Simd: Copy {
     fn nf4_lookup(self, packed: &[u8], code: &[f32; 16]) -> Self::V;
     /// The first `LANES` bf16 of `x`, widened.
     fn load_bf16(self, x: &[u16]) -> Self::V;
-    /// Transposes one block of at most `LANES x LANES` words: `out[p · width + r] = rows[r][p]`; with `spill`, the words
-    /// behind a row may become zero, up to `LANES` in all and as far as `out` reaches.
-    fn transpose(self, rows: Rows<'_>, out: &mut [f32], width: usize, spill: bool);
+    /// `LANES` vectors.
+    type Square: Copy + AsRef<[Self::V]> + AsMut<[Self::V]>;
+    /// A square of `v`s.
+    fn square(self, v: Self::V) -> Self::Square;
+    /// Lane `p` of vector `r` goes to lane `r` of vector `p`.
+    fn transpose(self, rows: Self::Square) -> Self::Square;
     /// `LANES` u32 in a register.
     type U: Copy;
     fn splat_u32(self, x: u32) -> Self::U;

@@ -4,7 +4,6 @@
 mod encode;
 mod packed;
 
-use crate::kernels::gemm::Rows as Matrix;
 use crate::kernels::generic::Simd;
 use std::arch::x86_64::*;
 
@@ -206,17 +205,13 @@ impl Simd for Avx2 {
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
         })
     }
+    type Square = [__m256; 8];
     #[inline(always)]
-    fn transpose(self, rows: Matrix<'_>, out: &mut [f32], width: usize, spill: bool) {
-        let Matrix { data: src, stride, count: rows, depth } = rows;
-        assert!(rows <= 8 && depth <= 8);
-        let mut r = [self.splat(0.0); 8];
-        for (i, r) in r.iter_mut().enumerate() {
-            if i < rows {
-                let row = &src[i * stride..];
-                *r = if depth == 8 { self.load(row) } else { self.load_tail(&row[..depth]) };
-            }
-        }
+    fn square(self, v: __m256) -> [__m256; 8] {
+        [v; 8]
+    }
+    #[inline(always)]
+    fn transpose(self, r: [__m256; 8]) -> [__m256; 8] {
         let mut columns = r;
         intrinsic!({
             // Pairs of rows, then fours: u[4 g + c] holds rows 4 g .. 4 g + 4 of column 4 l + c in its half l.
@@ -238,15 +233,6 @@ impl Simd for Avx2 {
                 columns[4 + c] = _mm256_permute2f128_ps::<0x31>(u[c], u[4 + c]);
             }
         });
-        for (p, column) in columns.iter().enumerate() {
-            if p < depth {
-                let out = &mut out[p * width..];
-                if rows == 8 || (spill && out.len() >= 8) {
-                    self.store(*column, out);
-                } else {
-                    self.store_tail(*column, &mut out[..rows]);
-                }
-            }
-        }
+        columns
     }
 }

@@ -4,7 +4,6 @@
 mod encode;
 mod packed;
 
-use crate::kernels::gemm::Rows as Matrix;
 use crate::kernels::generic::Simd;
 pub(super) use packed::nf4_bf16;
 use std::arch::x86_64::*;
@@ -202,17 +201,13 @@ impl Simd for Avx512 {
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
         })
     }
+    type Square = [__m512; 16];
     #[inline(always)]
-    fn transpose(self, rows: Matrix<'_>, out: &mut [f32], width: usize, spill: bool) {
-        let Matrix { data: src, stride, count: rows, depth } = rows;
-        assert!(rows <= 16 && depth <= 16);
-        let mut r = [self.splat(0.0); 16];
-        for (i, r) in r.iter_mut().enumerate() {
-            if i < rows {
-                let row = &src[i * stride..];
-                *r = if depth == 16 { self.load(row) } else { self.load_tail(&row[..depth]) };
-            }
-        }
+    fn square(self, v: __m512) -> [__m512; 16] {
+        [v; 16]
+    }
+    #[inline(always)]
+    fn transpose(self, r: [__m512; 16]) -> [__m512; 16] {
         let mut columns = r;
         intrinsic!({
             // Pairs of rows, then fours: u[4 g + c] holds rows 4 g .. 4 g + 4 of column 4 l + c in its lane l of 128 bits.
@@ -243,15 +238,6 @@ impl Simd for Avx512 {
                 columns[12 + c] = _mm512_shuffle_f32x4::<0xDD>(odd_low, odd_high);
             }
         });
-        for (p, column) in columns.iter().enumerate() {
-            if p < depth {
-                let out = &mut out[p * width..];
-                if rows == 16 || (spill && out.len() >= 16) {
-                    self.store(*column, out);
-                } else {
-                    self.store_tail(*column, &mut out[..rows]);
-                }
-            }
-        }
+        columns
     }
 }
