@@ -12,6 +12,7 @@ use crate::kernels::attention::{Block, KEYS, Softmax};
 use crate::kernels::gemm::{PanelA, TileC};
 use crate::kernels::lines::Lines;
 use crate::kernels::tiles::TileMut;
+use std::ops::Range;
 
 /// Queries of a tile: whole tiles of every instruction set's rows.
 pub(super) const QUERIES: usize = 96;
@@ -135,6 +136,35 @@ fn scores(form: &Form, t: &Block<'_>, a: &[f32], b: &[f32], out: &mut [f32]) {
     }
 }
 
+/// A product whose right operand, rows, stands in panels along the sum.
+struct Product<'a> {
+    ctx: &'a Ctx,
+    form: &'a Form,
+    /// The left operand.
+    x: Operand<'a>,
+    /// `[panel of nr columns][whole][nr]`.
+    rows: &'a [f32],
+    /// Words of the whole sum.
+    whole: usize,
+    /// Columns of the rows.
+    dim: usize,
+}
+
+impl Product<'_> {
+    /// `c[i, :] += Σ_k x[i, k] · rows[k, :]` for one panel of rows i, over the k of `sum`, which begins at a whole word.
+    fn add(&self, i: Range<usize>, sum: Range<usize>, c: &mut TileMut<'_>, (panel, words): (&mut Lines, &mut Lines)) {
+        let Self { ctx, form, x, rows, whole, dim } = *self;
+        let (tile, depth) = (form.tile, form.depth(sum.len()));
+        let (first, from) = (i.start, sum.start / form.k_per_word() * tile.nr);
+        let a = sized(panel, tile.mr * depth);
+        pack_panel(ctx, form, x, i, sum, tile.panel_a, a, words);
+        for (j, rows) in (0..dim).step_by(tile.nr).zip(rows.chunks_exact(whole * tile.nr)) {
+            let strip = TileC { c: &mut *c, i: first, j, alpha: 1.0, add: true };
+            (tile.run)(a, &rows[from..][..depth * tile.nr], strip);
+        }
+    }
+}
+
 /// `c[i, :] += Σ_j x[i, j] · rows[j, :]`;  x: `[n, KEYS]`, c: `[n, width]`.
 fn row_product(
     ctx: &Ctx,
@@ -145,19 +175,13 @@ fn row_product(
     c: &mut [f32],
     (panel, words): (&mut Lines, &mut Lines),
 ) {
-    let (mr, nr, whole) = (form.tile.mr, form.tile.nr, form.depth(t.keys));
+    let product = Product { ctx, form, x: Operand::rows(x, KEYS), rows, whole: form.depth(t.keys), dim: t.dim };
     let mut c = TileMut::whole(c, t.width(), t.n, t.dim);
-    for i in (0..t.n).step_by(mr) {
-        let end = t.n.min(i + mr);
+    for i in (0..t.n).step_by(form.tile.mr) {
+        let end = t.n.min(i + form.tile.mr);
         let seen = t.seen(end - 1);
-        if seen == 0 {
-            continue;
-        }
-        let depth = form.depth(seen);
-        let a = sized(panel, mr * depth);
-        pack_panel(ctx, form, Operand::rows(x, KEYS), i..end, 0..seen, form.tile.panel_a, a, words);
-        for (j, rows) in (0..t.dim).step_by(nr).zip(rows.chunks_exact(whole * nr)) {
-            (form.tile.run)(a, &rows[..depth * nr], TileC { c: &mut c, i, j, alpha: 1.0, add: true });
+        if seen > 0 {
+            product.add(i..end, 0..seen, &mut c, (panel, words));
         }
     }
 }
@@ -172,20 +196,13 @@ fn column_product(
     c: &mut [f32],
     (panel, words): (&mut Lines, &mut Lines),
 ) {
-    let (mr, nr, whole) = (form.tile.mr, form.tile.nr, form.depth(t.n));
     // The sum begins at the first query that sees a key, at whole words and, where the layout has them, whole lines.
-    let unit = if form.tile.panel_a == PanelA::Rows { UNIT } else { 2 };
+    let unit = if form.tile.panel_a == PanelA::Rows { UNIT } else { form.k_per_word() };
+    let product = Product { ctx, form, x: Operand::transposed(x, KEYS), rows, whole: form.depth(t.n), dim: t.dim };
     let keys = t.seen(t.n - 1);
     let mut c = TileMut::whole(c, t.width(), keys, t.dim);
-    for j in (0..keys).step_by(mr) {
+    for j in (0..keys).step_by(form.tile.mr) {
         let first = t.first_query(j) / unit * unit;
-        let depth = form.depth(t.n - first);
-        let a = sized(panel, mr * depth);
-        let columns = j..keys.min(j + mr);
-        pack_panel(ctx, form, Operand::transposed(x, KEYS), columns, first..t.n, form.tile.panel_a, a, words);
-        for (d, rows) in (0..t.dim).step_by(nr).zip(rows.chunks_exact(whole * nr)) {
-            let rows = &rows[first / 2 * nr..][..depth * nr];
-            (form.tile.run)(a, rows, TileC { c: &mut c, i: j, j: d, alpha: 1.0, add: true });
-        }
+        product.add(j..keys.min(j + form.tile.mr), first..t.n, &mut c, (panel, words));
     }
 }

@@ -35,7 +35,7 @@ impl Form {
     }
 
     /// Elements of k in a word.
-    fn k_per_word(&self) -> usize {
+    pub(super) fn k_per_word(&self) -> usize {
         if self.pairs.is_some() { 2 } else { 1 }
     }
 
