@@ -71,13 +71,13 @@ class AutoModelForCausalLM:
         torch_dtype: Any = None,
         **options: Any,
     ) -> Model:
-        """Loads a model as its files have it, or in 4 bits if a `BitsAndBytesConfig` asks for them.
+        """Loads a model as its files have it, or in 4 or 8 bits if a `BitsAndBytesConfig` asks for them.
 
         Args:
             pretrained_model_name_or_path: A folder, a hub name, or the folder of an adapter.
             quantization_config: A `BitsAndBytesConfig`, ours or transformers'.
             load_in_4bit: Hold the linear layers in 4 bits.
-            load_in_8bit: Not there yet.
+            load_in_8bit: Hold them in 8 bits.
             dtype: As of `FastLanguageModel.from_pretrained`.
             torch_dtype: The older name of `dtype`.
             **options: As of `FastLanguageModel.from_pretrained`.
@@ -107,11 +107,12 @@ class BitsAndBytesConfig:
 
     Args:
         load_in_4bit: Hold the linear layers in 4 bits.
-        load_in_8bit: Not there yet.
+        load_in_8bit: Hold them in 8 bits, as of `FastLanguageModel.from_pretrained`.
         bnb_4bit_quant_type: `nf4`, the default here; `fp4` is not there.
         bnb_4bit_use_double_quant: Whether the scales are quantized too.
         bnb_4bit_compute_dtype: As `dtype` of the loaders.
-        **others: `llm_int8_...` and `bnb_4bit_quant_storage`, which mean nothing here.
+        **others: `llm_int8_...` and `bnb_4bit_quant_storage`, which mean nothing here: no columns are set apart as
+            outliers, and the head is never quantized.
 
     Raises:
         ConfigError: For an argument that does not exist.

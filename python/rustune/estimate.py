@@ -142,7 +142,7 @@ def memory(
     tokens: int,
     rank: int = 16,
     modules_to_save: Iterable[str] = (),
-    four_bits: bool = True,
+    bits: int = 4,
     optim: str = "adamw_8bit",
     checkpointing: str = "unsloth",
 ) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def memory(
         tokens: Tokens of the largest micro-batch: its rows times their length.
         rank: The adapter's rank, on all linear layers.
         modules_to_save: What is trained whole beside it, as of `get_peft_model`.
-        four_bits: Whether the linear layers are held in 4 bits.
+        bits: In how many bits the linear layers are held: 4, 8 or 16.
         optim: The optimizer, as transformers spells it.
         checkpointing: `true` runs every layer again, `false` keeps all, `unsloth` keeps what there is memory for.
 
@@ -167,7 +167,7 @@ def memory(
     """
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        quantization = {"load_in_4bit": True} if four_bits else {"load_in_16bit": True}
+        quantization = {f"load_in_{bits}bit": True}
         made: dict[str, Any] = json.loads(
             _native.estimate_memory(
                 folder,
@@ -203,7 +203,7 @@ def flops(shape: Shape, *, tokens: int, length: int, again: float, head_trained:
     return tokens * (linear + attention + head)
 
 
-def measure(shape: Shape, *, tokens: int = _TRIAL_TOKENS, rank: int = 16, four_bits: bool = True) -> float:
+def measure(shape: Shape, *, tokens: int = _TRIAL_TOKENS, rank: int = 16, bits: int = 4) -> float:
     """Trains one layer of a model's shape, with made-up weights, and times it.
 
     A layer of more than 64 million weights is made smaller. It takes a few seconds, and some 130 MB of temporary files.
@@ -212,7 +212,7 @@ def measure(shape: Shape, *, tokens: int = _TRIAL_TOKENS, rank: int = 16, four_b
         shape: The model's sizes.
         tokens: Tokens of the trial, 512 at most.
         rank: The adapter's rank.
-        four_bits: Whether the linear layers are held in 4 bits.
+        bits: In how many bits the linear layers are held: 4, 8 or 16.
 
     Returns:
         Floating point operations a second, as `flops` counts them.
@@ -232,7 +232,7 @@ def measure(shape: Shape, *, tokens: int = _TRIAL_TOKENS, rank: int = 16, four_b
 
     with tempfile.TemporaryDirectory() as folder:
         _write_trial(Path(folder), trial)
-        loaded = _load_quietly(FastLanguageModel, Path(folder), length, four_bits)
+        loaded = _load_quietly(FastLanguageModel, Path(folder), length, bits)
         model = FastLanguageModel.get_peft_model(loaded, r=rank)
         rows = [{"input_ids": [(3 * i) % trial.vocab for i in range(length)]}]
         args = SFTConfig(
@@ -344,14 +344,14 @@ def _write_trial(folder: Path, shape: Shape) -> None:
             file.write(values.astype("<u2").tobytes())
 
 
-def _load_quietly(loader: Any, folder: Path, length: int, four: bool) -> Any:
+def _load_quietly(loader: Any, folder: Path, length: int, bits: int) -> Any:
     """Loads the trial model, which has no tokenizer: that needs no warning."""
     import warnings
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, _ = loader.from_pretrained(
-            folder, length, load_in_4bit=four, load_in_16bit=not four, use_gradient_checkpointing=False
+            folder, length, **{f"load_in_{bits}bit": True}, use_gradient_checkpointing=False
         )
     return model
 

@@ -39,7 +39,6 @@ _MODULES: Final = {
 _LOOK: Final = (
     (r"save_pretrained_gguf|push_to_hub_gguf", "GGUF files"),
     (r"merged_16bit|merged_4bit|push_to_hub_merged|merge_and_unload", "merging the adapter into the model"),
-    (r"load_in_8bit\s*=\s*True", "load_in_8bit=True"),
     (r"fast_inference\s*=\s*True|\bvllm\b", "fast_inference, vLLM"),
     (r"\b(GRPO|DPO|ORPO|KTO|PPO|Reward)(Trainer|Config)\b", "training by preference or reward"),
     (r"\bFast(Vision|Text|Sentence)\w*Model\b|\bFastVisionModel\b", "models that see, hear or embed"),

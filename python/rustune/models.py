@@ -125,8 +125,9 @@ class FastLanguageModel:
             model_name: A folder, a hub name, or the folder of an adapter, whose base is then found and loaded.
             max_seq_length: Longest row in training; 2048 if not given.
             dtype: `float32`, `bfloat16`, or None for what this machine does best, which float16 means too.
-            load_in_4bit: Hold the linear layers in 4 bits; True unless 16 bits or full fine-tuning is asked for.
-            load_in_8bit: Not there yet.
+            load_in_4bit: Hold the linear layers in 4 bits; True unless 8 or 16 bits or full fine-tuning is asked for.
+            load_in_8bit: Hold the linear layers in 8 bits, a scale a row, as LLM.int8() stores them. Products see the
+                dequantized weights: inputs are not rounded to 8 bits and no columns are set apart, which is more exact.
             load_in_16bit: Keep the weights as the files have them.
             full_finetuning: Train every weight.
             token: For the hub; better kept in HF_TOKEN.

@@ -2,16 +2,15 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::refuse_if;
 use crate::error::{Error, Result};
 
 /// Arguments of `from_pretrained` and of `BitsAndBytesConfig`, as written.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct QuantizationOptions {
-    /// Quantize linear layers to 4 bits on load; default true.
+    /// Quantize linear layers to 4 bits on load; default true, unless another storage is asked for.
     pub load_in_4bit: Option<bool>,
-    /// Not there yet.
+    /// Quantize linear layers to 8 bits on load.
     pub load_in_8bit: Option<bool>,
     /// Keep weights in 16 bits; the opposite of `load_in_4bit`.
     pub load_in_16bit: Option<bool>,
@@ -31,6 +30,8 @@ pub struct QuantizationOptions {
 pub enum Quantization {
     /// As the checkpoint has them.
     None,
+    /// In 8 bits, a scale a row.
+    Int8,
     /// In 4 bits.
     Nf4 {
         /// Weights that share a scale.
@@ -46,17 +47,19 @@ impl QuantizationOptions {
     /// # Errors
     /// [`Error::Config`] naming a setting that contradicts another, is out of range, or is not there yet.
     pub fn resolve(&self) -> Result<Quantization> {
-        refuse_if(
-            self.load_in_8bit == Some(true),
-            "load_in_8bit",
-            true,
-            "use load_in_4bit=True or load_in_16bit=True",
-        )?;
         let full = self.full_finetuning == Some(true);
+        let (four, eight) = (self.load_in_4bit == Some(true), self.load_in_8bit == Some(true));
         let wide = self.load_in_16bit == Some(true) || full;
-        if wide && self.load_in_4bit == Some(true) {
+        if wide && (four || eight) {
+            let field = if four { "load_in_4bit" } else { "load_in_8bit" };
             let why = if full { "full_finetuning=True trains unquantized weights" } else { "load_in_16bit=True" };
-            return Err(Error::config("load_in_4bit", true, format!("contradicts {why}: choose one")));
+            return Err(Error::config(field, true, format!("contradicts {why}: choose one")));
+        }
+        if four && eight {
+            return Err(Error::config("load_in_8bit", true, "contradicts load_in_4bit=True: choose one"));
+        }
+        if eight {
+            return Ok(Quantization::Int8);
         }
         if wide || self.load_in_4bit == Some(false) {
             return Ok(Quantization::None);
@@ -93,12 +96,25 @@ mod tests {
     }
 
     #[test]
+    fn eight_bits_where_asked_for() {
+        for load_in_4bit in [None, Some(false)] {
+            let options = QuantizationOptions { load_in_8bit: Some(true), load_in_4bit, ..Default::default() };
+            assert_eq!(options.resolve().unwrap(), Quantization::Int8);
+        }
+    }
+
+    #[test]
     fn contradictions_and_unknowns_are_named() {
         let message = |options: QuantizationOptions| options.resolve().unwrap_err().to_string();
         let both = QuantizationOptions { load_in_4bit: Some(true), full_finetuning: Some(true), ..Default::default() };
         assert!(message(both).contains("full_finetuning"));
         let eight = QuantizationOptions { load_in_8bit: Some(true), ..Default::default() };
-        assert!(message(eight).contains("load_in_8bit = true: not there yet"));
+        let with_four = QuantizationOptions { load_in_4bit: Some(true), ..eight.clone() };
+        assert!(message(with_four).contains("load_in_8bit = true: contradicts load_in_4bit"));
+        let with_full = QuantizationOptions { full_finetuning: Some(true), ..eight.clone() };
+        assert!(message(with_full).contains("load_in_8bit = true: contradicts full_finetuning"));
+        let with_16 = QuantizationOptions { load_in_16bit: Some(true), ..eight };
+        assert!(message(with_16).contains("load_in_8bit = true: contradicts load_in_16bit"));
         let fp4 = QuantizationOptions { bnb_4bit_quant_type: Some("fp4".into()), ..Default::default() };
         assert!(message(fp4).contains("nf4"));
         let odd = QuantizationOptions { block_size: Some(65), ..Default::default() };

@@ -69,6 +69,8 @@ pub struct PairKernels {
     /// Whole blocks of NF4 to bf16: `out[i] = bf16(code[index i] · scales[i / block])`;
     /// packed: `[ceil(n / 2)]`, first element in the high nibble, block: even.
     pub nf4: Nf4Halves,
+    /// [`super::Kernels::int8_row`] rounded to bf16, ties to even.
+    pub int8: fn(codes: &[i8], absmax: f32, out: &mut [u16]),
 }
 
 /// A matrix of words on its way into a panel.

@@ -11,6 +11,7 @@ pub mod gemv;
 mod generic;
 #[cfg(all(test, unix))]
 mod guard;
+pub mod int8;
 pub mod lines;
 #[cfg(test)]
 mod parity;
@@ -50,6 +51,8 @@ pub struct Kernels {
     /// Whole blocks of NF4: `out[i] = code[index i] · scales[i / block]`, rounded to bf16 if `round`;
     /// packed: `[ceil(n / 2)]`, first element in the high nibble.
     pub nf4_blocks: gemm::Nf4Blocks,
+    /// `out[i] = (codes[i] · absmax) · 1/127`.
+    pub int8_row: fn(codes: &[i8], absmax: f32, out: &mut [f32]),
     /// bf16 to f32, exactly.
     pub widen: fn(x: &[u16], out: &mut [f32]),
     /// `Σ x[i] · y[i]`.

@@ -327,6 +327,23 @@ fn rounding_and_nf4_are_exact() {
     });
 }
 
+#[test]
+fn rows_of_8_bits_are_exact() {
+    each(|table, reference, n, what| {
+        let codes: Vec<i8> = (0..n).map(|i| (i * 53 % 255) as i8).collect();
+        let (mut got, mut want) = (vec![7.0; n], vec![0.0; n]);
+        (table.int8_row)(&codes, 0.0123, &mut got);
+        (reference.int8_row)(&codes, 0.0123, &mut want);
+        assert_eq!(got, want, "{what}");
+        if let (Some(pairs), Some(twin)) = (&table.pairs, &reference.pairs) {
+            let (mut got, mut want) = (vec![7; n], vec![0; n]);
+            (pairs.int8)(&codes, 0.0123, &mut got);
+            (twin.int8)(&codes, 0.0123, &mut want);
+            assert_eq!(got, want, "halves {what}");
+        }
+    });
+}
+
 /// What one table makes of two blocks of keys: accumulators, sums, maxima and the gradients of the second block.
 fn attention_run(table: &Kernels, dim: usize, n: usize, (first, second): (usize, usize), bf16: bool) -> [Vec<f32>; 6] {
     let (panel, width, keys) = (table.attention.panel, dim.next_multiple_of(PAD), first + second);

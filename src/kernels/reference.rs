@@ -7,6 +7,7 @@ use super::attention::{Attention, Block, DIMS, Few, Gradients, KEYS, PAD, QUERIE
 use super::elementwise::{adamw_row_scalar, dropout_row_scalar};
 use super::gemm::{GemmTile, PairKernels, PanelA, reference as twin};
 use super::gemv::{BLOCK, Nf4Rows, check_x};
+use super::int8::reference::{int8_halves, int8_row};
 use super::quantize::{INFINITY_BITS, MIN_ABSMAX};
 
 const TILE: GemmTile = GemmTile { mr: twin::MR, nr: twin::NR, panel_a: PanelA::Columns, run: twin::tile_f32 };
@@ -23,10 +24,12 @@ pub(super) fn table() -> Kernels {
             join_rows: twin::join_rows,
             join_halves: twin::join_halves,
             nf4: twin::nf4_halves,
+            int8: int8_halves,
         }),
         transpose: twin::transpose,
         copy_rows: twin::copy_rows,
         nf4_blocks: twin::nf4_blocks,
+        int8_row,
         widen: twin::widen,
         dot,
         axpy,

@@ -9,7 +9,7 @@ use crate::ops::linear::{Bias, Linear, Matrix};
 use crate::ops::rms_norm::{Gain, RmsNorm};
 use crate::ops::rope::Rope;
 use crate::ops::{ParamStore, Precision, Weight};
-use crate::quant::{BnbAbsmax, BnbParts, FloatKind, Nf4Tensor};
+use crate::quant::{BnbAbsmax, BnbParts, FloatKind, Nf4Tensor, RowwiseInt8};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::collections::BTreeSet;
@@ -17,11 +17,16 @@ use std::path::Path;
 
 /// How the linear layers of a 16- or 32-bit checkpoint are quantized while they are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Quantize {
-    /// Weights that share a scale.
-    pub block_size: usize,
-    /// Whether the scales are quantized too.
-    pub double_quant: bool,
+pub enum Quantize {
+    /// To NF4.
+    Nf4 {
+        /// Weights that share a scale.
+        block_size: usize,
+        /// Whether the scales are quantized too.
+        double_quant: bool,
+    },
+    /// To 8 bits, a scale a row.
+    Int8,
 }
 
 /// How a checkpoint becomes a model.
@@ -72,6 +77,17 @@ pub fn load(folder: &Path, config: &ModelConfig, options: &LoadOptions, params: 
     Ok(Llama { hidden_size: h, vocab_size: c.vocab_size, embed, layers, norm, head, rope })
 }
 
+const IS_QUANTIZED: &str = "is quantized: full fine-tuning needs a 16- or 32-bit checkpoint";
+/// What bitsandbytes calls the absmax of a matrix's rows.
+const SCB: &str = "SCB";
+/// How the codes are laid out, one byte.
+const WEIGHT_FORMAT: &str = "weight_format";
+
+/// The name of a tensor beside the int8 matrix `name`, `P.weight`: `P.suffix`.
+fn bnb_int8_key(name: &str, suffix: &str) -> String {
+    format!("{}{suffix}", name.strip_suffix("weight").unwrap_or(name))
+}
+
 struct Loader<'a> {
     folder: &'a Path,
     files: &'a ModelFiles,
@@ -119,9 +135,15 @@ impl Loader<'_> {
     fn matrix(&mut self, name: &str, rows: usize, cols: usize, quantize: Option<Quantize>) -> Result<Matrix> {
         if self.files.contains(&format!("{name}{}", BnbParts::QUANT_STATE)) {
             if self.options.full_finetuning {
-                return Err(self.error(name, "is quantized: full fine-tuning needs a 16- or 32-bit checkpoint"));
+                return Err(self.error(name, IS_QUANTIZED));
             }
             return self.bnb(name, rows, cols).map(Matrix::Frozen);
+        }
+        if self.files.contains(&bnb_int8_key(name, SCB)) {
+            if self.options.full_finetuning {
+                return Err(self.error(name, IS_QUANTIZED));
+            }
+            return self.bnb_int8(name, rows, cols).map(Matrix::Frozen);
         }
         if self.options.full_finetuning {
             let values = self.dense(name, &[rows, cols])?;
@@ -129,23 +151,32 @@ impl Loader<'_> {
         }
         let dtype = self.check(name, &[rows, cols])?;
         let bf16_run = self.options.precision == Precision::Bf16;
-        if let Some(Quantize { block_size, double_quant }) = quantize {
-            let kind = if bf16_run { FloatKind::Bf16 } else { FloatKind::F32 };
-            let kernels = crate::kernels::active()?;
-            let read = |start: usize, out: &mut [f32]| {
-                self.files.read_f32_slice(name, start, out)?;
-                if bf16_run && dtype != Dtype::BF16 {
-                    (kernels.round_bf16)(out);
+        if let Some(quantize) = quantize {
+            let weight = match quantize {
+                Quantize::Nf4 { block_size, double_quant } => {
+                    let kind = if bf16_run { FloatKind::Bf16 } else { FloatKind::F32 };
+                    let kernels = crate::kernels::active()?;
+                    let read = |start: usize, out: &mut [f32]| {
+                        self.files.read_f32_slice(name, start, out)?;
+                        if bf16_run && dtype != Dtype::BF16 {
+                            (kernels.round_bf16)(out);
+                        }
+                        Ok(())
+                    };
+                    Nf4Tensor::quantize_from(&[rows, cols], kind, block_size, double_quant, read).and_then(Weight::nf4)
                 }
-                Ok(())
+                // Stands for no dtype: the codes are the same whatever the products are rounded to.
+                Quantize::Int8 => {
+                    let read = |start: usize, out: &mut [f32]| self.files.read_f32_slice(name, start, out);
+                    RowwiseInt8::quantize_from(rows, cols, read).map(Weight::int8)
+                }
             };
-            let tensor = Nf4Tensor::quantize_from(&[rows, cols], kind, block_size, double_quant, read);
-            let tensor = tensor.map_err(|error| match error {
-                // Found by the block's scale; reading it again finds the element as it stands in the file.
+            let weight = weight.map_err(|error| match error {
+                // Found by its scale; reading it again finds the element as it stands in the file.
                 Error::Data { .. } => self.dense(name, &[rows, cols]).err().unwrap_or(error),
                 other => other,
             });
-            return Ok(Matrix::Frozen(Weight::nf4(tensor?)?));
+            return weight.map(Matrix::Frozen);
         }
         if dtype == Dtype::BF16 {
             return Ok(Matrix::Frozen(Weight::bf16(self.dense_bf16(name)?, rows, cols)?));
@@ -182,6 +213,16 @@ impl Loader<'_> {
 
     /// Marks a tensor as used and checks that it is there, has the shape, and is of a float type.
     fn check(&mut self, name: &str, shape: &[usize]) -> Result<Dtype> {
+        let dtype = self.check_shape(name, shape)?;
+        if !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+            let problem = format!("has dtype {dtype:?}; expected F32, F16, BF16 or bitsandbytes NF4 or int8");
+            return Err(self.error(name, problem));
+        }
+        Ok(dtype)
+    }
+
+    /// Marks a tensor as used and checks that it is there and has the shape.
+    fn check_shape(&mut self, name: &str, shape: &[usize]) -> Result<Dtype> {
         if !self.files.contains(name) {
             return Err(self.error(name, "is missing; does config.json belong to these files?"));
         }
@@ -190,14 +231,35 @@ impl Loader<'_> {
         if info.shape != shape {
             return Err(self.error(name, format!("has shape {:?}, but config.json says {shape:?}", info.shape)));
         }
-        if !matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
-            let problem = format!("has dtype {:?}; expected F32, F16, BF16 or bitsandbytes NF4", info.dtype);
-            return Err(self.error(name, problem));
-        }
         Ok(info.dtype)
     }
 
-    /// A tensor that bitsandbytes has quantized.
+    /// A matrix that bitsandbytes has quantized to 8 bits: codes in I8, the absmax of each row beside them.
+    fn bnb_int8(&mut self, name: &str, rows: usize, cols: usize) -> Result<Weight> {
+        let (scales, format) = (bnb_int8_key(name, SCB), bnb_int8_key(name, WEIGHT_FORMAT));
+        let dtype = self.files.info(name)?.dtype;
+        if dtype != Dtype::I8 {
+            return Err(self.error(name, format!("has dtype {dtype:?} beside {scales}; expected I8")));
+        }
+        self.check_shape(name, &[rows, cols])?;
+        let absmax = self.dense(&scales, &[rows])?;
+        if self.files.contains(&format) {
+            let mut bytes = Vec::new();
+            self.files.read_bytes(&format, &mut bytes)?;
+            // 0: row by row. Older layouts, made for certain GPUs, are no longer written.
+            if bytes.iter().any(|&byte| byte != 0) {
+                return Err(self.error(&format, "is not 0: save the model anew with a bitsandbytes of 0.45 or later"));
+            }
+            self.used.insert(format);
+        }
+        let mut bytes = Vec::new();
+        self.files.read_bytes(name, &mut bytes)?;
+        let codes = bytes.into_iter().map(u8::cast_signed).collect();
+        let matrix = RowwiseInt8::from_parts(codes, absmax, cols).map_err(|e| self.error(name, e.to_string()))?;
+        Ok(Weight::int8(matrix))
+    }
+
+    /// A tensor that bitsandbytes has quantized to 4 bits.
     fn bnb(&mut self, name: &str, rows: usize, cols: usize) -> Result<Weight> {
         let mut raw = |suffix: &str| -> Result<Option<Vec<u8>>> {
             let key = format!("{name}{suffix}");

@@ -83,33 +83,43 @@ fn every_operand_form_and_shape_equals_the_slow_twin() {
 
 #[test]
 fn quantized_weights_are_those_that_dequantize_gives() {
-    use crate::quant::{FloatKind, Nf4Tensor};
+    use crate::quant::{FloatKind, Nf4Tensor, RowwiseInt8};
+    // Rows of 100: blocks of 64 run across them, and k and n are no multiples of anything.
+    let (m, rows, cols) = (9, 201, 100);
+    let (w, x) = (floats(rows * cols, 7), values(m * rows, 8));
     for (ctx, what) in contexts() {
+        let mut cases = Vec::new();
         for kind in [FloatKind::F32, FloatKind::F16, FloatKind::Bf16] {
-            // Rows of 100: blocks of 64 run across them, and k and n are no multiples of anything.
-            let (m, rows, cols) = (9, 201, 100);
             for double_quant in [false, true] {
-                let w = floats(rows * cols, 7);
                 let tensor = Nf4Tensor::quantize(&w, &[rows, cols], kind, 64, double_quant).unwrap();
-                let rounded = |v: f32| match ctx.precision {
-                    Precision::F32 => v,
-                    Precision::Bf16 => half::bf16::from_f32(v).to_f32(),
-                };
-                let dense: Vec<f32> = tensor.dequantize().into_iter().map(rounded).collect();
-                let frozen = Weight::nf4(tensor).unwrap();
-                let what = format!("{what} {kind:?} {double_quant}");
-                let x = values(m * rows, 8);
-                let run = |k: usize, n: usize, b: Operand<'_>| {
-                    let mut c = vec![0.0; m * n];
-                    let a = Operand::rows(&x[..m * k], k);
-                    gemm(&ctx, &Gemm { m, n, k, a, b, alpha: 1.0, into: Into::Store }, &mut c);
-                    c
-                };
-                let want = naive(m, rows, cols, |i, p| x[i * cols + p], |p, j| dense[j * cols + p]);
-                close(&run(cols, rows, Operand::WeightT(&frozen, 0)), &want, &what);
-                let want = naive(m, cols, rows, |i, p| x[i * rows + p], |p, j| dense[p * cols + j]);
-                close(&run(rows, cols, Operand::Weight(&frozen, 0)), &want, &what);
+                let dense = tensor.dequantize();
+                cases.push((format!("{what} {kind:?} {double_quant}"), Weight::nf4(tensor).unwrap(), dense));
             }
+        }
+        let read = |start: usize, out: &mut [f32]| {
+            out.copy_from_slice(&w[start..start + out.len()]);
+            Ok(())
+        };
+        let matrix = RowwiseInt8::quantize_from(rows, cols, read).unwrap();
+        let weight = |i: usize| f32::from(matrix.codes[i]) * matrix.absmax[i / cols] / 127.0;
+        let dense = (0..rows * cols).map(weight).collect();
+        cases.push((format!("{what} int8"), Weight::int8(matrix), dense));
+        for (what, frozen, dense) in cases {
+            let rounded = |v: f32| match ctx.precision {
+                Precision::F32 => v,
+                Precision::Bf16 => half::bf16::from_f32(v).to_f32(),
+            };
+            let dense: Vec<f32> = dense.into_iter().map(rounded).collect();
+            let run = |k: usize, n: usize, b: Operand<'_>| {
+                let mut c = vec![0.0; m * n];
+                let a = Operand::rows(&x[..m * k], k);
+                gemm(&ctx, &Gemm { m, n, k, a, b, alpha: 1.0, into: Into::Store }, &mut c);
+                c
+            };
+            let want = naive(m, rows, cols, |i, p| x[i * cols + p], |p, j| dense[j * cols + p]);
+            close(&run(cols, rows, Operand::WeightT(&frozen, 0)), &want, &what);
+            let want = naive(m, cols, rows, |i, p| x[i * rows + p], |p, j| dense[p * cols + j]);
+            close(&run(rows, cols, Operand::Weight(&frozen, 0)), &want, &what);
         }
     }
 }

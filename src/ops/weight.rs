@@ -1,10 +1,10 @@
-//! A frozen matrix in the form it is stored: f32, bf16 or NF4.
+//! A frozen matrix in the form it is stored: f32, bf16, 8 bits or NF4.
 
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::kernels::gemm::PairKernels;
 use crate::quant::nf4::{CODE_BOOK, scaled_code_book};
-use crate::quant::{FloatKind, Nf4Tensor};
+use crate::quant::{FloatKind, Nf4Tensor, RowwiseInt8};
 use half::bf16;
 use rayon::prelude::*;
 
@@ -30,6 +30,8 @@ pub enum Storage {
     F32(Vec<f32>),
     /// Half the bytes, exact for a bf16 checkpoint.
     Bf16(Vec<bf16>),
+    /// 8 bits an element and a scale a row (Dettmers et al. 2022, section 2).
+    Int8(RowwiseInt8),
     /// 4 bits an element and a scale a block (Dettmers et al. 2023, section 3).
     Nf4(Nf4Tensor),
 }
@@ -62,6 +64,11 @@ impl Weight {
         Self::new(rows * cols, Storage::Nf4(tensor), rows, cols)
     }
 
+    /// A matrix in 8 bits.
+    pub fn int8(matrix: RowwiseInt8) -> Self {
+        Self { rows: matrix.absmax.len(), cols: matrix.cols, data: Storage::Int8(matrix) }
+    }
+
     fn new(len: usize, data: Storage, rows: usize, cols: usize) -> Result<Self> {
         if len != rows * cols {
             let expected = format!("{rows} x {cols} elements");
@@ -90,6 +97,7 @@ impl Weight {
         match &self.data {
             Storage::F32(data) => 4 * data.len(),
             Storage::Bf16(data) => 2 * data.len(),
+            Storage::Int8(matrix) => matrix.nbytes(),
             Storage::Nf4(tensor) => tensor.nbytes(),
         }
     }
@@ -104,6 +112,7 @@ impl Weight {
         match &self.data {
             Storage::F32(data) => out.copy_from_slice(&data[start..start + out.len()]),
             Storage::Bf16(data) => (kernels.widen)(bits(&data[start..start + out.len()]), out),
+            Storage::Int8(matrix) => matrix.each_row(start, out, kernels.int8_row),
             Storage::Nf4(tensor) => {
                 let round = tensor.dtype == FloatKind::Bf16;
                 each_run(tensor, start, out, |bytes, scales, code, out| {
@@ -123,7 +132,7 @@ impl Weight {
 
     /// Cuts the matrix to `rows` rows, or adds rows that all are `fill: [cols]`, rounded as the elements are stored.
     ///
-    /// A quantized matrix becomes one of the dtype that it stands for (f32 for f16): rows have no blocks of their own.
+    /// A quantized matrix becomes one of the dtype that it stands for (f32 for int8 and f16): rows have no blocks of their own.
     pub fn resize_rows(&mut self, kernels: &Kernels, rows: usize, fill: &[f32]) {
         self.dequantize(kernels);
         let len = rows * self.cols;
@@ -137,7 +146,7 @@ impl Weight {
                 data.truncate(len);
                 data.extend((data.len()..len).map(|at| bf16::from_f32(fill(at))));
             }
-            Storage::Nf4(_) => unreachable!("dequantized above"),
+            Storage::Int8(_) | Storage::Nf4(_) => unreachable!("dequantized above"),
         }
         self.rows = rows;
     }
@@ -154,13 +163,16 @@ impl Weight {
             Storage::Bf16(data) => {
                 data[range].iter_mut().zip(values).for_each(|(out, value)| *out = bf16::from_f32(*value));
             }
-            Storage::Nf4(_) => unreachable!("dequantized above"),
+            Storage::Int8(_) | Storage::Nf4(_) => unreachable!("dequantized above"),
         }
     }
 
     fn dequantize(&mut self, kernels: &Kernels) {
-        let Storage::Nf4(tensor) = &self.data else { return };
-        let half = tensor.dtype == FloatKind::Bf16;
+        let half = match &self.data {
+            Storage::F32(_) | Storage::Bf16(_) => return,
+            Storage::Int8(_) => false,
+            Storage::Nf4(tensor) => tensor.dtype == FloatKind::Bf16,
+        };
         let values = self.to_f32(kernels);
         self.data =
             if half { Storage::Bf16(values.into_iter().map(bf16::from_f32).collect()) } else { Storage::F32(values) };
@@ -180,6 +192,7 @@ impl Weight {
                 }
             }
             Storage::Bf16(data) => out.copy_from_slice(bits(&data[start..start + out.len()])),
+            Storage::Int8(matrix) => matrix.each_row(start, out, pairs.int8),
             Storage::Nf4(tensor) => each_run(tensor, start, out, |bytes, scales, code, out| {
                 (pairs.nf4)(bytes, scales, tensor.block_size, code, out);
             }),

@@ -511,7 +511,8 @@ pub(super) fn load_options(dtype: Option<&str>, quantization: &str) -> Result<Lo
     let full_finetuning = quantization.full_finetuning == Some(true);
     let quantize = match quantization.resolve()? {
         Quantization::None => None,
-        Quantization::Nf4 { block_size, double_quant } => Some(Quantize { block_size, double_quant }),
+        Quantization::Int8 => Some(Quantize::Int8),
+        Quantization::Nf4 { block_size, double_quant } => Some(Quantize::Nf4 { block_size, double_quant }),
     };
     Ok(LoadOptions { precision, quantize, full_finetuning })
 }

@@ -12,7 +12,7 @@ use crate::kernels::{self, Kernels};
 use crate::lora::peft::placements;
 use crate::lora::whole::{self, EMBEDDING, HEAD, Whole};
 use crate::model::llama::{Keep, mlp_chunks};
-use crate::model::{LoadOptions, Model, ModelConfig};
+use crate::model::{LoadOptions, Model, ModelConfig, Quantize};
 use crate::ops::linear::{Linear, Matrix};
 use crate::ops::matmul::packed_whole;
 use crate::ops::{Precision, head};
@@ -386,13 +386,17 @@ impl Run {
         // A 16-bit checkpoint stays as it is; f32 is rounded where the products are.
         let is_f32 = ["dtype", "torch_dtype"].iter().any(|key| c.json[*key] == "float32");
         let wide = if is_f32 && options.precision == Precision::F32 { 4.0 } else { 2.0 };
-        let linear_bytes = match options.quantize {
-            None => wide,
-            Some(q) if q.double_quant => 0.5 + (1.0 + 4.0 / 256.0) / q.block_size as f64,
-            Some(q) => 0.5 + 4.0 / q.block_size as f64,
+        let linear_bytes = |&(rows, cols): &(usize, usize)| {
+            let bytes_of_one = match options.quantize {
+                None => wide,
+                Some(Quantize::Int8) => 1.0 + 4.0 / cols as f64,
+                Some(Quantize::Nf4 { block_size, double_quant: true }) => 0.5 + (1.0 + 4.0 / 256.0) / block_size as f64,
+                Some(Quantize::Nf4 { block_size, double_quant: false }) => 0.5 + 4.0 / block_size as f64,
+            };
+            (rows * cols) as f64 * bytes_of_one
         };
-        let in_linears = linears.iter().map(|(rows, cols)| rows * cols).sum::<usize>() * c.num_layers;
-        let frozen = wide * (frozen_tables * c.vocab_size * h) as f64 + linear_bytes * in_linears as f64;
+        let of_layer: f64 = linears.iter().map(linear_bytes).sum();
+        let frozen = wide * (frozen_tables * c.vocab_size * h) as f64 + of_layer * c.num_layers as f64;
         let weights = frozen as usize + 4 * trained.iter().sum::<usize>();
         Ok(Self { sizes, weights, trained, optimizer, n_tokens })
     }

@@ -27,6 +27,7 @@ _DTYPE_NAMES = {
     torch.int32: "I32",
     torch.uint16: "U16",
     torch.uint8: "U8",
+    torch.int8: "I8",
 }
 
 

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from functools import partial
 
 from golden_common import one_thread
+from golden_int8 import make_llama_int8
 from golden_llama import CASES, make_llama, make_llama_nf4, make_peft
 from golden_masks import make_masks
 from golden_nf4 import make_nf4_extra
@@ -31,6 +32,7 @@ from golden_vocab import make_peft_vocab, make_vocab
 MAKERS: dict[str, Callable[[], None]] = {
     **{f"llama_{name}": partial(make_llama, name) for name in CASES},
     "llama_nf4": make_llama_nf4,
+    "llama_int8": make_llama_int8,
     "peft": make_peft,
     "vocab": make_vocab,
     "peft_vocab": make_peft_vocab,

@@ -58,7 +58,7 @@ def arguments(tmp_path: Path, **changes: Any) -> TrainingArguments:
     return TrainingArguments(**{**settings, **changes})
 
 
-def test_models_are_loaded_as_they_are_or_in_four_bits(folder: Path) -> None:
+def test_models_are_loaded_as_they_are_or_quantized(folder: Path) -> None:
     plain = load(folder, device_map="auto")
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -72,6 +72,9 @@ def test_models_are_loaded_as_they_are_or_in_four_bits(folder: Path) -> None:
     assert max(quantized.get_memory_footprint(), once.get_memory_footprint()) < plain.get_memory_footprint()
     # Scales that are quantized too are other scales; in a model as small as this they take more room, not less.
     assert quantized.get_memory_footprint() != once.get_memory_footprint()
+    eight = load(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    assert once.get_memory_footprint() < eight.get_memory_footprint() < plain.get_memory_footprint()
+    assert load(folder, load_in_8bit=True).get_memory_footprint() == eight.get_memory_footprint()
     same = FastLanguageModel.from_pretrained(str(folder), dtype="float32", load_in_4bit=False)[0]
     ids = [[1, 2, 3]]
     np.testing.assert_array_equal(plain(ids).logits, same(ids).logits)

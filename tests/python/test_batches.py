@@ -134,8 +134,8 @@ def test_the_memory_is_estimated_and_shown(folder: Path, tmp_path: Path, capsys:
 MEASURE = """
 import json, sys
 from rustune import FastLanguageModel, SFTConfig, SFTTrainer, info
-folder, way, four_bit = sys.argv[1], sys.argv[2], sys.argv[3] == "4"
-model, _ = FastLanguageModel.from_pretrained(folder, 1024, dtype="float32", load_in_4bit=four_bit)
+folder, way, bits = sys.argv[1:]
+model, _ = FastLanguageModel.from_pretrained(folder, 1024, dtype="float32", **{f"load_in_{bits}bit": True})
 model = FastLanguageModel.get_peft_model(model, r=8)
 rows = [{"input_ids": [at % 250 for at in range(700)]} for _ in range(4)]
 config = SFTConfig(max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=1, save_strategy="no",
@@ -148,7 +148,7 @@ print(json.dumps([memory["peak"], info()["peak_rss_bytes"]]))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much memory a process has")
-@pytest.mark.parametrize(("way", "bits"), [("true", "4"), ("false", "4"), ("true", "16")])
+@pytest.mark.parametrize(("way", "bits"), [("true", "4"), ("false", "4"), ("true", "8"), ("true", "16")])
 def test_the_estimated_peak_is_the_measured_one(tmp_path: Path, way: str, bits: str) -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 8192}
     folder = tiny.write_model(tmp_path, tokenizer=False, num_attention_heads=8, head_dim=64, **sizes)
@@ -159,6 +159,12 @@ def test_the_estimated_peak_is_the_measured_one(tmp_path: Path, way: str, bits: 
 
 
 def test_a_model_is_estimated_from_its_config_alone(folder: Path) -> None:
+    eight, _ = FastLanguageModel.from_pretrained(str(folder), dtype="float32", load_in_8bit=True)
+    FastLanguageModel.get_peft_model(eight, r=4)
+    forecast = json.loads(
+        _native.estimate_memory(str(folder), '{"load_in_8bit": true}', '{"r": 4}', 100, dtype="float32")
+    )
+    assert forecast["estimate"]["model"] == pytest.approx(eight.native.nbytes, rel=0.02)
     model = load(folder)
     arguments = (str(folder), '{"load_in_4bit": false}', '{"r": 4}', 100)
     forecast = json.loads(_native.estimate_memory(*arguments, dtype="float32", available=2**40))

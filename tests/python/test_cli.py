@@ -303,6 +303,8 @@ def test_a_talk_remembers_forgets_and_is_stopped(folder: Path, capsys: pytest.Ca
 def test_estimate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["estimate", str(folder), "--length", "32", "--no-measure"]) == 0
     assert "are free\n" in capsys.readouterr().out
+    assert cli.main(["estimate", str(folder), "--length", "32", "--8bit", "--no-measure"]) == 0
+    assert "parameters in 8 bits" in capsys.readouterr().out
     assert cli.main(["estimate", str(folder), "--length", "32", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["tokens_per_second"] > 0 and said["memory"]["peak"] > said["memory"]["estimate"]["model"] > 0

@@ -44,6 +44,18 @@ def test_four_bits_take_less_memory_and_nearly_say_the_same(folder: Path) -> Non
     assert 0 < np.abs(a - b).max() < 0.5 * np.abs(a).max()
 
 
+def test_eight_bits_lie_between_four_and_all(folder: Path) -> None:
+    bits = {16: load(folder), 8: load(folder, load_in_4bit=None, load_in_8bit=True), 4: load(folder, load_in_4bit=True)}
+    sizes = {n: model.get_memory_footprint() for n, model in bits.items()}
+    assert sizes[4] < sizes[8] < sizes[16]
+    assert bits[8].num_parameters() == bits[16].num_parameters()
+    error = {n: np.abs(bits[n](IDS).logits - bits[16](IDS).logits).max() for n in (4, 8)}
+    assert 0 < 4 * error[8] < error[4]
+    by_config = load(folder, quantization_config={"load_in_8bit": True, "load_in_4bit": False})
+    np.testing.assert_array_equal(by_config(IDS).logits, bits[8](IDS).logits)
+    assert by_config.get_memory_footprint() == sizes[8]
+
+
 def test_no_tokenizer_files_give_none_and_a_warning(tmp_path: Path) -> None:
     tiny.write_model(tmp_path, tokenizer=False)
     with pytest.warns(UserWarning, match="no tokenizer files"):
@@ -98,7 +110,9 @@ def test_what_a_bitsandbytes_config_says_counts(folder: Path) -> None:
         ({"rope_scaling": {"type": "linear", "factor": np.nan}}, "rope_scaling"),
         ({"rope_scaling": {"type": "linear", "factor": 2}, "max_seq_length": 513}, "room for 512 tokens"),
         ({"rope_scaling": "linear"}, "rope_scaling = 'linear': expected a dict"),
-        ({"load_in_8bit": True}, "load_in_8bit"),
+        ({"load_in_8bit": True, "load_in_4bit": True}, "load_in_8bit = true: contradicts load_in_4bit"),
+        ({"load_in_8bit": True, "full_finetuning": True}, "load_in_8bit = true: contradicts full_finetuning"),
+        ({"load_in_8bit": True, "load_in_16bit": True}, "load_in_8bit = true: contradicts load_in_16bit"),
         ({"load_in_4bit": True, "load_in_16bit": True}, "load_in_4bit"),
         ({"dtype": "int8"}, "dtype = int8"),
         ({"load_in_4bits": True}, "did you mean load_in_4bit"),
@@ -270,17 +284,16 @@ def test_an_untrained_adapter_changes_nothing_to_the_bit(folder: Path) -> None:
     assert model.num_parameters(only_trainable=True) == 2 * 4 * (128 + 96 + 96 + 128 + 160 + 160 + 160)
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-def test_a_saved_adapter_says_the_same_when_loaded(folder: Path, tmp_path: Path, quantized: bool) -> None:
-    model = FastLanguageModel.get_peft_model(load(folder, load_in_4bit=quantized), r=4, lora_alpha=8)
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_a_saved_adapter_says_the_same_when_loaded(folder: Path, tmp_path: Path, bits: int) -> None:
+    storage: dict[str, Any] = {"load_in_4bit": None, f"load_in_{bits}bit": True}
+    model = FastLanguageModel.get_peft_model(load(folder, **storage), r=4, lora_alpha=8)
     base = model(IDS).logits
     move(model)
     trained = model(IDS).logits
     assert np.abs(trained - base).max() > 1e-3
     model.save_pretrained(tmp_path / "adapter")
-    again, tokenizer = FastLanguageModel.from_pretrained(
-        str(tmp_path / "adapter"), 64, dtype="float32", load_in_4bit=quantized
-    )
+    again, tokenizer = FastLanguageModel.from_pretrained(str(tmp_path / "adapter"), 64, dtype="float32", **storage)
     np.testing.assert_array_equal(again(IDS).logits, trained)
     assert tokenizer is not None and again.adapter is not None and again.adapter["r"] == 4
     # The same settings are no second adapter; others are an error.

@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make(folder: Path, tmp_path: Path) -> Make:
     """Makes a trainer; arguments of the settings are told from those of the trainer by name."""
 
-    def made(full: bool = False, **arguments: Any) -> SFTTrainer:
+    def made(full: bool = False, eight_bits: bool = False, **arguments: Any) -> SFTTrainer:
         own = {"eval_dataset", "callbacks", "compute_metrics", "preprocess_logits_for_metrics", "neftune_noise_alpha"}
         settings = {
             "output_dir": str(tmp_path / "out"),
@@ -56,7 +56,7 @@ def make(folder: Path, tmp_path: Path) -> Make:
             **{name: value for name, value in arguments.items() if name not in own},
         }
         model, _ = FastLanguageModel.from_pretrained(
-            str(folder), 64, dtype="float32", load_in_4bit=False, full_finetuning=full
+            str(folder), 64, dtype="float32", load_in_4bit=False, load_in_8bit=eight_bits, full_finetuning=full
         )
         if not full:
             model = FastLanguageModel.get_peft_model(model, r=4, lora_dropout=0.1)
@@ -108,6 +108,18 @@ def test_every_optimizer_learns_and_resumes_to_the_bit(make: Make, optim: str, o
     assert whole.evaluate()["eval_loss"] < before
     again = make(**settings)
     again.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-10"))
+    for name, array in weights(whole.model).items():
+        np.testing.assert_array_equal(array, weights(again.model)[name])
+
+
+def test_a_model_in_eight_bits_learns_and_resumes_to_the_bit(make: Make) -> None:
+    settings: dict[str, Any] = {"eight_bits": True, "save_strategy": "steps", "save_steps": 4, "max_steps": 8}
+    whole = make(**settings)
+    before = whole.evaluate()["eval_loss"]
+    whole.train()
+    assert whole.evaluate()["eval_loss"] < before
+    again = make(**settings)
+    again.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-4"))
     for name, array in weights(whole.model).items():
         np.testing.assert_array_equal(array, weights(again.model)[name])
 

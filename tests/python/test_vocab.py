@@ -315,7 +315,7 @@ def test_the_estimate_counts_what_is_trained_whole(untied: Path) -> None:
     model = adapted(untied)
     assert shape.n_adapter(4) + shape.n_whole(TABLES) == model.num_parameters(only_trainable=True)
     without, whole = (
-        estimate.memory(config, tokens=64, rank=4, four_bits=False, modules_to_save=modules)["estimate"]
+        estimate.memory(config, tokens=64, rank=4, bits=16, modules_to_save=modules)["estimate"]
         for modules in ((), TABLES)
     )
     # 4 bytes of a gradient each, 2 of AdamW's moments in 8 bits.

@@ -29,7 +29,7 @@ impl Chooser for Forced {
 }
 
 /// Logits after the prompts and after each forced token.
-fn forced(model: &Model, sequences: &[Vec<u32>], prompt_len: impl Fn(usize) -> usize) -> Vec<Vec<Vec<f32>>> {
+pub(crate) fn forced(model: &Model, sequences: &[Vec<u32>], prompt_len: impl Fn(usize) -> usize) -> Vec<Vec<Vec<f32>>> {
     let prompts: Vec<Vec<u32>> = sequences.iter().enumerate().map(|(i, s)| s[..prompt_len(i)].to_vec()).collect();
     let mut chooser = Forced { sequences: sequences.to_vec(), seen: vec![Vec::new(); sequences.len()] };
     decode(model, &prompts, 14, &mut chooser, &|| Ok(())).unwrap();
@@ -39,7 +39,7 @@ fn forced(model: &Model, sequences: &[Vec<u32>], prompt_len: impl Fn(usize) -> u
 /// The shipped model quantized, with an adapter that changes something.
 fn adapted(precision: Precision) -> Model {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("python/rustune/quickstart/model");
-    let quantize = Some(Quantize { block_size: 64, double_quant: true });
+    let quantize = Some(Quantize::Nf4 { block_size: 64, double_quant: true });
     let mut model = Model::load(&folder, &LoadOptions { precision, quantize, full_finetuning: false }).unwrap();
     let layers = model.llama.layers.len();
     let places: Vec<_> = (0..layers)

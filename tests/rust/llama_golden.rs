@@ -8,7 +8,7 @@ use rustune::train::{MicroBatch, Recompute, StepOptions, forward_backward};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-const CASES: [&str; 5] = ["gqa", "head_dim", "bias", "rope_llama3", "rope_linear"];
+pub(crate) const CASES: [&str; 5] = ["gqa", "head_dim", "bias", "rope_llama3", "rope_linear"];
 
 pub(crate) fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
@@ -91,6 +91,25 @@ pub(crate) fn add_adapter(model: &mut Model, file: &TensorFile) {
     }
 }
 
+/// A golden file, its model with its adapter, its rows and their targets.
+pub(crate) fn adapted(case: &str) -> (TensorFile, Model, Tokens, Vec<i32>) {
+    let file = TensorFile::open(golden(&format!("llama_{case}.safetensors"))).unwrap();
+    let folder = model_folder(&file, &["model/"], |_| false);
+    let mut model = load(folder.path());
+    add_adapter(&mut model, &file);
+    let (tokens, targets) = rows(&file);
+    (file, model, tokens, targets)
+}
+
+/// Compares the gradient of every tensor of the adapter with the one under `prefix`.
+pub(crate) fn assert_gradients(model: &Model, grads: &Grads, file: &TensorFile, prefix: &str, tolerance: f32) {
+    for (param, grad) in model.params.all().iter().zip(grads.all()) {
+        let difference = relative(grad, &file.read_f32(&format!("{prefix}/base_model.model.{}", param.name)).unwrap());
+        let case = file.path().display();
+        assert!(difference < tolerance, "{case}: {prefix} of {} differs by {difference}", param.name);
+    }
+}
+
 pub(crate) fn concatenated(file: &TensorFile, prefix: &str) -> Vec<f32> {
     (0..2).flat_map(|i| file.read_f32(&format!("{prefix}/{i}")).unwrap()).collect()
 }
@@ -125,22 +144,14 @@ fn logits_and_loss_of_the_base() {
 #[test]
 fn adapter_logits_and_every_gradient() {
     for case in CASES {
-        let file = TensorFile::open(golden(&format!("llama_{case}.safetensors"))).unwrap();
-        let folder = model_folder(&file, &["model/"], |_| false);
-        let mut model = load(folder.path());
-        add_adapter(&mut model, &file);
-        let (tokens, targets) = rows(&file);
+        let (file, model, tokens, targets) = adapted(case);
         let difference = absolute(&model.logits(&tokens).unwrap(), &concatenated(&file, "lora_logits"));
         assert!(difference < 1e-4, "{case}: logits differ by {difference}");
         for recompute in [Recompute::EveryLayer, Recompute::Nothing] {
             let (loss, grads) = step(&model, &tokens, &targets, recompute);
             let want = f64::from(file.read_f32("lora_loss").unwrap()[0]);
             assert!((loss - want).abs() < 1e-4, "{case}: loss {loss} against {want}");
-            for (param, grad) in model.params.all().iter().zip(grads.all()) {
-                let want = file.read_f32(&format!("grad/base_model.model.{}", param.name)).unwrap();
-                let difference = relative(grad, &want);
-                assert!(difference < 1e-4, "{case}: gradient of {} differs by {difference}", param.name);
-            }
+            assert_gradients(&model, &grads, &file, "grad", 1e-4);
         }
     }
 }
@@ -170,11 +181,7 @@ fn a_bitsandbytes_checkpoint_gives_its_logits_and_gradients() {
         assert!(difference < 2e-3, "{variant}: logits differ by {difference}");
         add_adapter(&mut model, &file);
         let (_, grads) = step(&model, &tokens, &targets, Recompute::EveryLayer);
-        for (param, grad) in model.params.all().iter().zip(grads.all()) {
-            let want = file.read_f32(&format!("{variant}/grad/base_model.model.{}", param.name)).unwrap();
-            let difference = relative(grad, &want);
-            assert!(difference < 2e-3, "{variant}: gradient of {} differs by {difference}", param.name);
-        }
+        assert_gradients(&model, &grads, &file, &format!("{variant}/grad"), 2e-3);
     }
 }
 
@@ -188,7 +195,7 @@ pub(crate) fn nf4_model(file: &TensorFile, variant: &str) -> Model {
 }
 
 /// Turns two one-file folders into one of two shards.
-fn join(folder: &mut tempfile::TempDir, other: &Path) {
+pub(crate) fn join(folder: &mut tempfile::TempDir, other: &Path) {
     let shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
     std::fs::rename(folder.path().join("model.safetensors"), folder.path().join(shards[0])).unwrap();
     std::fs::copy(other.join("model.safetensors"), folder.path().join(shards[1])).unwrap();

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod decoding;
+mod int8_golden;
 mod llama_golden;
 mod op_gradients;
 mod shared_data;

@@ -11,7 +11,7 @@ use rustune::ops::rms_norm::{Gain, RmsNorm};
 use rustune::ops::rope::{Rope, RopeScaling, Turn};
 use rustune::ops::tape::{Op, seed_gradient};
 use rustune::ops::{Ctx, DropoutKey, Env, Grads, ParamStore, Precision, Tokens, Weight, head, swiglu};
-use rustune::quant::{FloatKind, Nf4Tensor};
+use rustune::quant::{FloatKind, Nf4Tensor, RowwiseInt8};
 
 fn floats(n: usize, seed: u32) -> Vec<f32> {
     (0..n as u32).map(|i| philox4x32_10([i, 0, 0, 0], [seed, 3])[0] as f32 / 2_147_483_648.0 - 1.0).collect()
@@ -211,6 +211,14 @@ fn weights(rows: usize, cols: usize) -> Vec<(&'static str, Weight, Vec<f32>)> {
         let dequantized = tensor.dequantize();
         cases.push((name, Weight::nf4(tensor).unwrap(), dequantized));
     }
+    let read = |start: usize, out: &mut [f32]| {
+        out.copy_from_slice(&plain[start..start + out.len()]);
+        Ok(())
+    };
+    let matrix = RowwiseInt8::quantize_from(rows, cols, read).unwrap();
+    let dequantized = matrix.codes.iter().zip(0..).map(|(code, i)| f32::from(*code) * matrix.absmax[i / cols] / 127.0);
+    let dequantized = dequantized.collect();
+    cases.push(("int8", Weight::int8(matrix), dequantized));
     cases
 }
 

@@ -1,6 +1,6 @@
 //! Training against torch: ten losses, clipping and schedule, full fine-tuning, and the laws of LoRA.
 
-use crate::llama_golden::{add_adapter, golden, load, model_folder, nf4_model, relative, rows, step};
+use crate::llama_golden::{CASES, adapted, add_adapter, golden, load, model_folder, nf4_model, relative, rows, step};
 use rustune::config::{AdamHyper, OptimizerKind, ScheduleKind};
 use rustune::io::safetensors::TensorFile;
 use rustune::lora::{Init, Placement, inject};
@@ -10,8 +10,6 @@ use rustune::train::Recompute;
 use rustune::train::clip::{clip_factor, global_norm};
 use rustune::train::optimizer::{Optimizer, ParamSlot, build};
 use rustune::train::schedule::Schedule;
-
-const CASES: [&str; 5] = ["gqa", "head_dim", "bias", "rope_llama3", "rope_linear"];
 
 pub(crate) fn optimizer(model: &Model, weight_decay: f64) -> Box<dyn Optimizer> {
     let sizes: Vec<_> = model.params.all().iter().map(|p| (p.name.clone(), p.shape.clone())).collect();
@@ -27,7 +25,7 @@ fn update(model: &mut Model, optimizer: &mut dyn Optimizer, grads: &Grads, lr: f
 }
 
 /// The losses before each of ten updates.
-fn ten_losses(model: &mut Model, tokens: &Tokens, targets: &[i32], lr: f64) -> Vec<f32> {
+pub(crate) fn ten_losses(model: &mut Model, tokens: &Tokens, targets: &[i32], lr: f64) -> Vec<f32> {
     let mut optimizer = optimizer(model, 0.01);
     (0..10)
         .map(|_| {
@@ -55,11 +53,7 @@ fn read_f64(file: &TensorFile, name: &str) -> Vec<f64> {
 #[test]
 fn ten_losses_of_every_architecture() {
     for case in CASES {
-        let file = TensorFile::open(golden(&format!("llama_{case}.safetensors"))).unwrap();
-        let folder = model_folder(&file, &["model/"], |_| false);
-        let mut model = load(folder.path());
-        add_adapter(&mut model, &file);
-        let (tokens, targets) = rows(&file);
+        let (file, mut model, tokens, targets) = adapted(case);
         let losses = ten_losses(&mut model, &tokens, &targets, 1e-2);
         assert_losses(&losses, &file, "losses_adamw", 1e-4);
         assert!(losses[9] < losses[0], "{case}: the loss did not fall");
@@ -81,11 +75,7 @@ fn ten_losses_over_a_bitsandbytes_base() {
 #[test]
 fn ten_losses_with_clipping_and_schedule() {
     for case in CASES {
-        let file = TensorFile::open(golden(&format!("llama_{case}.safetensors"))).unwrap();
-        let folder = model_folder(&file, &["model/"], |_| false);
-        let mut model = load(folder.path());
-        add_adapter(&mut model, &file);
-        let (tokens, targets) = rows(&file);
+        let (file, mut model, tokens, targets) = adapted(case);
         let schedule = Schedule { kind: ScheduleKind::Linear, peak: 1e-2, warmup_steps: 3, total_steps: 10 };
         let (lrs, norms) = (read_f64(&file, "lrs_clip"), read_f64(&file, "grad_norms_clip"));
         let mut optimizer = optimizer(&model, 0.01);

@@ -37,7 +37,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--mean-length", type=_positive, help="tokens of a row on average; the length if not given")
     parser.add_argument("--steps", "-s", type=_positive, default=60, help="optimizer steps of the run (60)")
     parser.add_argument("--optim", default="adamw_8bit", help="the optimizer (adamw_8bit)")
-    parser.add_argument("--16bit", dest="sixteen", action="store_true", help="with load_in_4bit=False")
+    parser.add_argument("--8bit", dest="bits", action="store_const", const=8, default=4, help="with load_in_8bit=True")
+    parser.add_argument("--16bit", dest="bits", action="store_const", const=16, help="with load_in_4bit=False")
     parser.add_argument(
         "--checkpointing",
         choices=("unsloth", "true", "false"),
@@ -63,11 +64,11 @@ def run(options: argparse.Namespace) -> int:
 
     config = estimate.read_config(options.model, options.revision)
     shape = estimate.Shape.from_config(config)
-    four = not options.sixteen or bool(config.get("quantization_config"))
+    bits = _stored_bits(config) or options.bits
     tokens = options.batch * options.length
     whole = tuple(dict.fromkeys(options.modules_to_save))
     n_trained = shape.n_adapter(options.rank) + shape.n_whole(whole)
-    wanted = {"tokens": tokens, "rank": options.rank, "four_bits": four, "optim": options.optim}
+    wanted = {"tokens": tokens, "rank": options.rank, "bits": bits, "optim": options.optim}
     wanted["modules_to_save"] = whole
     forecast = estimate.memory(config, checkpointing=options.checkpointing, **wanted)
     fits = forecast["fits"] is not False
@@ -81,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.no_measure:
         mean = min(options.mean_length or options.length, options.length)
         of_step = options.batch * options.accumulation * mean
-        rate = estimate.measure(shape, tokens=tokens, rank=options.rank, four_bits=four)
+        rate = estimate.measure(shape, tokens=tokens, rank=options.rank, bits=bits)
         _, in_part, again = forecast["estimate"]["layers"]
         work = estimate.flops(
             shape, tokens=of_step, length=mean, again=again + in_part / 2, head_trained="lm_head" in whole
@@ -96,7 +97,6 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(said, indent=2))
         return 0 if fits else 1
     facts = rustune.info()
-    bits = "4" if four else "16"
     print(f"{options.model}: {shape.n_parameters:,} parameters in {bits} bits, {shape.layers} layers, "
           f"vocabulary {shape.vocab:,}")  # fmt: skip
     share = 100 * n_trained / (shape.n_parameters + n_trained)
@@ -116,6 +116,14 @@ def run(options: argparse.Namespace) -> int:
         if options.mean_length is None:
             print("  rows are shorter as a rule, and none is padded: --mean-length tells how short")
     return 0 if fits else 1
+
+
+def _stored_bits(config: dict[str, Any]) -> int | None:
+    """The bits of a checkpoint that bitsandbytes has quantized, which is kept as it is."""
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return None
+    return 8 if isinstance(quantization, dict) and quantization.get("load_in_8bit") else 4
 
 
 def _positive(text: str) -> int:

@@ -6,7 +6,9 @@
 use super::avx512::{self, Avx512};
 use crate::kernels::Kernels;
 use crate::kernels::gemm::{self, GemmTile, PairKernels, PanelA, TileC, check_nf4};
+use crate::kernels::gemv::Packed;
 use crate::kernels::generic::Simd;
+use crate::kernels::int8;
 use std::arch::x86_64::*;
 
 /// Proof that AVX-512 BF16 may run beside what [`Avx512`] proves.
@@ -50,6 +52,8 @@ pub(super) fn table() -> Option<Kernels> {
             nf4: |packed, scales, block, code, out| unsafe {
                 nf4(Avx512Bf16(Avx512(())), packed, scales, block, code, out);
             },
+            // SAFETY: as above.
+            int8: |codes, absmax, out| unsafe { int8(Avx512Bf16(Avx512(())), codes, absmax, out) },
         }),
         ..avx512::table()?
     })
@@ -165,4 +169,25 @@ fn nf4(token: Avx512Bf16, packed: &[u8], scales: &[f32], block: usize, code: &[f
             }
         }
     }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
+fn int8(token: Avx512Bf16, codes: &[i8], absmax: f32, out: &mut [u16]) {
+    int8::check(codes.len(), out.len());
+    let s = token.0;
+    let (absmax, step) = (s.splat(absmax), s.splat(int8::STEP));
+    let weights = |codes: &[i8]| s.mul(s.mul(s.load_i8(codes), absmax), step);
+    let (mut rows, mut outs) = (codes.chunks_exact(32), out.chunks_exact_mut(32));
+    for (codes, out) in (&mut rows).zip(&mut outs) {
+        let both = round_two(weights(codes), weights(&codes[16..]));
+        // SAFETY: 32 halves are written.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr().cast(), both) };
+    }
+    let (rest, out) = (rows.remainder(), outs.into_remainder());
+    let (mut whole, mut halves) = ([0; 32], [0_u16; 32]);
+    whole[..rest.len()].copy_from_slice(rest);
+    let both = round_two(weights(&whole), weights(&whole[16..]));
+    // SAFETY: 32 halves are written.
+    unsafe { _mm512_storeu_ps(halves.as_mut_ptr().cast(), both) };
+    out.copy_from_slice(&halves[..rest.len()]);
 }

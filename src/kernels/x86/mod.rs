@@ -6,7 +6,7 @@ macro_rules! instantiate {
     ($isa:literal, $token:ident, $features:literal, $mr:literal x $nv:literal) => {
         use crate::kernels::elementwise::{self, AdamStep, Mask, Masked};
         use crate::kernels::gemm::{self, GemmTile, PanelA, Rows, TileC};
-        use crate::kernels::{Kernels, gemv, generic, quantize};
+        use crate::kernels::{Kernels, gemv, generic, int8, quantize};
 
         pub(super) fn table() -> Option<Kernels> {
             $token::detect()?;
@@ -24,6 +24,7 @@ macro_rules! instantiate {
                 nf4_blocks: |packed, scales, block, code, round, out| {
                     instantiate!(@enter $token, nf4_blocks(packed, scales, block, code, round, out))
                 },
+                int8_row: |codes, absmax, out| instantiate!(@enter $token, int8_row(codes, absmax, out)),
                 widen: |x, out| instantiate!(@enter $token, widen(x, out)),
                 dot: |x, y| instantiate!(@enter $token, dot(x, y)),
                 axpy: |alpha, x, y| instantiate!(@enter $token, axpy(alpha, x, y)),
@@ -89,6 +90,9 @@ macro_rules! instantiate {
             bf16_gemv(w: &[u16], cols: usize, x: &[f32], out: &mut [f32]) -> ();
             f32_gemv(w: &[f32], cols: usize, x: &[f32], out: &mut [f32]) -> ();
             i8_gemv(w: &[i8], scales: &[f32], cols: usize, x: &[f32], out: &mut [f32]) -> ();
+        );
+        instantiate!(@functions int8, $token, $features,
+            int8_row(codes: &[i8], absmax: f32, out: &mut [f32]) -> ();
         );
         instantiate!(@functions quantize, $token, $features,
             nf4_quantize(x: &[f32], thresholds: &[f32; 15], out: &mut [u8]) -> f32;
