@@ -1,14 +1,16 @@
 //! Every kernel on slices that lie flush against pages nobody may touch: a read or write out of bounds kills the test.
+//!
+//! The tests take the tables apart by name, so a new kernel does not compile before it has a line here.
 
 use super::attention::{
-    Block, FEW_KEYS, Few, Gradients, KEYS, PAD, QUERIES, Softmax, Upstream, pack_panels, pack_queries, pack_rows,
-    queries_len,
+    Attention, Block, FEW_KEYS, Few, Gradients, KEYS, PAD, QUERIES, Softmax, Upstream, pack_panels, pack_queries,
+    pack_rows, queries_len,
 };
 use super::elementwise::{AdamStep, Mask, Masked};
-use super::gemm::{PanelA, Rows, TileC};
-use super::gemv::{MAX_X, Nf4Rows, Round};
+use super::gemm::{GemmTile, PairKernels, PanelA, Rows, TileC};
+use super::gemv::{MAX_X, Nf4Pairs, Nf4Rows, Round};
 use super::tiles::TileMut;
-use super::{Kernels, available};
+use super::{Kernels, tables};
 use std::ops::{Deref, DerefMut};
 
 /// Where a slice lies between its two guard pages.
@@ -77,163 +79,248 @@ impl<T> Drop for Guarded<T> {
     }
 }
 
-/// Runs a check on every table, both sides and every length around the lane widths.
-fn each(check: impl Fn(&Kernels, usize, &dyn Fn(usize) -> Guarded<f32>, Flush)) {
-    for table in available() {
+impl Flush {
+    /// A guarded copy.
+    fn of<T: Copy>(self, values: &[T]) -> Guarded<T> {
+        Guarded::new(values, self)
+    }
+
+    /// Guarded floats in [-1, 1).
+    fn floats(self, len: usize) -> Guarded<f32> {
+        let values: Vec<f32> = (0..len).map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0).collect();
+        self.of(&values)
+    }
+}
+
+/// Runs a check on every table, on both sides and for every length around the lane widths.
+fn each(check: impl Fn(&Kernels, usize, Flush)) {
+    for table in tables() {
         for n in 1..=70 {
             for flush in [Flush::Start, Flush::End] {
-                let floats = |len: usize| {
-                    let values: Vec<f32> = (0..len).map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0).collect();
-                    Guarded::new(&values, flush)
-                };
-                check(table, n, &floats, flush);
+                check(table, n, flush);
             }
         }
     }
 }
 
+/// What a step past either end of guarded memory does to a process: run in a child, which it kills.
 #[test]
-fn rows_stay_in_bounds() {
-    each(|table, n, floats, flush| {
+fn a_step_past_either_end_kills() {
+    for flush in [Flush::Start, Flush::End] {
+        let guarded = flush.of(&[1_u8; 3]);
+        let past = match flush {
+            Flush::Start => guarded.data.wrapping_sub(1),
+            Flush::End => guarded.data.wrapping_add(3),
+        };
+        for (pointer, survives) in [(guarded.data, true), (past, false)] {
+            // SAFETY: the child reads one byte and ends, without an allocation or a lock.
+            let child = unsafe { libc::fork() };
+            if child == 0 {
+                // SAFETY: what is under test; ending here runs nothing of the parent's.
+                unsafe {
+                    pointer.read_volatile();
+                    libc::_exit(0);
+                }
+            }
+            let mut status = 0;
+            // SAFETY: waits for the child just made.
+            assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child, "waitpid");
+            assert_eq!(status == 0, survives, "{flush:?}: wait status {status}");
+        }
+    }
+}
+
+#[test]
+fn every_kernel_stays_in_bounds() {
+    each(|table, n, flush| {
+        let Kernels {
+            isa: _,
+            tile,
+            pairs,
+            transpose,
+            copy_rows,
+            nf4_blocks,
+            int8_row,
+            widen,
+            dot,
+            axpy,
+            rms_norm_row,
+            rms_norm_row_backward,
+            swiglu_row,
+            swiglu_row_backward,
+            max_row,
+            exp_row,
+            round_bf16,
+            attention,
+            rope_row,
+            rms_norm_gain,
+            dropout_row,
+            adamw_row,
+            nf4_order,
+            nf4_gemv,
+            nf4_pairs,
+            bf16_gemv,
+            f32_gemv,
+            i8_gemv,
+            nf4_quantize,
+        } = table;
+        let floats = |len| flush.floats(len);
+
+        // Rows.
         let (x, w, dy) = (floats(n), floats(n), floats(n));
         let (mut y, mut z) = (floats(n), floats(n));
-        (table.dot)(&x, &w);
-        (table.axpy)(0.5, &x, &mut y);
-        (table.rms_norm_row)(&x, &w, 1e-5, &mut y);
-        (table.rms_norm_row_backward)(&x, &w, 0.7, &dy, &mut y);
-        (table.rms_norm_gain)(&x, 0.7, &dy, &mut y);
-        (table.swiglu_row)(&x, &w, &mut y);
-        (table.swiglu_row_backward)(&x, &w, &dy, &mut y, &mut z);
-        (table.max_row)(&x);
-        (table.exp_row)(&mut y, 1.0, 2.0);
-        (table.round_bf16)(&mut y);
-        (table.rope_row)(&mut floats(6 * n), &x, &w, -1.0);
-        let packed = Guarded::new(&vec![0x5A_u8; n.div_ceil(2)], flush);
-        let scales = floats(n.div_ceil(32));
-        (table.nf4_blocks)(&packed, &scales, 32, &[0.25; 16], n % 2 == 0, &mut y);
-        let halves = Guarded::new(&vec![0x3F80_u16; n], flush);
-        (table.widen)(&halves, &mut y);
-        if let Some(pairs) = &table.pairs {
-            (pairs.pack_row)(&x, &mut floats(n.div_ceil(2)));
-            (pairs.join_rows)(&x, &w, &mut y);
-            (pairs.join_halves)(&halves, &halves, &mut y);
-            (pairs.nf4)(&packed, &scales, 32, &[0.25; 16], &mut Guarded::new(&vec![0; n], flush));
-        }
+        dot(&x, &w);
+        axpy(0.5, &x, &mut y);
+        rms_norm_row(&x, &w, 1e-5, &mut y);
+        rms_norm_row_backward(&x, &w, 0.7, &dy, &mut y);
+        rms_norm_gain(&x, 0.7, &dy, &mut y);
+        swiglu_row(&x, &w, &mut y);
+        swiglu_row_backward(&x, &w, &dy, &mut y, &mut z);
+        max_row(&x);
+        exp_row(&mut y, 1.0, 2.0);
+        round_bf16(&mut y);
+        rope_row(&mut floats(6 * n), &x, &w, -1.0);
+        widen(&flush.of(&vec![0x3F80_u16; n]), &mut y);
         let mask = Mask { key: [1, 2], counter: [3, 4, 5], first: 0, threshold: 1 << 30, scale: 2.0 };
         for how in [Masked::InPlace, Masked::Copy(&x), Masked::Add(&x)] {
-            (table.dropout_row)(&mask, how, &mut y);
+            dropout_row(&mask, how, &mut y);
         }
-        let step = AdamStep {
-            beta1: 0.9,
-            one_minus_beta1: 0.1,
-            beta2: 0.99,
-            one_minus_beta2: 0.01,
-            eps: 1e-8,
-            correction2_sqrt: 0.5,
-            step_size: -1e-3,
-            keep: 0.99,
-            grad_scale: 0.5,
-        };
-        (table.adamw_row)(&step, &mut floats(n), &x, &mut y, &mut z);
-    });
-}
+        adamw_row(&ADAM_STEP, &mut floats(n), &x, &mut y, &mut z);
 
-#[test]
-fn tiles_stay_in_bounds() {
-    each(|table, k, floats, _| {
-        for tile in [Some(&table.tile), table.pairs.as_ref().map(|pairs| &pairs.tile)].into_iter().flatten() {
-            // Rows of A panels are whole tile registers.
-            let depth = if tile.panel_a == PanelA::Rows { k.next_multiple_of(16) } else { k };
-            let (rows, cols) = (k.min(tile.mr), k.min(tile.nr));
-            for add in [false, true] {
-                let mut c = floats(rows * cols);
-                let c = &mut TileMut::whole(&mut c, cols, rows, cols);
-                (tile.run)(
-                    &floats(depth * tile.mr),
-                    &floats(depth * tile.nr),
-                    TileC { c, i: 0, j: 0, alpha: 1.0, add },
-                );
+        // Matrices.
+        let (count, width) = (n.min(20), 23);
+        let data = floats(count * n);
+        let rows = Rows { data: &data, stride: n, count, depth: n };
+        transpose(rows, &mut floats(n * width), width, width - count);
+        transpose(rows, &mut floats(n * count), count, 0);
+        for width in [n, n + 3] {
+            copy_rows(rows, &mut floats(count * width), width);
+        }
+        products(tile, n, flush);
+        attention_stays_in_bounds(attention, n, flush);
+
+        // 8 bits, NF4.
+        int8_row(&flush.of(&vec![-7_i8; n]), 0.5, &mut y);
+        let (code, thresholds) = (flush.of(&[0.25; 16]), flush.of(&[0.5; 15]));
+        let code = code.first_chunk().expect("16 values");
+        let thresholds = thresholds.first_chunk().expect("15 thresholds");
+        let packed = flush.of(&vec![0x5A_u8; n.div_ceil(2)]);
+        for block in [32, 64] {
+            let scales = floats(n.div_ceil(block));
+            nf4_blocks(&packed, &scales, block, code, n % 2 == 0, &mut y);
+            if let Some(pairs) = pairs {
+                pairs_stay_in_bounds(pairs, &packed, &scales, block, code, n, flush);
             }
         }
-        let (count, width) = (k.min(20), 23);
-        let rows = floats(count * k);
-        let rows = Rows { data: &rows, stride: k, count, depth: k };
-        (table.transpose)(rows, &mut floats(k * width), width, width - count);
-        (table.transpose)(rows, &mut floats(k * count), count, 0);
-        for width in [k, k + 3] {
-            (table.copy_rows)(rows, &mut floats(count * width), width);
-        }
-    });
-}
+        nf4_quantize(&floats(n * 32), thresholds, &mut flush.of(&vec![0_u8; n * 16]));
 
-#[test]
-fn attention_stays_in_bounds() {
-    each(|table, keys, floats, flush| {
-        // Widths below, at and between the lane widths; as many queries as keys, up to a tile.
-        let (dim, n): (usize, usize) = ([5, 16, 24, 64][keys % 4], keys.min(QUERIES));
-        let (width, panel) = (dim.next_multiple_of(PAD), table.attention.panel);
-        let src = floats(keys.max(n) * dim);
-        let mut panels = floats(keys.next_multiple_of(panel) * dim);
-        pack_panels(&src, dim, keys, dim, panel, &mut panels);
-        let mut rows = floats(keys * width);
-        pack_rows(&src, dim, keys, dim, width, &mut rows);
-        let mut q = floats(queries_len(dim));
-        pack_queries(&src, dim, n, dim, &mut q);
-        let ahead = keys as isize - n as isize;
-        let block = Block { q: &q, k_panels: &panels, n, keys, dim, ahead, scale: 0.2, bf16: keys % 2 == 0 };
-        let (mut acc, mut max, mut sum) = (floats(n * width), floats(n), floats(n));
-        let mut scores = floats(QUERIES * KEYS);
-        let mut state = Softmax { scores: &mut scores, acc: &mut acc, max: &mut max, sum: &mut sum };
-        (table.attention.forward)(&block, &rows, &mut state);
-        let (lse, delta) = (floats(n), floats(n));
-        let upstream = Upstream { dout: &q, v_panels: &panels, k_rows: &rows, lse: &lse, delta: &delta };
-        let (mut p, mut ds, mut dq) = (floats(QUERIES * KEYS), floats(QUERIES * KEYS), floats(n * width));
-        let (mut dk, mut dv) = (floats(keys * width), floats(keys * width));
-        let mut gradients = Gradients { p: &mut p, ds: &mut ds, dq: &mut dq, dk: &mut dk, dv: &mut dv };
-        (table.attention.backward)(&block, &upstream, &mut gradients);
-        let seen = Guarded::new(&[keys, keys - 1, keys][..], flush);
-        let (q, mut acc, mut max, mut sum) = (floats(3 * dim), floats(3 * width), floats(3), floats(3));
-        let few = Few {
-            q: &q,
-            k: &src[..keys * dim],
-            v: &src[..keys * dim],
-            stride: dim,
-            keys,
-            dim,
-            seen: &seen,
-            scale: 0.2,
-            bf16: keys % 2 == 0,
-        };
-        let mut scores = floats(3 * FEW_KEYS);
-        let mut state = Softmax { scores: &mut scores, acc: &mut acc, max: &mut max, sum: &mut sum };
-        (table.attention.few)(&few, &mut state);
-    });
-}
-
-#[test]
-fn products_of_few_rows_stay_in_bounds() {
-    let (code, thresholds) = ([0.5; 16], std::array::from_fn(|i| i as f32 / 7.0 - 1.0));
-    each(|table, n, floats, flush| {
+        // A matrix times a few vectors: rows of whole blocks, then rows of any length.
         let (rows, n_x, cols) = (n % 5 + 1, n % MAX_X + 1, n * 64 % 640 + 64);
-        let bytes = Guarded::new(&vec![0xA5_u8; rows * cols / 2][..], flush);
+        let bytes = flush.of(&vec![0xA5_u8; rows * cols / 2]);
         let (x, scales) = (floats(n_x * cols), floats(rows * cols / 64));
         let (mut ordered, mut out) = (floats(n_x * cols), floats(rows * n_x));
-        (table.nf4_order)(&x, &mut ordered);
+        nf4_order(&x, &mut ordered);
         for round in [Round::F32, Round::Bf16, Round::F16, Round::F16ThenBf16] {
             let w = Nf4Rows { packed: &bytes, scales: &scales, cols, round };
-            (table.nf4_gemv)(w, &code, &ordered, &mut out);
-            if let Some(pairs) = table.nf4_pairs {
+            nf4_gemv(w, code, &ordered, &mut out);
+            if let Some(Nf4Pairs { order, gemv }) = nf4_pairs {
                 let mut words = floats(n_x * cols / 2);
-                (pairs.order)(&x, &mut words);
-                (pairs.gemv)(w, &code, &words, &mut out);
+                order(&x, &mut words);
+                gemv(w, code, &words, &mut out);
             }
         }
-        (table.i8_gemv)(&Guarded::new(&vec![-7_i8; rows * cols][..], flush), &scales, cols, &x, &mut out);
-        let mut codes = Guarded::new(&vec![0_u8; cols / 2][..], flush);
-        (table.nf4_quantize)(&floats(cols), &thresholds, &mut codes);
-        // Rows of any length.
+        i8_gemv(&flush.of(&vec![-7_i8; rows * cols]), &scales, cols, &x, &mut out);
         let x = floats(n_x * n);
-        (table.f32_gemv)(&floats(rows * n), n, &x, &mut out);
-        (table.bf16_gemv)(&Guarded::new(&vec![0x3F80_u16; rows * n][..], flush), n, &x, &mut out);
+        f32_gemv(&floats(rows * n), n, &x, &mut out);
+        bf16_gemv(&flush.of(&vec![0x3F80_u16; rows * n]), n, &x, &mut out);
     });
+}
+
+const ADAM_STEP: AdamStep = AdamStep {
+    beta1: 0.9,
+    one_minus_beta1: 0.1,
+    beta2: 0.99,
+    one_minus_beta2: 0.01,
+    eps: 1e-8,
+    correction2_sqrt: 0.5,
+    step_size: -1e-3,
+    keep: 0.99,
+    grad_scale: 0.5,
+};
+
+/// Products of `k` words: up to two panels of A, on a C that ends with its last row and begins with a column of others.
+fn products(tile: &GemmTile, k: usize, flush: Flush) {
+    let GemmTile { mr, nr, panel_a, run } = *tile;
+    // Rows of A panels are whole tile registers.
+    let depth = if panel_a == PanelA::Rows { k.next_multiple_of(16) } else { k };
+    let (rows, cols) = (k.min(2 * mr), k.min(nr));
+    let (a, b) = (flush.floats(depth * rows.next_multiple_of(mr)), flush.floats(depth * nr));
+    for (alpha, add) in [(1.0, false), (1.0, true), (0.5, false), (0.5, true)] {
+        for j in [0, 1] {
+            let mut c = flush.floats(rows * (j + cols));
+            let c = &mut TileMut::whole(&mut c, j + cols, rows, j + cols);
+            run(&a, &b, TileC { c, i: 0, j, alpha, add });
+        }
+    }
+}
+
+fn pairs_stay_in_bounds(
+    pairs: &PairKernels,
+    packed: &[u8],
+    scales: &[f32],
+    block: usize,
+    code: &[f32; 16],
+    n: usize,
+    flush: Flush,
+) {
+    let PairKernels { tile, fast: _, pack_row, join_rows, join_halves, nf4, int8 } = pairs;
+    let (low, high, mut out) = (flush.floats(n), flush.floats(n), flush.floats(n));
+    pack_row(&low, &mut flush.floats(n.div_ceil(2)));
+    join_rows(&low, &high, &mut out);
+    let halves = || flush.of(&vec![0x3F80_u16; n]);
+    join_halves(&halves(), &halves(), &mut out);
+    nf4(packed, scales, block, code, &mut halves());
+    int8(&flush.of(&vec![-7_i8; n]), 0.5, &mut halves());
+    products(tile, n, flush);
+}
+
+fn attention_stays_in_bounds(attention: &Attention, i: usize, flush: Flush) {
+    let Attention { panel, forward, backward, softmax, slopes, few } = attention;
+    let floats = |len| flush.floats(len);
+    // Blocks of few keys and almost full ones; widths below, at and between the lane widths, and of two chunks.
+    let keys = if i.is_multiple_of(2) { i } else { KEYS + 1 - i };
+    let (dim, n): (usize, usize) = ([5, 16, 24, 64, 260][i % 5], i.min(QUERIES));
+    let (width, bf16) = (dim.next_multiple_of(PAD), i % 4 < 2);
+    let src = floats(keys.max(n) * dim);
+    let mut panels = floats(keys.next_multiple_of(*panel) * dim);
+    pack_panels(&src, dim, keys, dim, *panel, &mut panels);
+    let mut rows = floats(keys * width);
+    pack_rows(&src, dim, keys, dim, width, &mut rows);
+    let mut q = floats(queries_len(dim));
+    pack_queries(&src, dim, n, dim, &mut q);
+    let ahead = keys as isize - n as isize;
+    let block = Block { q: &q, k_panels: &panels, n, keys, dim, ahead, scale: 0.2, bf16 };
+    let (mut acc, mut max, mut sum) = (floats(n * width), floats(n), floats(n));
+    let mut scores = floats(QUERIES * KEYS);
+    forward(&block, &rows, &mut Softmax { scores: &mut scores, acc: &mut acc, max: &mut max, sum: &mut sum });
+    let (lse, delta) = (floats(n), floats(n));
+    let upstream = Upstream { dout: &q, v_panels: &panels, k_rows: &rows, lse: &lse, delta: &delta };
+    let (mut p, mut ds, mut dq) = (floats(QUERIES * KEYS), floats(QUERIES * KEYS), floats(n * width));
+    let (mut dk, mut dv) = (floats(keys * width), floats(keys * width));
+    let mut gradients = Gradients { p: &mut p, ds: &mut ds, dq: &mut dq, dk: &mut dk, dv: &mut dv };
+    backward(&block, &upstream, &mut gradients);
+
+    // The middles alone, on as many rows as there are queries.
+    let mut scores = floats(n * KEYS);
+    softmax(&block, &mut Softmax { scores: &mut scores, acc: &mut acc, max: &mut max, sum: &mut sum });
+    slopes(&block, &lse, &delta, &mut floats(n * KEYS), &mut floats(n * KEYS));
+
+    let seen = flush.of(&[keys, keys - 1, keys, 1, keys, keys, keys][..=i % 7]);
+    let (heads, stride) = (seen.len(), dim + i % 3);
+    // The last key ends with its head.
+    let (k, v) = (floats((keys - 1) * stride + dim), floats((keys - 1) * stride + dim));
+    let (q, mut acc, mut max, mut sum) = (floats(heads * dim), floats(heads * width), floats(heads), floats(heads));
+    let rows = Few { q: &q, k: &k, v: &v, stride, keys, dim, seen: &seen, scale: 0.2, bf16 };
+    let mut scores = floats(heads * FEW_KEYS);
+    few(&rows, &mut Softmax { scores: &mut scores, acc: &mut acc, max: &mut max, sum: &mut sum });
 }
