@@ -280,7 +280,8 @@ class FastLanguageModel:
             random_state: Seed of the adapter's first weights.
             max_seq_length: Longest row in training; None leaves it as loaded.
             use_rslora: Scale by `lora_alpha / sqrt(r)`.
-            use_dora: Not there yet.
+            use_dora: Train the lengths of the adapted matrices' rows as well (DoRA); with dropout each product is
+                computed twice.
             modules_to_save: Modules that are trained whole, in float32, and saved with the adapter: `embed_tokens`,
                 `lm_head`, and the norms `input_layernorm`, `post_attention_layernorm`, `norm` (all of them).
             ensure_weight_tying: Where the head is the embedding table, keep it so when either is trained; otherwise
@@ -458,7 +459,7 @@ def _same_adapter(present: dict[str, Any], wanted: dict[str, Any]) -> None:
         "target_modules": sorted(targets - tables),
         "modules_to_save": sorted({*wanted["modules_to_save"], *tables}),
     }
-    for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora"):
+    for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora"):
         there: Any = present.get(name)
         if isinstance(there, Sequence) and not isinstance(there, str):
             there = sorted(there)

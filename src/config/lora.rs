@@ -31,7 +31,7 @@ pub struct LoraOptions {
     pub bias: Option<String>,
     /// Scale by alpha / sqrt(r); default false.
     pub use_rslora: Option<bool>,
-    /// Not there yet.
+    /// Train the lengths of the adapted matrix's rows as well; default false.
     pub use_dora: Option<bool>,
     /// One layer or a list; default all.
     pub layers_to_transform: Option<Value>,
@@ -78,6 +78,8 @@ pub struct Lora {
     pub ensure_weight_tying: bool,
     /// Whether the scale uses the root of the rank.  Kalajdzievski 2023.
     pub use_rslora: bool,
+    /// Whether the rows of the adapted matrix get a trained length.  Liu et al. 2024.
+    pub use_dora: bool,
     /// Layers that are adapted, ascending; `None` for all.
     pub layers_to_transform: Option<Vec<usize>>,
     /// How A starts.
@@ -96,7 +98,6 @@ impl LoraOptions {
     /// # Errors
     /// [`Error::Config`] naming a setting that is out of range, contradicts another, or is not there yet.
     pub fn resolve(&self, n_layers: usize) -> Result<Lora> {
-        refuse_if(self.use_dora == Some(true), "use_dora", true, "leave it False")?;
         let bias = self.bias.as_deref().unwrap_or("none");
         refuse_if(bias != "none", "bias", bias, "use \"none\"")?;
         let lora_dropout = self.lora_dropout.unwrap_or(0.0);
@@ -110,6 +111,7 @@ impl LoraOptions {
             modules_to_save,
             ensure_weight_tying: self.ensure_weight_tying.unwrap_or(false),
             use_rslora: self.use_rslora.unwrap_or(false),
+            use_dora: self.use_dora.unwrap_or(false),
             layers_to_transform: self.layers(n_layers)?,
             init_lora_weights: self.init()?,
             rank_pattern: pattern("rank_pattern", self.rank_pattern.as_ref(), |&r| {
@@ -253,12 +255,13 @@ mod tests {
     #[test]
     fn what_was_written_is_what_runs() {
         let lora = resolve(json!({
-            "r": 8, "lora_alpha": 32, "lora_dropout": 0.1, "use_rslora": true, "init_lora_weights": "gaussian",
+            "r": 8, "lora_alpha": 32, "lora_dropout": 0.1, "use_rslora": true, "init_lora_weights": "gaussian", "use_dora": true,
             "target_modules": ["v_proj", "q_proj", "v_proj"], "layers_to_transform": [3, 1],
             "rank_pattern": {"layers.0.self_attn.q_proj": 4}, "alpha_pattern": {"q_proj": 2.5},
         }))
         .unwrap();
-        assert_eq!((lora.r, lora.lora_alpha, lora.lora_dropout, lora.use_rslora), (8, 32.0, 0.1, true));
+        assert_eq!((lora.r, lora.lora_alpha, lora.lora_dropout), (8, 32.0, 0.1));
+        assert!(lora.use_rslora && lora.use_dora);
         assert_eq!(lora.target_modules, ["q_proj", "v_proj"]);
         assert_eq!(lora.layers_to_transform, Some(vec![1, 3]));
         assert_eq!(lora.init_lora_weights, InitWeights::Gaussian);
@@ -294,7 +297,6 @@ mod tests {
             (json!({"target_modules": [1]}), "target_modules = 1"),
             (json!({"target_modules": ["lm_head"]}), "target_modules = lm_head: expected a linear layer too"),
             (json!({"bias": "all"}), "bias = all: not there yet"),
-            (json!({"use_dora": true}), "use_dora = true: not there yet"),
             (
                 json!({"modules_to_save": ["lm_head", "q_proj"]}),
                 "modules_to_save = q_proj: expected some of embed_tokens",

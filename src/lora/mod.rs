@@ -7,7 +7,9 @@ use crate::error::{Error, Result};
 use crate::kernels::philox::{philox4x32_10, unit_f32};
 use crate::model::Model;
 use crate::model::llama::LINEAR_NAMES;
-use crate::ops::linear::Lora;
+use crate::ops::dora::Dora;
+use crate::ops::linear::{Lora, Matrix};
+use std::sync::Arc;
 
 /// One adapter to be added.
 #[derive(Clone, Debug, PartialEq)]
@@ -22,6 +24,8 @@ pub struct Placement {
     pub scale: f32,
     /// Dropout before A.
     pub dropout: f32,
+    /// Whether the rows of the adapted matrix get a trained length: DoRA, Liu et al. 2024.
+    pub dora: bool,
 }
 
 impl Placement {
@@ -45,7 +49,7 @@ pub fn module_name(layer_idx: usize, linear_idx: usize) -> String {
     format!("model.layers.{layer_idx}.{}", LINEAR_NAMES[linear_idx])
 }
 
-/// Adds adapters to a model that has none.
+/// Adds adapters to a model that has none. A magnitude starts as the lengths of the frozen rows, so it changes nothing.
 ///
 /// # Errors
 /// [`Error::Config`] if the model already has trained tensors, a rank is 0, or a placement names no layer.
@@ -74,7 +78,12 @@ pub fn inject(model: &mut Model, placements: &[Placement], init: Init, seed: u64
         let a = model.params.add(format!("{module}.lora_A.weight"), vec![rank, inputs], a, true);
         let b = vec![0.0; outputs * rank];
         let b = model.params.add(format!("{module}.lora_B.weight"), vec![outputs, rank], b, true);
-        linear.lora = Some(Lora { a, b, rank, scale: place.scale, dropout: place.dropout, module: mask });
+        let mut lora = Lora { a, b, rank, scale: place.scale, dropout: place.dropout, module: mask, dora: None };
+        if let (true, Matrix::Frozen(weight)) = (place.dora, &linear.matrix) {
+            let name = format!("{module}.lora_magnitude_vector");
+            lora.dora = Some(Arc::new(Dora::begin(&model.ctx, &mut model.params, name, weight, &lora)));
+        }
+        linear.lora = Some(lora);
     }
     Ok(())
 }

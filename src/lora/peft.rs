@@ -2,7 +2,7 @@
 //!
 //! A key of the config that would change the numbers and is not supported is an error that names it; what it would do
 //! silently is exactly what must not happen. Tensors: `base_model.model.{module}.lora_A.weight` `[r, in]` and
-//! `lora_B.weight` `[out, r]`; `base_model.model.{module}.weight` of a module trained whole, and of the embedding table and
+//! `lora_B.weight` `[out, r]`, with DoRA `lora_magnitude_vector` `[out]`; `base_model.model.{module}.weight` of a module trained whole, and of the embedding table and
 //! the head where they are not the base's. What is trained is f32, what is frozen as the base stores it.
 //! Patterns follow PEFT: a key applies to a module if `(.*\.)?(key)$` matches its name.
 
@@ -30,7 +30,7 @@ pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 pub const PREFIX: &str = "base_model.model.";
 
 /// Keys that say nothing about the numbers, or that are read below.
-const HARMLESS: [&str; 22] = [
+const HARMLESS: [&str; 23] = [
     "auto_mapping",
     "base_model_name_or_path",
     "revision",
@@ -42,6 +42,7 @@ const HARMLESS: [&str; 22] = [
     "lora_alpha",
     "lora_dropout",
     "use_rslora",
+    "use_dora",
     "target_modules",
     "modules_to_save",
     "rank_pattern",
@@ -94,8 +95,8 @@ pub fn placements(lora: &Lora, n_layers: usize) -> Result<Vec<Placement>> {
             if lora.target_modules.iter().any(|target| ends_with(&module, target)) {
                 let rank = lookup(&lora.rank_pattern, &module).copied().unwrap_or(lora.r);
                 let alpha = lookup(&lora.alpha_pattern, &module).copied().unwrap_or(lora.lora_alpha);
-                let dropout = lora.lora_dropout as f32;
-                placements.push(Placement { layer_idx, linear_idx, rank, scale: scale(lora, rank, alpha), dropout });
+                let (scale, dropout, dora) = (scale(lora, rank, alpha), lora.lora_dropout as f32, lora.use_dora);
+                placements.push(Placement { layer_idx, linear_idx, rank, scale, dropout, dora });
             }
         }
     }
@@ -178,6 +179,7 @@ pub fn read_config(folder: &Path, n_layers: usize) -> Result<Adapter> {
         target_modules: Some(get("target_modules").clone()),
         ensure_weight_tying: get("ensure_weight_tying").as_bool(),
         use_rslora: get("use_rslora").as_bool(),
+        use_dora: get("use_dora").as_bool(),
         layers_to_transform: Some(get("layers_to_transform").clone()).filter(|layers| layers != &json!([])),
         ..LoraOptions::default()
     };
@@ -221,8 +223,13 @@ pub fn load(model: &mut Model, folder: &Path) -> Result<Adapter> {
     let mut values = Vec::new();
     for place in &placements {
         let linear = model.llama.layers[place.layer_idx].linears()[place.linear_idx];
-        for (part, shape) in [("lora_A", [place.rank, linear.inputs]), ("lora_B", [linear.outputs, place.rank])] {
-            values.push(file.read(&format!("{}.{part}.weight", place.module()), &shape)?);
+        let tensors = [
+            ("lora_A.weight", vec![place.rank, linear.inputs]),
+            ("lora_B.weight", vec![linear.outputs, place.rank]),
+            ("lora_magnitude_vector", vec![linear.outputs]),
+        ];
+        for (part, shape) in tensors.into_iter().take(if place.dora { 3 } else { 2 }) {
+            values.push(file.read(&format!("{}.{part}", place.module()), &shape)?);
         }
     }
     let hidden = model.config.hidden_size;
@@ -378,7 +385,7 @@ pub fn save(model: &Model, adapter: &Adapter, folder: &Path) -> Result<()> {
         "alpha_pattern": lora.alpha_pattern,
         "target_modules": lora.target_modules,
         "task_type": "CAUSAL_LM",
-        "use_dora": false,
+        "use_dora": lora.use_dora,
         "use_rslora": lora.use_rslora,
     });
     let text = serde_json::to_vec_pretty(&config).expect("strings and finite numbers always serialise");

@@ -295,15 +295,15 @@ impl Layer {
         };
         let Gated { normed, gate, up, lin_gate_up: [lin_gate, lin_up], .. } = gated;
         let mut dactive = ctx.buf(active.len());
-        let parts = [(&self.down, &lin_down, &*dmid)];
-        linear::backward_all(env, &active, &parts, Some((&mut dactive, Into::Store)), grads);
+        let parts = [(&self.down, lin_down, &*dmid)];
+        linear::backward_all(env, &active, parts, Some((&mut dactive, Into::Store)), grads);
         drop(active);
         let (dgate, dup) = swiglu::backward(ctx, &gate, &up, &dactive);
         drop((dactive, gate, up));
         let (h, norm) = normed.unwrap_or_else(|| self.post_norm.forward(env, mid));
         let mut dh = ctx.buf(h.len());
-        let parts = [(&self.gate, &lin_gate, &*dgate), (&self.up, &lin_up, &*dup)];
-        linear::backward_all(env, &h, &parts, Some((&mut dh, Into::Store)), grads);
+        let parts = [(&self.gate, lin_gate, &*dgate), (&self.up, lin_up, &*dup)];
+        linear::backward_all(env, &h, parts, Some((&mut dh, Into::Store)), grads);
         drop((dgate, dup, h));
         self.post_norm.backward(env, mid, &norm, &dh, dmid, grads);
     }
@@ -315,8 +315,8 @@ impl Layer {
         let AttentionSaved { normed, q, k, v, lin_qkv: [lin_q, lin_k, lin_v], attended, lse, lin_o, mid: _ } = saved;
         // mid = x + o(attended): dx starts as dmid
         let mut dattended = ctx.buf(attended.len());
-        let parts = [(&self.o, &lin_o, &*dmid)];
-        linear::backward_all(env, &attended, &parts, Some((&mut dattended, Into::Store)), grads);
+        let parts = [(&self.o, lin_o, &*dmid)];
+        linear::backward_all(env, &attended, parts, Some((&mut dattended, Into::Store)), grads);
         let f = Forward { q: &q, k: &k, v: &v, out: &attended, lse: &lse };
         let (mut dq, mut dk, dv) = attention::backward(ctx, heads, &env.tokens.cu_seqlens, f, &dattended);
         drop((dattended, q, k, v, attended, lse));
@@ -326,8 +326,8 @@ impl Layer {
         // The gain's gradient needs dh even where x needs none.
         let through = below == Below::Trained || matches!(self.input_norm.gain, rms_norm::Gain::Trained(_));
         let mut dh = through.then(|| ctx.buf(h.len()));
-        let parts = [(&self.q, &lin_q, &*dq), (&self.k, &lin_k, &*dk), (&self.v, &lin_v, &*dv)];
-        linear::backward_all(env, &h, &parts, dh.as_deref_mut().map(|dh| (dh, Into::Store)), grads);
+        let parts = [(&self.q, lin_q, &*dq), (&self.k, lin_k, &*dk), (&self.v, lin_v, &*dv)];
+        linear::backward_all(env, &h, parts, dh.as_deref_mut().map(|dh| (dh, Into::Store)), grads);
         drop((dq, dk, dv, h));
         let dh = dh?;
         let mut dx = dmid;

@@ -4,6 +4,7 @@
 use super::llama::{Layer, Llama};
 use super::{Model, ModelConfig};
 use crate::ops::attention::Heads;
+use crate::ops::dora::Dora;
 use crate::ops::linear::{Bias, Linear, Lora, Matrix};
 use crate::ops::rms_norm::{Gain, RmsNorm};
 use crate::ops::rope::{Rope, RopeScaling};
@@ -11,6 +12,7 @@ use crate::ops::tape::test_floats as floats;
 use crate::ops::{Ctx, ParamStore, Precision, Tokens, Weight};
 use serde_json::json;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// The sizes of a test model.
 #[derive(Clone, Copy)]
@@ -23,6 +25,8 @@ pub(crate) struct TestShape {
     /// Of adapters on all linear layers; 0 for none.
     pub(crate) rank: usize,
     pub(crate) dropout: f32,
+    /// Whether adapters have a magnitude, off its first value.
+    pub(crate) dora: bool,
     pub(crate) precision: Precision,
 }
 
@@ -31,7 +35,7 @@ impl TestShape {
     pub(crate) fn wide() -> Self {
         let heads = Heads { heads: 4, kv_heads: 2, head_dim: 8 };
         let (rank, dropout, precision) = (3, 0.1, Precision::F32);
-        Self { hidden: 32, ffn: 1 << 16, layers: 3, heads, vocab: 50, rank, dropout, precision }
+        Self { hidden: 32, ffn: 1 << 16, layers: 3, heads, vocab: 50, rank, dropout, dora: false, precision }
     }
 }
 
@@ -44,28 +48,38 @@ pub(crate) fn random_model(s: TestShape) -> Model {
         "vocab_size": s.vocab, "tie_word_embeddings": true,
     });
     std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    let ctx = Ctx::new(s.precision).unwrap();
     let mut params = ParamStore::default();
     let mut module = 0;
-    let matrix = |rows: usize, cols: usize, seed: u32| {
+    let weight = |rows: usize, cols: usize, seed: u32| {
         let scale = 1.0 / (cols as f32).sqrt();
         let values = floats(rows * cols, seed).into_iter().map(|v| v * scale).collect();
-        Matrix::Frozen(Weight::f32(values, rows, cols).unwrap())
+        Weight::f32(values, rows, cols).unwrap()
     };
     let mut linear = |outputs: usize, inputs: usize| {
         module += 1;
+        let weight = weight(outputs, inputs, module);
         let mut add = |kind: &str, rows: usize, cols: usize, seed: u32| {
             let values = floats(rows * cols, seed).into_iter().map(|v| 0.2 * v).collect();
             params.add(format!("{module}.{kind}"), vec![rows, cols], values, true)
         };
-        let lora = (s.rank > 0).then(|| Lora {
+        let mut lora = (s.rank > 0).then(|| Lora {
             a: add("a", s.rank, inputs, 1000 + module),
             b: add("b", outputs, s.rank, 2000 + module),
             rank: s.rank,
             scale: 0.7,
             dropout: s.dropout,
             module,
+            dora: None,
         });
-        Linear { inputs, outputs, matrix: matrix(outputs, inputs, module), bias: Bias::None, lora }
+        if let (true, Some(lora)) = (s.dora, &mut lora) {
+            let dora = Dora::begin(&ctx, &mut params, format!("{module}.magnitude"), &weight, lora);
+            let off = floats(outputs, 3000 + module).into_iter().map(|v| 1.0 + 0.2 * v);
+            let moved: Vec<f32> = params.get(dora.magnitude).iter().zip(off).map(|(m, off)| m * off).collect();
+            params.set(dora.magnitude, &moved).unwrap();
+            lora.dora = Some(Arc::new(dora));
+        }
+        Linear { inputs, outputs, matrix: Matrix::Frozen(weight), bias: Bias::None, lora }
     };
     let norm = || RmsNorm { gain: Gain::Frozen(vec![1.0; s.hidden]), eps: 1e-5 };
     let (h, q, kv) = (s.hidden, s.heads.q_width(), s.heads.kv_width());
@@ -85,13 +99,12 @@ pub(crate) fn random_model(s: TestShape) -> Model {
         hidden_size: h,
         vocab_size: s.vocab,
         layers: layers.collect(),
-        embed: matrix(s.vocab, h, 99),
+        embed: Matrix::Frozen(weight(s.vocab, h, 99)),
         norm: norm(),
         head: None,
         rope: Rope::new(s.heads.head_dim, 10_000.0, &RopeScaling::None),
     };
     let config = ModelConfig::read(folder.path()).unwrap();
-    let ctx = Ctx::new(s.precision).unwrap();
     Model { folder: PathBuf::new(), config, llama, params, ctx, new_tables: false, int8_head: None }
 }
 

@@ -4,6 +4,7 @@
 //! the number of threads, nor a row's on its neighbours. Outputs are `[outputs, n_rows]`: for one row the usual
 //! layout, for several its transpose ([`transpose`]). A low-rank adapter is added in the same task as its weight rows.
 
+use super::dora::Factors;
 use super::linear::{Bias, Linear, Lora, Matrix};
 use super::weight::{Precision, Storage, Weight};
 use super::{Buf, Ctx, Env};
@@ -14,6 +15,7 @@ use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Up to this many rows of x, a product reads its weights where they are stored.
 pub const MAX_ROWS: usize = MAX_X;
@@ -242,6 +244,8 @@ struct Ready<'a> {
     bias: Option<&'a [f32]>,
     /// The adapter's B, its rank, and `scale · A x` as `[n_rows, rank]`.
     low: Option<(&'a [f32], usize, Buf)>,
+    /// What a magnitude multiplies with.
+    factors: Option<Arc<Factors>>,
 }
 
 impl<'a> Ready<'a> {
@@ -252,7 +256,7 @@ impl<'a> Ready<'a> {
             Bias::Trained(id) => Some(env.params.get(*id)),
         };
         let low = linear.lora.as_ref().map(|lora| (env.params.get(lora.b), lora.rank, down(env, lora, x)));
-        Self { rows: Rows::of(env, &linear.matrix), bias, low }
+        Self { rows: Rows::of(env, &linear.matrix), bias, low, factors: linear.factors(env) }
     }
 
     fn multiply(&self, ctx: &Ctx, x: &Input, first: usize, out: &mut [f32], scratch: &mut Scratch) {
@@ -270,6 +274,9 @@ impl<'a> Ready<'a> {
             part.resize(out.len(), 0.0);
             (ctx.kernels.f32_gemv)(&b[first * rank..][..out.len() / n_rows * rank], *rank, low, part);
             out.iter_mut().zip(part).for_each(|(out, part)| *out += *part);
+        }
+        if let Some(factors) = &self.factors {
+            factors.scale_columns(self.bias, first, n_rows, out);
         }
     }
 }

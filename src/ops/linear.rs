@@ -2,12 +2,18 @@
 //!
 //! `y = x Wᵀ + bias + u Bᵀ` with `u = scale · D(x) Aᵀ`, D = dropout.  The backward is `dx = dy W + D(du A)`,
 //! `du = scale · dy B`, `dA = duᵀ D(x)`, `dB = dyᵀ u`; a frozen W never gets a gradient, and costs none.
+//!
+//! With a magnitude ([`super::dora`]) y grows by `(c - 1) ⊙ z`, `z = D(x) Wᵀ + u Bᵀ` and `c = m / n`.  Where dropout drops
+//! nothing, z is y without its bias, and the backward above holds with `c ⊙ dy` for dy.  Where it does, z takes a product of
+//! its own, and with `g = c ⊙ dy` the backward is `dx = dy W + D((g - dy) W + du A)`, `du = scale · g B`, `dB = gᵀ u`.
 
+use super::dora::{Dora, Factors};
 use super::dropout::Dropout;
 use super::matmul::{FEW_ROWS, Gemm, Into, Left, Mask, Operand, PackedA, Shape, Term, gemm, gemm_sum};
 use super::{Buf, Env, Grads, ParamId, Weight};
 use crate::kernels::elementwise::Masked;
 use rayon::prelude::*;
+use std::sync::Arc;
 
 /// The matrix of a layer, `[out, in]`.
 pub enum Matrix {
@@ -42,6 +48,8 @@ pub struct Lora {
     pub dropout: f32,
     /// Tells this layer's dropout mask from the others'.
     pub module: u32,
+    /// The magnitude, if the adapter has one.
+    pub dora: Option<Arc<Dora>>,
 }
 
 /// A linear layer.
@@ -62,6 +70,8 @@ pub struct Linear {
 pub struct Saved {
     /// `scale · D(x) Aᵀ`, `[n_tokens, rank]`; absent without an adapter.
     low: Option<Buf>,
+    /// `D(x) (W + scale · B A)ᵀ`, `[n_tokens, out]`; absent without a magnitude.
+    direction: Option<Buf>,
 }
 
 impl Linear {
@@ -82,7 +92,12 @@ impl Linear {
 
     /// What the backward needs, without the output: for a forward that runs again.
     pub fn recompute(&self, env: &Env<'_>, x: &[f32]) -> Saved {
-        Saved { low: self.low(env, x, Left::Plain(Operand::rows(x, self.inputs))) }
+        if self.lora.as_ref().is_some_and(|lora| lora.dora.is_some()) {
+            return self.forward(env, x).1; // the magnitude's gradient needs the product
+        }
+        let packed = Left::Plain(Operand::rows(x, self.inputs));
+        let low = self.lora.as_ref().map(|lora| self.low(env, lora, x, self.dropped(env, lora, x).as_deref(), packed));
+        Saved { low, direction: None }
     }
 
     /// The forward with x packed before.
@@ -98,26 +113,47 @@ impl Linear {
             y.par_chunks_mut(self.outputs).for_each(|row| row.copy_from_slice(bias));
         }
         let into = if bias.is_some() { Into::Add } else { Into::Store };
-        let low = self.low(env, x, packed);
-        let mut terms = vec![Term::new(self.inputs, packed, self.operand(env, true))];
-        if let (Some(lora), Some(low)) = (&self.lora, &low) {
-            let up = Operand::transposed(env.params.get(lora.b), lora.rank);
-            terms.push(Term::new(lora.rank, Left::Plain(Operand::rows(low, lora.rank)), up));
-        }
-        gemm_sum(ctx, Shape { m: n_tokens, n: self.outputs, alpha: 1.0, into }, &terms, &mut y);
-        (y, Saved { low })
+        let shape = Shape { m: n_tokens, n: self.outputs, alpha: 1.0, into };
+        let own = Term::new(self.inputs, packed, self.operand(env, true));
+        let Some(lora) = &self.lora else {
+            gemm_sum(ctx, shape, &[own], &mut y);
+            return (y, Saved { low: None, direction: None });
+        };
+        let dropped = self.dropped(env, lora, x);
+        let low = self.low(env, lora, x, dropped.as_deref(), packed);
+        let up = Operand::transposed(env.params.get(lora.b), lora.rank);
+        let update = Term::new(lora.rank, Left::Plain(Operand::rows(&low, lora.rank)), up);
+        gemm_sum(ctx, shape, &[own, update], &mut y);
+        let direction = self.factors(env).map(|factors| match &dropped {
+            None => factors.scale(ctx, bias, &mut y),
+            Some(dropped) => {
+                let mut z = ctx.buf(y.len());
+                let own = Term { a: Left::Plain(Operand::rows(dropped, self.inputs)), ..own };
+                gemm_sum(ctx, Shape { into: Into::Store, ..shape }, &[own, update], &mut z);
+                factors.add_excess(&z, &mut y);
+                z
+            }
+        });
+        (y, Saved { low: Some(low), direction })
     }
 
-    /// `scale · D(x) Aᵀ`, `[n_tokens, rank]`.
-    fn low(&self, env: &Env<'_>, x: &[f32], packed: Left<'_>) -> Option<Buf> {
+    /// What the magnitude multiplies the outputs with, if there is one.
+    pub fn factors(&self, env: &Env<'_>) -> Option<Arc<Factors>> {
         let lora = self.lora.as_ref()?;
+        match (&lora.dora, &self.matrix) {
+            (Some(dora), Matrix::Frozen(weight)) => Some(dora.factors(env, weight, lora)),
+            _ => None,
+        }
+    }
+
+    /// `scale · D(x) Aᵀ`, `[n_tokens, rank]`;  dropped: D(x) where it is not x, packed: x.
+    fn low(&self, env: &Env<'_>, lora: &Lora, x: &[f32], dropped: Option<&[f32]>, packed: Left<'_>) -> Buf {
         let (m, k) = (x.len() / self.inputs, self.inputs);
-        let dropped = self.dropped(env, lora, x);
-        let input = dropped.as_deref().map_or(packed, |dropped| Left::Plain(Operand::rows(dropped, k)));
+        let input = dropped.map_or(packed, |dropped| Left::Plain(Operand::rows(dropped, k)));
         let mut low = env.ctx.buf(m * lora.rank);
         let down = Term::new(k, input, Operand::transposed(env.params.get(lora.a), k));
         gemm_sum(env.ctx, Shape { m, n: lora.rank, alpha: lora.scale, into: Into::Store }, &[down], &mut low);
-        Some(low)
+        low
     }
 
     /// Adds the gradient of the input to `dx` (unless nothing below needs it) and those of trained tensors to `grads`.
@@ -127,26 +163,33 @@ impl Linear {
         &self,
         env: &Env<'_>,
         x: &[f32],
-        saved: &Saved,
+        saved: Saved,
         dy: &[f32],
         dx: Option<&mut [f32]>,
         grads: &mut Grads,
     ) {
-        backward_all(env, x, &[(self, saved, dy)], dx.map(|dx| (dx, Into::Add)), grads);
+        backward_all(env, x, [(self, saved, dy)], dx.map(|dx| (dx, Into::Add)), grads);
     }
 
-    /// The gradients of this layer's own tensors; returns `scale · dy B`, `[n_tokens, rank]`, where there is an adapter.
-    fn own_gradients(
-        &self,
-        env: &Env<'_>,
-        x: &[f32],
-        saved: &Saved,
-        dy: &[f32],
-        packed_dy: Left<'_>,
-        grads: &mut Grads,
-    ) -> Option<Buf> {
+    /// Adds the magnitude's gradient; returns that of z, and what of dy goes through the dropped input beside it.
+    fn through_magnitude(&self, env: &Env<'_>, direction: Option<Buf>, dy: &[f32], grads: &mut Grads) -> Scaled {
+        let parts = (&self.lora, self.factors(env), direction);
+        let (Some(lora @ Lora { dora: Some(dora), .. }), Some(factors), Some(mut z)) = parts else {
+            return Scaled { direction: None, dropped: None };
+        };
+        factors.backward(dy, &mut z, grads.get_mut(dora.magnitude));
+        let dropped = self.dropout(env, lora).map(|_| {
+            let mut excess = env.ctx.zeros(dy.len());
+            factors.add_excess(dy, &mut excess);
+            excess
+        });
+        Scaled { direction: Some(z), dropped }
+    }
+
+    /// The gradients of this layer's own tensors; returns `scale · dz B`, `[n_tokens, rank]`, where there is an adapter.
+    fn own_gradients(&self, env: &Env<'_>, x: &[f32], part: &Part<'_>, grads: &mut Grads) -> Option<Buf> {
         let (ctx, n_tokens) = (env.ctx, x.len() / self.inputs);
-        let (n_in, n_out) = (self.inputs, self.outputs);
+        let (n_in, n_out, dy) = (self.inputs, self.outputs, part.dy);
         if let Matrix::Trained(id) = self.matrix {
             // dW += dyᵀ x
             let (a, b) = (Operand::transposed(dy, n_out), Operand::rows(x, n_in));
@@ -158,15 +201,16 @@ impl Linear {
                 (ctx.kernels.axpy)(1.0, row, grads.get_mut(id));
             }
         }
-        let (Some(lora), Some(low)) = (&self.lora, &saved.low) else { return None };
-        let rank = lora.rank;
-        // dB += dyᵀ (scale · u)
-        let (a, b) = (Operand::transposed(dy, n_out), Operand::rows(low, rank));
+        let (Some(lora), Some(low)) = (&self.lora, &part.low) else { return None };
+        let (rank, dz) = (lora.rank, part.dz());
+        // dB += dzᵀ (scale · u)
+        let (a, b) = (Operand::transposed(dz, n_out), Operand::rows(low, rank));
         let g = Gemm { m: n_out, n: rank, k: n_tokens, a, b, alpha: 1.0, into: Into::Add };
         gemm(ctx, &g, grads.get_mut(lora.b));
-        // du = scale · dy B
+        // du = scale · dz B
         let mut dlow = ctx.buf(n_tokens * rank);
-        let up = Term::new(n_out, packed_dy, Operand::rows(env.params.get(lora.b), rank));
+        let left = if part.scaled.dropped.is_none() { part.left() } else { Left::Plain(Operand::rows(dz, n_out)) };
+        let up = Term::new(n_out, left, Operand::rows(env.params.get(lora.b), rank));
         gemm_sum(ctx, Shape { m: n_tokens, n: rank, alpha: lora.scale, into: Into::Store }, &[up], &mut dlow);
         // dA += duᵀ D(x)
         let dropped = self.dropped(env, lora, x);
@@ -213,36 +257,73 @@ pub fn forward_all<const N: usize>(env: &Env<'_>, linears: [&Linear; N], x: &[f3
     linears.map(|linear| linear.forward_packed(env, x, left))
 }
 
+/// The gradients that a magnitude makes of dy; all are dy without one.
+struct Scaled {
+    /// `m/n ⊙ dy`, that of z, `[n_tokens, out]`.
+    direction: Option<Buf>,
+    /// `(m/n - 1) ⊙ dy`, what goes through the frozen matrix to the dropped input, where inputs are dropped.
+    dropped: Option<Buf>,
+}
+
+/// One layer in a backward.
+struct Part<'a> {
+    linear: &'a Linear,
+    low: Option<Buf>,
+    /// `[n_tokens, out]`.
+    dy: &'a [f32],
+    scaled: Scaled,
+    /// [`Part::dx_side`], packed.
+    packed: Option<PackedA>,
+}
+
+impl Part<'_> {
+    /// The gradient of z, `[n_tokens, out]`.
+    fn dz(&self) -> &[f32] {
+        self.scaled.direction.as_deref().unwrap_or(self.dy)
+    }
+
+    /// What goes through the frozen matrix to the input as it is, `[n_tokens, out]`.
+    fn dx_side(&self) -> &[f32] {
+        if self.scaled.dropped.is_some() { self.dy } else { self.dz() }
+    }
+
+    fn left(&self) -> Left<'_> {
+        self.packed.as_ref().map_or(Left::Plain(Operand::rows(self.dx_side(), self.linear.outputs)), Left::Packed)
+    }
+}
+
 /// The backward of layers that share their input: the gradient of the input is one sum with one pass over `dx`.
 ///
 /// x: the forward's input, parts: each layer with what its forward saved and its `dy: [n_tokens, out]`,
 /// dx: `[n_tokens, in]`, `None` where nothing below needs it; gradients of trained tensors are added to `grads`.
-pub fn backward_all(
+pub fn backward_all<const N: usize>(
     env: &Env<'_>,
     x: &[f32],
-    parts: &[(&Linear, &Saved, &[f32])],
+    parts: [(&Linear, Saved, &[f32]); N],
     dx: Option<(&mut [f32], Into)>,
     grads: &mut Grads,
 ) {
-    let packed: Vec<_> = parts.iter().map(|(linear, _, dy)| pack(env, dy, linear.outputs)).collect();
-    let left = |i: usize| {
-        let (linear, _, dy) = parts[i];
-        packed[i].as_ref().map_or(Left::Plain(Operand::rows(dy, linear.outputs)), Left::Packed)
-    };
-    let own = |(i, &(linear, saved, dy)): (usize, &(&Linear, &Saved, &[f32]))| {
-        linear.own_gradients(env, x, saved, dy, left(i), grads)
-    };
-    let dlow: Vec<_> = parts.iter().enumerate().map(own).collect();
+    let parts = parts.map(|(linear, saved, dy)| {
+        let scaled = linear.through_magnitude(env, saved.direction, dy, grads);
+        let mut part = Part { linear, low: saved.low, dy, scaled, packed: None };
+        part.packed = pack(env, part.dx_side(), linear.outputs);
+        part
+    });
+    let dlow = parts.each_ref().map(|part| part.linear.own_gradients(env, x, part, grads));
     let Some((dx, into)) = dx else { return };
-    let inputs = parts.first().map_or(1, |(linear, ..)| linear.inputs);
-    let masks: Vec<_> = parts.iter().map(|(linear, ..)| linear.mask(env)).collect();
-    // dx (+)= Σ dy W + D(du A)
-    let mut terms = Vec::with_capacity(2 * parts.len());
-    for (i, (linear, ..)) in parts.iter().enumerate() {
-        terms.push(Term::new(linear.outputs, left(i), linear.operand(env, false)));
-        if let (Some(lora), Some(dlow)) = (&linear.lora, &dlow[i]) {
+    let inputs = parts.first().map_or(1, |part| part.linear.inputs);
+    let masks = parts.each_ref().map(|part| part.linear.mask(env));
+    // dx (+)= Σ dy W + D(du A), with a magnitude and dropout Σ dy W + D((dz - dy) W + du A)
+    let mut terms = Vec::with_capacity(3 * N);
+    for ((part, dlow), mask) in parts.iter().zip(&dlow).zip(&masks) {
+        let (linear, mask) = (part.linear, mask.as_ref().map(|mask| mask as Mask<'_>));
+        let own = Term::new(linear.outputs, part.left(), linear.operand(env, false));
+        terms.push(own);
+        if let Some(dropped) = &part.scaled.dropped {
+            terms.push(Term { a: Left::Plain(Operand::rows(dropped, linear.outputs)), mask, ..own });
+        }
+        if let (Some(lora), Some(dlow)) = (&linear.lora, dlow) {
             let (a, b) = (Operand::rows(dlow, lora.rank), Operand::rows(env.params.get(lora.a), inputs));
-            let mask = masks[i].as_ref().map(|mask| mask as Mask<'_>);
             terms.push(Term { mask, ..Term::new(lora.rank, Left::Plain(a), b) });
         }
     }

@@ -55,6 +55,7 @@ impl<'a> Operand<'a> {
         Self::Dense { data, row_stride: 1, col_stride: width }
     }
 
+    /// The transpose.
     pub(super) fn swap(self) -> Self {
         match self {
             Self::Dense { data, row_stride, col_stride } => {

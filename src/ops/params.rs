@@ -1,6 +1,7 @@
 //! The trainable tensors and their gradients, apart from the layers that use them.
 
 use crate::error::{Error, Result};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Which parameter of a [`ParamStore`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,14 +24,28 @@ pub struct Param {
 #[derive(Clone, Debug, Default)]
 pub struct ParamStore {
     params: Vec<Param>,
+    state: u64,
 }
+
+/// The states that all stores have gone through: no two with other values share a number.
+static STATES: AtomicU64 = AtomicU64::new(1);
 
 impl ParamStore {
     /// Adds a tensor and returns its id.
     pub fn add(&mut self, name: String, shape: Vec<usize>, data: Vec<f32>, decay: bool) -> ParamId {
         debug_assert_eq!(shape.iter().product::<usize>(), data.len(), "{name}");
+        self.change();
         self.params.push(Param { name, shape, data, decay });
         ParamId(self.params.len() - 1)
+    }
+
+    /// Tells the values of now from those before: what was computed from them holds while this number does.
+    pub fn state(&self) -> u64 {
+        self.state
+    }
+
+    fn change(&mut self) {
+        self.state = STATES.fetch_add(1, Ordering::Relaxed);
     }
 
     /// The values of one tensor.
@@ -45,6 +60,7 @@ impl ParamStore {
 
     /// All tensors in order, to be changed.
     pub fn all_mut(&mut self) -> &mut [Param] {
+        self.change();
         &mut self.params
     }
 
@@ -60,6 +76,7 @@ impl ParamStore {
 
     /// Cuts a matrix to `rows` rows, or adds rows that all are `fill`, `[cols]`.
     pub fn resize_rows(&mut self, id: ParamId, rows: usize, fill: &[f32]) {
+        self.change();
         let Param { shape, data, .. } = &mut self.params[id.0];
         let len = rows * fill.len();
         data.truncate(len);
@@ -72,6 +89,7 @@ impl ParamStore {
     /// # Panics
     /// If there is no such row.
     pub fn set_row(&mut self, id: ParamId, row: usize, values: &[f32]) {
+        self.change();
         self.params[id.0].data[row * values.len()..(row + 1) * values.len()].copy_from_slice(values);
     }
 
@@ -80,6 +98,7 @@ impl ParamStore {
     /// # Errors
     /// [`Error::Shape`] if the sizes differ.
     pub fn set(&mut self, id: ParamId, values: &[f32]) -> Result<()> {
+        self.change();
         let param = &mut self.params[id.0];
         if param.data.len() != values.len() {
             return Err(Error::Shape {

@@ -160,7 +160,8 @@ impl Model {
         enter(py, || {
             let mut state = self.write()?;
             let lora = options.resolve(state.core.llama.layers.len())?;
-            peft::attach(&mut state.core, &lora)?;
+            let core = &mut state.core;
+            with_pool(|| peft::attach(core, &lora))?;
             let text = json!(lora).to_string();
             state.adapter = Some(Adapter { base_model: None, lora });
             Ok(text)
@@ -195,7 +196,8 @@ impl Model {
     fn load_adapter(&self, py: Python<'_>, folder: PathBuf) -> PyResult<String> {
         enter(py, || {
             let mut state = self.write()?;
-            let adapter = peft::load(&mut state.core, &folder)?;
+            let core = &mut state.core;
+            let adapter = with_pool(|| peft::load(core, &folder))?;
             let mut text = json!(adapter.lora);
             text["base_model_name_or_path"] = json!(adapter.base_model);
             state.adapter = Some(adapter);

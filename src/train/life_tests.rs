@@ -11,7 +11,6 @@ use crate::io::safetensors::{Dtype, SafetensorsWriter, TensorSpec};
 use crate::lora::whole::train_whole;
 use crate::model::Model;
 use crate::model::testing::{TestShape, random_model};
-use crate::ops::Precision;
 use crate::ops::attention::Heads;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -33,8 +32,7 @@ impl Lender for Lent {
 
 fn model() -> Lent {
     let heads = Heads { heads: 2, kv_heads: 1, head_dim: 8 };
-    let (rank, dropout, precision) = (3, 0.1, Precision::F32);
-    let shape = TestShape { hidden: 16, ffn: 32, layers: 1, heads, vocab: 30, rank, dropout, precision };
+    let shape = TestShape { hidden: 16, ffn: 32, layers: 1, heads, vocab: 30, dora: true, ..TestShape::wide() };
     Lent(RwLock::new(random_model(shape)))
 }
 

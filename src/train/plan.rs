@@ -37,10 +37,12 @@ pub struct Sizes {
     pub vocab: usize,
     /// Whether the head is trained.
     pub head_trained: bool,
-    /// The ranks of a layer's adapters up to the output projection, added up: of the layer with the most.
-    pub attention_ranks: usize,
-    /// The ranks of a layer's adapters of the MLP, added up.
-    pub mlp_ranks: usize,
+    /// Floats of a token that a layer's adapters up to the output projection keep: of the layer with the most.
+    pub attention_adapters: usize,
+    /// Floats of a token that a layer's adapters of the MLP keep.
+    pub mlp_adapters: usize,
+    /// Whether the MLP's last product is among what runs again: the gradient of a magnitude needs it.
+    pub down_again: bool,
     /// Whether adapters drop inputs: a masked copy then stands beside the input.
     pub dropout: bool,
     /// Bytes of a packed operand's element.
@@ -51,10 +53,12 @@ impl Sizes {
     /// Those of a loaded model.
     pub fn of(model: &Model) -> Self {
         let (llama, config) = (&model.llama, &model.config);
-        let rank = |linear: &Linear| linear.lora.as_ref().map_or(0, |lora| lora.rank);
+        let kept = |linear: &Linear| {
+            linear.lora.as_ref().map_or(0, |lora| adapter_floats(lora.rank, lora.dora.is_some(), linear.outputs))
+        };
         let most = |range: std::ops::Range<usize>| {
-            let ranks = llama.layers.iter().map(|layer| layer.linears()[range.clone()].iter().map(|l| rank(l)).sum());
-            ranks.max().unwrap_or(0)
+            let floats = llama.layers.iter().map(|layer| layer.linears()[range.clone()].iter().map(|l| kept(l)).sum());
+            floats.max().unwrap_or(0)
         };
         let drops = |linear: &&Linear| linear.lora.as_ref().is_some_and(|lora| lora.dropout > 0.0);
         Self {
@@ -66,8 +70,12 @@ impl Sizes {
             heads: config.num_heads,
             vocab: config.vocab_size,
             head_trained: matches!(llama.head_matrix(), Matrix::Trained(_)),
-            attention_ranks: most(0..4),
-            mlp_ranks: most(4..7),
+            attention_adapters: most(0..4),
+            mlp_adapters: most(4..7),
+            down_again: llama
+                .layers
+                .iter()
+                .any(|layer| layer.down.lora.as_ref().is_some_and(|lora| lora.dora.is_some())),
             dropout: llama.layers.iter().any(|layer| layer.linears().iter().any(drops)),
             packed_bytes: packed_bytes(model.ctx.kernels, model.ctx.precision),
         }
@@ -75,8 +83,8 @@ impl Sizes {
 
     /// Floats of a token that a layer keeps beside its input.
     fn kept(&self, keep: Keep) -> usize {
-        let attention = 2 * self.q_width + 2 * self.kv_width + self.heads + self.hidden + self.attention_ranks;
-        let products = attention + 2 * self.ffn + self.mlp_ranks;
+        let attention = 2 * self.q_width + 2 * self.kv_width + self.heads + self.hidden + self.attention_adapters;
+        let products = attention + 2 * self.ffn + self.mlp_adapters;
         match keep {
             Keep::Input => 0,
             Keep::Attention => attention,
@@ -91,7 +99,7 @@ impl Sizes {
         let (h, ffn, q, kv) = (self.hidden, self.ffn, self.q_width, self.kv_width);
         // Kept by no one, the attention's buffers are made anew: with the norm's output where it was not dropped.
         let attention = if keep == Keep::Input { n_tokens * (self.kept(Keep::Attention) + h) } else { 0 };
-        let gated = if keep < Keep::Products { 2 * ffn + self.mlp_ranks } else { 0 };
+        let gated = if keep < Keep::Products { 2 * ffn + self.mlp_adapters } else { 0 };
         let activated = if keep < Keep::Everything { h + ffn } else { 0 };
         let masked = if self.dropout { ffn } else { 0 };
         let packed = |floats: usize| floats * self.packed_bytes / 4;
@@ -101,16 +109,24 @@ impl Sizes {
         let freed = if keep == Keep::Everything { ffn } else { 0 };
         let swiglu = gated + h + 3 * ffn - freed;
         let freed = freed + if keep >= Keep::Products { 2 * ffn } else { 0 };
-        let gradients = 2 * ffn + 2 * h + masked.min(h);
+        // What adapters made anew is there until their gradients are done.
+        let made = if keep < Keep::Products { self.mlp_adapters } else { 0 };
+        let gradients = 2 * ffn + 2 * h + masked.min(h) + made;
         let own = (gradients + packed(3 * ffn)).saturating_sub(freed);
         let narrow =
             (chunk * (gradients + packed(2 * ffn)) + packed(2 * packed_whole(h, ffn))).saturating_sub(chunk * freed);
-        let mlp = (chunk * through_down.max(swiglu).max(own)).max(narrow);
+        let again = if self.down_again && keep < Keep::Products {
+            chunk * (gated + activated + packed(ffn) + 2 * h) + packed(packed_whole(h, ffn))
+        } else {
+            0
+        };
+        let mlp = (chunk * through_down.max(swiglu).max(own)).max(narrow).max(again);
         // mid is gone; dattended, dq, dk, dv, D, keys twice and values packed; then h, dh and the packed operands.
         let apart = if keep == Keep::Input { attention - n_tokens * h } else { 0 };
         let through_attention = apart + n_tokens * (2 * q + 5 * kv + self.heads);
         let freed = if keep == Keep::Input { 0 } else { h + 2 * q + 2 * kv };
-        let through_qkv = q + 2 * kv + 2 * h + packed(2 * q + 2 * kv) + masked.min(h);
+        let made = if keep == Keep::Input { self.attention_adapters } else { 0 };
+        let through_qkv = q + 2 * kv + 2 * h + packed(2 * q + 2 * kv) + masked.min(h) + made;
         let through_qkv = n_tokens * through_qkv.saturating_sub(freed);
         4 * (attention + mlp).max(through_attention).max(through_qkv)
     }
@@ -342,10 +358,10 @@ impl Run {
         let embedding_trained = options.full_finetuning || wholes.contains(&EMBEDDING);
         let is_head = embedding_trained && tied && lora.ensure_weight_tying;
         let head_trained = options.full_finetuning || wholes.contains(&HEAD) || is_head;
-        let ranks = |range: std::ops::Range<usize>| {
+        let adapters = |range: std::ops::Range<usize>| {
             let of_layer = |layer| {
                 let here = places.iter().filter(|p| p.layer_idx == layer && range.contains(&p.linear_idx));
-                here.map(|p| p.rank).sum::<usize>()
+                here.map(|p| adapter_floats(p.rank, p.dora, linears[p.linear_idx].0)).sum::<usize>()
             };
             (0..c.num_layers).map(of_layer).max().unwrap_or(0)
         };
@@ -358,8 +374,9 @@ impl Run {
             heads: c.num_heads,
             vocab: c.vocab_size,
             head_trained,
-            attention_ranks: ranks(0..4),
-            mlp_ranks: ranks(4..7),
+            attention_adapters: adapters(0..4),
+            mlp_adapters: adapters(4..7),
+            down_again: places.iter().any(|p| p.dora && p.linear_idx == DOWN),
             dropout: places.iter().any(|p| p.dropout > 0.0),
             packed_bytes: packed_bytes(kernels::active()?, options.precision),
         };
@@ -373,7 +390,7 @@ impl Run {
         }
         let of_adapters = places.iter().flat_map(|p| {
             let (rows, cols) = linears[p.linear_idx];
-            [p.rank * cols, rows * p.rank]
+            [p.rank * cols, rows * p.rank].into_iter().chain(p.dora.then_some(rows))
         });
         let of_wholes = wholes.iter().map(|whole| whole.shape(c.vocab_size, h).iter().product());
         let trained: Vec<usize> = of_adapters.chain(of_wholes).collect();
@@ -400,6 +417,14 @@ impl Run {
         let weights = frozen as usize + 4 * trained.iter().sum::<usize>();
         Ok(Self { sizes, weights, trained, optimizer, n_tokens })
     }
+}
+
+/// The place of the MLP's last product in `LINEAR_NAMES`.
+const DOWN: usize = 6;
+
+/// Floats of a token that an adapter keeps: its low-rank product and, with a magnitude, the output that this multiplies.
+fn adapter_floats(rank: usize, dora: bool, outputs: usize) -> usize {
+    rank + if dora { outputs } else { 0 }
 }
 
 /// Bytes of a packed operand's element: halves where there are products of pairs.
@@ -439,12 +464,28 @@ mod tests {
     use crate::ops::{DropoutKey, Grads};
     use crate::train::{MicroBatch, StepOptions, forward_backward};
 
-    fn shapes() -> [TestShape; 3] {
+    fn shapes() -> [TestShape; 6] {
         let heads = Heads { heads: 8, kv_heads: 2, head_dim: 32 };
-        let (rank, dropout, precision) = (8, 0.0, Precision::F32);
-        let usual = TestShape { hidden: 256, ffn: 1024, layers: 4, heads, vocab: 4096, rank, dropout, precision };
+        let usual = TestShape {
+            hidden: 256,
+            ffn: 1024,
+            layers: 4,
+            heads,
+            vocab: 4096,
+            rank: 8,
+            dropout: 0.0,
+            ..TestShape::wide()
+        };
         let chunked = TestShape { ffn: 1 << 15, layers: 2, ..usual };
-        [usual, TestShape { dropout: 0.1, precision: Precision::Bf16, ..usual }, chunked]
+        let dora = TestShape { dora: true, ..usual };
+        [
+            usual,
+            TestShape { dropout: 0.1, precision: Precision::Bf16, ..usual },
+            chunked,
+            dora,
+            TestShape { dropout: 0.1, ..dora },
+            TestShape { dora: true, ..chunked },
+        ]
     }
 
     /// The most that a step has in use at once, in bytes.

@@ -143,10 +143,12 @@ mod tests {
 
     #[test]
     fn what_is_kept_changes_no_bit() {
-        for (precision, saved) in
-            [(Precision::F32, ""), (Precision::Bf16, ""), (Precision::F32, "embed_tokens lm_head norm")]
-        {
-            let shape = TestShape { precision, ..TestShape::wide() };
+        for (dropout, dora, precision, saved) in [
+            (0.1, false, Precision::F32, ""),
+            (0.0, true, Precision::F32, "embed_tokens lm_head norm"),
+            (0.1, true, Precision::Bf16, ""),
+        ] {
+            let shape = TestShape { dropout, dora, precision, ..TestShape::wide() };
             let mut model = random_model(shape);
             train_whole(&mut model, &saved.split_whitespace().collect::<Vec<_>>());
             let (tokens, targets) = random_tokens(&[70, 130], shape.vocab);
@@ -163,7 +165,7 @@ mod tests {
             ] {
                 let one_thread = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
                 let got = one_thread.install(|| gradients(&model, &batch, &keeps));
-                assert!(got == whole, "{precision:?} {keeps:?} {saved}");
+                assert!(got == whole, "{precision:?} dora {dora} {keeps:?} {saved}");
             }
         }
     }

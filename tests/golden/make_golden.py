@@ -27,6 +27,7 @@ from golden_masks import make_masks
 from golden_nf4 import make_nf4_extra
 from golden_optim import make_adamw8bit, make_optimizers, make_randperm, make_schedules
 from golden_stories import make_stories
+from golden_variants import make_dora
 from golden_vocab import make_peft_vocab, make_vocab
 
 MAKERS: dict[str, Callable[[], None]] = {
@@ -36,6 +37,7 @@ MAKERS: dict[str, Callable[[], None]] = {
     "peft": make_peft,
     "vocab": make_vocab,
     "peft_vocab": make_peft_vocab,
+    "dora": make_dora,
     "nf4_extra": make_nf4_extra,
     "adamw8bit": make_adamw8bit,
     "optimizers": make_optimizers,

@@ -141,7 +141,7 @@ def test_a_trainer_adds_the_adapter_it_is_given(folder: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": "yes"}, "use_dora"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"target_modules": ["w"]}, "w"),
     ],

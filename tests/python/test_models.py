@@ -328,7 +328,7 @@ def test_full_finetuning_saves_a_whole_model(folder: Path, tmp_path: Path) -> No
         ({"r": 8.0}, "r = 8.0"),
         ({"target_modules": ["q_proj", "w_proj"]}, "w_proj"),
         ({"lora_dropuot": 0.1}, "lora_dropout"),
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": "yes"}, "use_dora"),
         ({"bias": "all"}, "bias"),
         ({"modules_to_save": ["q_proj"]}, "modules_to_save = q_proj: expected some of embed_tokens, lm_head"),
         ({"target_modules": ["lm_head"]}, "target_modules = lm_head: expected a linear layer too"),

@@ -36,9 +36,10 @@ def _adapter(golden: Path, name: str, base: Path, **changes: object) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:.*has no tokenizer files:UserWarning")
-@pytest.mark.parametrize("name", ["peft_adapter", "peft_adapter_rslora"])
+@pytest.mark.parametrize("name", ["peft_adapter", "peft_adapter_rslora", "peft_adapter_dora"])
 def test_an_adapter_of_peft_gives_its_logits(golden: Path, base: Path, name: str) -> None:
     _, want = read_safetensors(golden / "peft_logits.safetensors")
+    want |= read_safetensors(golden / "dora.safetensors")[1]
     folder = _adapter(golden, name, base)
     model, _ = FastLanguageModel.from_pretrained(str(folder), dtype="float32", load_in_4bit=False)
     bare, _ = FastLanguageModel.from_pretrained(str(base), dtype="float32", load_in_4bit=False)
@@ -56,7 +57,6 @@ def test_an_adapter_of_peft_gives_its_logits(golden: Path, base: Path, name: str
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
         ("modules_to_save", ["q_proj"]),
         ("target_modules", ["q_proj", "embed_tokens"]),
         ("trainable_token_indices", [3, 5]),
@@ -83,3 +83,10 @@ def test_a_damaged_adapter_is_refused_by_name(golden: Path, base: Path) -> None:
     write_safetensors(folder / "adapter_model.safetensors", {key: v for key, v in tensors.items() if key != name})
     with pytest.raises(WeightsError, match="missing"):
         FastLanguageModel.from_pretrained(str(folder), dtype="float32", load_in_4bit=False)
+    # A magnitude that the config asks for and the file lacks, and the other way round.
+    without = _adapter(golden, "peft_adapter", base, use_dora=True)
+    with pytest.raises(WeightsError, match=r"q_proj.lora_magnitude_vector: is missing"):
+        FastLanguageModel.from_pretrained(str(without), dtype="float32", load_in_4bit=False)
+    with_one = _adapter(golden, "peft_adapter_dora", base, use_dora=False)
+    with pytest.raises(WeightsError, match="lora_magnitude_vector: is not part of what"):
+        FastLanguageModel.from_pretrained(str(with_one), dtype="float32", load_in_4bit=False)

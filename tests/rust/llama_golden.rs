@@ -82,7 +82,14 @@ pub(crate) fn absolute(got: &[f32], want: &[f32]) -> f32 {
 pub(crate) fn add_adapter(model: &mut Model, file: &TensorFile) {
     let places: Vec<_> = (0..model.llama.layers.len())
         .flat_map(|layer_idx| {
-            (0..7).map(move |linear_idx| Placement { layer_idx, linear_idx, rank: 4, scale: 2.0, dropout: 0.0 })
+            (0..7).map(move |linear_idx| Placement {
+                layer_idx,
+                linear_idx,
+                rank: 4,
+                scale: 2.0,
+                dropout: 0.0,
+                dora: false,
+            })
         })
         .collect();
     inject(model, &places, Init::Uniform, 0).unwrap();

@@ -8,4 +8,5 @@ mod op_gradients;
 mod shared_data;
 mod tidy;
 mod train_golden;
+mod variants_golden;
 mod vocab_golden;

@@ -5,6 +5,7 @@ use crate::llama_golden::relative;
 use candle_core::{D, DType, Device, Tensor, Var};
 use rustune::kernels::{self, philox::philox4x32_10};
 use rustune::ops::attention::{self, Forward, Heads, segments};
+use rustune::ops::dora::{self, Dora};
 use rustune::ops::dropout::Dropout;
 use rustune::ops::linear::{Bias, Linear, Lora, Matrix};
 use rustune::ops::rms_norm::{Gain, RmsNorm};
@@ -12,6 +13,7 @@ use rustune::ops::rope::{Rope, RopeScaling, Turn};
 use rustune::ops::tape::{Op, seed_gradient};
 use rustune::ops::{Ctx, DropoutKey, Env, Grads, ParamStore, Precision, Tokens, Weight, head, swiglu};
 use rustune::quant::{FloatKind, Nf4Tensor, RowwiseInt8};
+use std::sync::Arc;
 
 fn floats(n: usize, seed: u32) -> Vec<f32> {
     (0..n as u32).map(|i| philox4x32_10([i, 0, 0, 0], [seed, 3])[0] as f32 / 2_147_483_648.0 - 1.0).collect()
@@ -225,52 +227,83 @@ fn weights(rows: usize, cols: usize) -> Vec<(&'static str, Weight, Vec<f32>)> {
 #[test]
 fn lora_linear_over_every_storage() {
     on_every_isa(|ctx, isa| {
-        // 43 columns: blocks of 64 run across rows.
-        for (n, inputs, outputs, rank) in [(1, 43, 5, 2), (6, 43, 130, 3), (33, 64, 20, 16)] {
+        // 43 columns: blocks of 64 run across rows; 300 outputs: more than one task of a magnitude.
+        for (n, inputs, outputs, rank) in [(1, 43, 5, 2), (6, 43, 300, 3), (33, 64, 20, 16)] {
             for (name, weight, plain) in weights(outputs, inputs) {
-                let what = format!("{isa} {name} {n}x{inputs}x{outputs}");
-                let (x, dy, bias) = (floats(n * inputs, 13), floats(n * outputs, 14), floats(outputs, 15));
-                let (a, b) = (floats(rank * inputs, 16), floats(outputs * rank, 17));
-                let mut params = ParamStore::default();
-                let ids = [
-                    params.add("a".into(), vec![rank, inputs], a.clone(), true),
-                    params.add("b".into(), vec![outputs, rank], b.clone(), true),
-                ];
-                let lora = Lora { a: ids[0], b: ids[1], rank, scale: 1.5, dropout: 0.25, module: 9 };
-                let (matrix, bias_) = (Matrix::Frozen(weight), Bias::Frozen(bias.clone()));
-                let linear = Linear { inputs, outputs, matrix, bias: bias_, lora: Some(lora) };
-                let sequence: Vec<u32> = vec![0; n];
-                let tokens = Tokens::from_sequences([&sequence[..]]);
-                for dropout in [None, Some(DropoutKey { seed: 1, step: 2 })] {
-                    let env = Env { ctx, params: &params, tokens: &tokens, dropout };
-                    let (y, saved) = linear.forward(&env, &x);
-                    let (mut dx, mut grads) = (vec![0.0; x.len()], Grads::zeros(&params));
-                    linear.backward(&env, &x, &saved, &dy, Some(&mut dx), &mut grads);
-
-                    // The mask, as the op itself draws it on ones.
-                    let mut mask = vec![1.0; x.len()];
-                    if let Some(key) = dropout {
-                        Dropout { key, module: 9, p: 0.25, tokens: &tokens, width: inputs }.in_place(ctx, &mut mask);
-                        assert!(mask.contains(&0.0), "{what}: nothing was dropped");
-                    }
-                    let (tx, ta) = (var(&x, &[n, inputs]), var(&a, &[rank, inputs]));
-                    let tb = var(&b, &[outputs, rank]);
-                    let fixed = |v: &[f32], shape: (usize, usize)| Tensor::from_slice(v, shape, &Device::Cpu).unwrap();
-                    let base = tx.matmul(&fixed(&plain, (outputs, inputs)).t().unwrap()).unwrap();
-                    let dropped = (tx.as_tensor() * fixed(&mask, (n, inputs))).unwrap();
-                    let low = dropped.matmul(&ta.t().unwrap()).unwrap().matmul(&tb.t().unwrap()).unwrap();
-                    let bias = Tensor::from_slice(&bias, outputs, &Device::Cpu).unwrap();
-                    let ty = (base + (low * 1.5).unwrap()).unwrap().broadcast_add(&bias).unwrap();
-                    let want = tape(&ty, &dy, &[&tx, &ta, &tb]);
-                    assert_near(&what, &y, &values(&ty), 1e-5); // f32, sums reassociated
-                    assert_near(&format!("{what} dx"), &dx, &want[0], 1e-5);
-                    assert_near(&format!("{what} da"), grads.get(ids[0]), &want[1], 1e-5);
-                    assert_near(&format!("{what} db"), grads.get(ids[1]), &want[2], 1e-5);
-                    central_differences(&what, &x, &dx, |x| weighted(&linear.forward(&env, x).0, &dy));
+                let squares = dora::squared_norms(ctx, &weight);
+                let (matrix, bias) = (Matrix::Frozen(weight), Bias::Frozen(floats(outputs, 15)));
+                let mut linear = Linear { inputs, outputs, matrix, bias, lora: None };
+                for magnitude in [None, Some(floats(outputs, 23).iter().map(|v| 1.0 + 0.5 * v).collect::<Vec<_>>())] {
+                    let what = format!("{isa} {name} {n}x{inputs}x{outputs} dora {}", magnitude.is_some());
+                    let (a, b) = (floats(rank * inputs, 16), floats(outputs * rank, 17));
+                    let mut params = ParamStore::default();
+                    let ids = [
+                        params.add("a".into(), vec![rank, inputs], a.clone(), true),
+                        params.add("b".into(), vec![outputs, rank], b.clone(), true),
+                    ];
+                    let dora = magnitude.as_ref().map(|m| {
+                        let id = params.add("m".into(), vec![outputs], m.clone(), true);
+                        Arc::new(Dora::new(id, squares.clone()))
+                    });
+                    let lora = Lora { a: ids[0], b: ids[1], rank, scale: 1.5, dropout: 0.25, module: 9, dora };
+                    linear.lora = Some(lora);
+                    check_lora_linear(ctx, &what, n, &linear, &plain, &params);
                 }
             }
         }
     });
+}
+
+/// One layer, with and without dropout, against its twin on the tape.
+fn check_lora_linear(ctx: &Ctx, what: &str, n: usize, linear: &Linear, plain: &[f32], params: &ParamStore) {
+    let (inputs, outputs) = (linear.inputs, linear.outputs);
+    let lora = linear.lora.as_ref().unwrap();
+    let Bias::Frozen(bias) = &linear.bias else { panic!("the test's layer has a frozen bias") };
+    let (x, dy) = (floats(n * inputs, 13), floats(n * outputs, 14));
+    let sequence: Vec<u32> = vec![0; n];
+    let tokens = Tokens::from_sequences([&sequence[..]]);
+    for dropout in [None, Some(DropoutKey { seed: 1, step: 2 })] {
+        let env = Env { ctx, params, tokens: &tokens, dropout };
+        let (y, saved) = linear.forward(&env, &x);
+        let (mut dx, mut grads) = (vec![0.0; x.len()], Grads::zeros(params));
+        linear.backward(&env, &x, saved, &dy, Some(&mut dx), &mut grads);
+
+        // The mask, as the op itself draws it on ones.
+        let mut mask = vec![1.0; x.len()];
+        if let Some(key) = dropout {
+            Dropout { key, module: 9, p: 0.25, tokens: &tokens, width: inputs }.in_place(ctx, &mut mask);
+            assert!(mask.contains(&0.0), "{what}: nothing was dropped");
+        }
+        let (tx, ta) = (var(&x, &[n, inputs]), var(params.get(lora.a), &[lora.rank, inputs]));
+        let tb = var(params.get(lora.b), &[outputs, lora.rank]);
+        let fixed = |v: &[f32], shape: (usize, usize)| Tensor::from_slice(v, shape, &Device::Cpu).unwrap();
+        let w = fixed(plain, (outputs, inputs));
+        let base = tx.matmul(&w.t().unwrap()).unwrap();
+        let dropped = (tx.as_tensor() * fixed(&mask, (n, inputs))).unwrap();
+        let low = (dropped.matmul(&ta.t().unwrap()).unwrap().matmul(&tb.t().unwrap()).unwrap() * 1.5).unwrap();
+        let bias = Tensor::from_slice(bias, outputs, &Device::Cpu).unwrap();
+        let mut ty = (base + &low).unwrap().broadcast_add(&bias).unwrap();
+        let mut inputs = vec![&tx, &ta, &tb];
+        let tm;
+        if let Some(dora) = &lora.dora {
+            // As PEFT has it: (m / n - 1) (D(x) Wᵀ + s D(x) Aᵀ Bᵀ) on top, n = |W + s B A| by rows without a gradient.
+            tm = var(params.get(dora.magnitude), &[outputs]);
+            let v = (w.clone() + (tb.matmul(&ta).unwrap() * 1.5).unwrap()).unwrap();
+            let norms = v.sqr().unwrap().sum(1).unwrap().sqrt().unwrap().detach();
+            let excess = (tm.as_tensor().div(&norms).unwrap() - 1.0).unwrap();
+            let z = (dropped.matmul(&w.t().unwrap()).unwrap() + low).unwrap();
+            ty = (ty + z.broadcast_mul(&excess).unwrap()).unwrap();
+            inputs.push(&tm);
+        }
+        let want = tape(&ty, &dy, &inputs);
+        assert_near(what, &y, &values(&ty), 1e-5); // f32, sums reassociated
+        assert_near(&format!("{what} dx"), &dx, &want[0], 1e-5);
+        for (name, (got, want)) in ["da", "db", "dm"].iter().zip(grads.all().iter().zip(&want[1..])) {
+            assert_near(&format!("{what} {name}"), got, want, 1e-5);
+        }
+        assert_eq!(grads.all().len(), want.len() - 1);
+        central_differences(what, &x, &dx, |x| weighted(&linear.forward(&env, x).0, &dy));
+    }
 }
 
 #[test]

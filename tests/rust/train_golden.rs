@@ -5,7 +5,7 @@ use rustune::config::{AdamHyper, OptimizerKind, ScheduleKind};
 use rustune::io::safetensors::TensorFile;
 use rustune::lora::{Init, Placement, inject};
 use rustune::model::{LoadOptions, Model};
-use rustune::ops::{Grads, Precision, Tokens};
+use rustune::ops::{Grads, ParamStore, Precision, Tokens};
 use rustune::train::Recompute;
 use rustune::train::clip::{clip_factor, global_norm};
 use rustune::train::optimizer::{Optimizer, ParamSlot, build};
@@ -110,20 +110,23 @@ fn a_zero_b_changes_nothing_and_only_a_and_b_move() {
     let mut model = load(folder.path());
     let (tokens, targets) = rows(&file);
     let base = model.logits(&tokens).unwrap();
-    let places: Vec<_> =
-        (0..2).map(|linear_idx| Placement { layer_idx: 1, linear_idx, rank: 3, scale: 1.7, dropout: 0.0 }).collect();
-    inject(&mut model, &places, Init::Uniform, 1).unwrap();
-    assert_eq!(model.logits(&tokens).unwrap(), base, "B = 0 is the base model to the bit");
-    assert_eq!(model.params.all().len(), 4);
-    ten_losses(&mut model, &tokens, &targets, 1e-2);
-    for param in model.params.all() {
-        assert!(param.data.iter().any(|v| *v != 0.0), "{} never moved", param.name);
+    for dora in [false, true] {
+        let place = |linear_idx| Placement { layer_idx: 1, linear_idx, rank: 3, scale: 1.7, dropout: 0.0, dora };
+        inject(&mut model, &[place(0), place(1)], Init::Uniform, 1).unwrap();
+        assert_eq!(model.logits(&tokens).unwrap(), base, "B = 0 is the base model to the bit");
+        assert_eq!(model.params.all().len(), if dora { 6 } else { 4 });
+        let begun = model.params.clone();
+        ten_losses(&mut model, &tokens, &targets, 1e-2);
+        for (param, begun) in model.params.all().iter().zip(begun.all()) {
+            assert!(param.data != begun.data, "{} never moved", param.name);
+        }
+        // Without its adapter the model is the base model to the bit: nothing else moved.
+        for linear in model.llama.layers[1].linears_mut() {
+            linear.lora = None;
+        }
+        model.params = ParamStore::default();
+        assert_eq!(model.logits(&tokens).unwrap(), base);
     }
-    // Without its adapter the model is the base model to the bit: nothing else moved.
-    for linear in model.llama.layers[1].linears_mut() {
-        linear.lora = None;
-    }
-    assert_eq!(model.logits(&tokens).unwrap(), base);
 }
 
 #[test]
