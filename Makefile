@@ -61,6 +61,12 @@ fmt: $(VENV)/ready ## format everything in place
 bench: $(VENV)/fetched ## Rust benchmarks, release profile
 	cargo bench --locked --offline --benches
 
+.PHONY: sanitize
+sanitize: $(VENV)/fetched ## tests of kernels, ops, quant and io under AddressSanitizer (x86-64 Linux; builds all anew)
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address ASAN_OPTIONS=detect_leaks=0 cargo test --locked --offline --lib \
+		--target x86_64-unknown-linux-gnu --target-dir target/sanitize --config 'profile.dev.package."*".opt-level=0' \
+		-- kernels:: ops:: quant:: io::
+
 .PHONY: bench-train
 bench-train: $(VENV)/installed ## seconds, tokens and memory of training steps; PEER=python with torch, peft, bitsandbytes
 	$(BIN)/python benches/train.py --shape llama-3.2-1b-4l --batch 1 --seq 512 $(if $(PEER),--peer-python $(PEER))
