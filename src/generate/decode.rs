@@ -6,6 +6,7 @@
 
 use crate::error::{Error, Result};
 use crate::model::{KvCache, Model};
+use crate::ops::crew::with_crew;
 use crate::ops::gemv::MAX_ROWS;
 use crate::ops::{Buf, Tokens};
 
@@ -73,8 +74,7 @@ pub fn decode(
         } else {
             // Each active sequence feeds its last token.
             feed(&mut tokens, &cache, |seq| if done[seq] { &[] } else { &ids[seq][ids[seq].len() - 1..] });
-            let hidden = hidden(model, &tokens, &mut cache);
-            model.next_logits(&model.env(&tokens), &hidden)
+            next(model, &tokens, &mut cache)
         };
         let mut finished = Vec::new();
         let mut new = vec![None; ids.len()];
@@ -131,13 +131,31 @@ fn prefill(
         }
         fed = ends;
     }
-    Ok(model.next_logits(&model.env(&tokens), &last))
+    Ok(with_crew(|crew| model.next_logits(&model.env(&tokens), crew, &last)))
 }
 
-/// Hidden states of new tokens, `[n_tokens, hidden]`: few read the weights where they are stored, many go through the GEMMs.
+/// The logits of each new token, `[n_tokens, vocab]`.
+fn next(model: &Model, tokens: &Tokens, cache: &mut KvCache) -> Buf {
+    let env = model.env(tokens);
+    if tokens.len() > MAX_ROWS {
+        let hidden = hidden(model, tokens, cache);
+        return with_crew(|crew| model.next_logits(&env, crew, &hidden));
+    }
+    // One crew for the whole token.
+    with_crew(|crew| {
+        let hidden = model.llama.decode(&env, crew, cache);
+        model.next_logits(&env, crew, &hidden)
+    })
+}
+
+/// Hidden states of new tokens, `[n_tokens, hidden]`: few read the weights where they are stored, many go through the GEMMs,
+/// whose loops are rayon's, so no crew may wait beside them.
 fn hidden(model: &Model, tokens: &Tokens, cache: &mut KvCache) -> Buf {
     let env = model.env(tokens);
-    if tokens.len() <= MAX_ROWS { model.llama.decode(&env, cache) } else { model.llama.forward(&env, Some(cache)) }
+    if tokens.len() > MAX_ROWS {
+        return model.llama.forward(&env, Some(cache));
+    }
+    with_crew(|crew| model.llama.decode(&env, crew, cache))
 }
 
 /// The next tokens of all sequences as one batch, at their positions.

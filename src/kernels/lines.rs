@@ -23,6 +23,12 @@ impl Lines {
         Self { lines: Vec::with_capacity(len.div_ceil(LINE)), len: 0 }
     }
 
+    /// The memory it has, in use or not.
+    pub fn memory(&self) -> std::ops::Range<*const u8> {
+        let start = self.lines.as_ptr().cast::<u8>();
+        start..start.wrapping_add(self.lines.capacity() * size_of::<Line>())
+    }
+
     /// Floats it can hold without a new allocation.
     pub fn capacity(&self) -> usize {
         self.lines.capacity() * LINE

@@ -8,6 +8,7 @@ use super::kv_cache::{KvCache, LayerCache};
 use super::llama::{Layer, Llama};
 use crate::error::{Error, Result};
 use crate::kernels::gemv::BLOCK;
+use crate::ops::crew::Crew;
 use crate::ops::gemv::{self, Input};
 use crate::ops::linear::Matrix;
 use crate::ops::rope::{Angles, Turn};
@@ -49,24 +50,21 @@ impl Model {
     }
 
     /// Logits for generation, `[n, vocab]`, from the last norm's output, `[n, hidden]`. A row does not depend on the others.
-    pub fn next_logits(&self, env: &Env<'_>, hidden: &[f32]) -> Buf {
+    pub fn next_logits(&self, env: &Env<'_>, crew: &Crew, hidden: &[f32]) -> Buf {
         let (width, vocab) = (self.config.hidden_size, self.config.vocab_size);
-        let mut logits = env.ctx.buf(hidden.len() / width * vocab);
-        let chunks = hidden.chunks(gemv::MAX_ROWS * width).zip(logits.chunks_mut(gemv::MAX_ROWS * vocab));
-        for (hidden, logits) in chunks {
-            let n_rows = hidden.len() / width;
-            let input = Input::new(env.ctx, hidden, n_rows, width, width);
-            let product = |out: &mut [f32]| match &self.int8_head {
-                Some(head) => gemv::int8(env.ctx, head, &input, out),
-                None => gemv::matrix(env, self.llama.head_matrix(), &input, out),
-            };
-            if n_rows == 1 {
-                product(logits);
-            } else {
-                let mut columns = env.ctx.buf(logits.len());
-                product(&mut columns);
-                logits.copy_from_slice(&gemv::transpose(env.ctx, columns, n_rows));
+        let product = |hidden: &[f32]| {
+            let input = Input::new(env.ctx, hidden, hidden.len() / width, width, width);
+            match &self.int8_head {
+                Some(head) => gemv::int8(env.ctx, crew, head, &input),
+                None => gemv::matrix(env, crew, self.llama.head_matrix(), vocab, &input),
             }
+        };
+        if hidden.len() <= gemv::MAX_ROWS * width {
+            return product(hidden);
+        }
+        let mut logits = env.ctx.buf(hidden.len() / width * vocab);
+        for (hidden, logits) in hidden.chunks(gemv::MAX_ROWS * width).zip(logits.chunks_mut(gemv::MAX_ROWS * vocab)) {
+            logits.copy_from_slice(&product(hidden));
         }
         logits
     }
@@ -74,11 +72,11 @@ impl Model {
 
 impl Llama {
     /// Hidden states after the last norm, `[n_tokens, hidden]`, of at most [`gemv::MAX_ROWS`] new tokens.
-    pub fn decode(&self, env: &Env<'_>, cache: &mut KvCache) -> Buf {
+    pub fn decode(&self, env: &Env<'_>, crew: &Crew, cache: &mut KvCache) -> Buf {
         let rope = self.rope.angles(&env.tokens.positions);
         let mut x = embedding::forward(env, &self.embed, self.hidden_size);
         for (layer_idx, layer) in self.layers.iter().enumerate() {
-            layer.decode(env, &rope, &mut x, cache.layer(layer_idx));
+            layer.decode(env, crew, &rope, &mut x, cache.layer(layer_idx));
         }
         cache.advance(env.tokens);
         self.norm.forward(env, &x).0
@@ -87,22 +85,21 @@ impl Llama {
 
 impl Layer {
     /// x: `[n_tokens, hidden]`, becomes the layer's output.
-    fn decode(&self, env: &Env<'_>, rope: &Angles, x: &mut [f32], cache: &mut LayerCache) {
+    fn decode(&self, env: &Env<'_>, crew: &Crew, rope: &Angles, x: &mut [f32], cache: &mut LayerCache) {
         let (ctx, heads, n_tokens) = (env.ctx, self.heads, env.tokens.len());
         let cu_seqlens = &env.tokens.cu_seqlens;
         let input = |x: &[f32]| Input::new(ctx, x, n_tokens, x.len() / n_tokens, x.len() / n_tokens);
         let h = input(&self.input_norm.forward(env, x).0);
-        let (mut q, (mut k, v)) = rayon::join(
-            || gemv::linear(env, &self.q, &h),
-            || rayon::join(|| gemv::linear(env, &self.k, &h), || gemv::linear(env, &self.v, &h)),
-        );
+        let [mut q, mut k, v] = gemv::linears(env, crew, [&self.q, &self.k, &self.v], &h);
         rope.rotate(ctx, &mut q, heads.q_width(), Turn::Forward);
         rope.rotate(ctx, &mut k, heads.kv_width(), Turn::Forward);
         cache.append(cu_seqlens, heads.kv_width(), &k, &v);
-        let attended = attention::forward(ctx, heads, &q, &cache.segments(cu_seqlens, heads.kv_width())).0;
-        (ctx.kernels.axpy)(1.0, &gemv::linear(env, &self.o, &input(&attended)), x); // x += o(attended)
+        let attended = attention::decode(ctx, crew, heads, &q, &cache.segments(cu_seqlens, heads.kv_width()));
+        let [out] = gemv::linears(env, crew, [&self.o], &input(&attended));
+        (ctx.kernels.axpy)(1.0, &out, x); // x += o(attended)
         let h = input(&self.post_norm.forward(env, x).0);
-        let active = input(&gemv::gated(env, &self.gate, &self.up, &h));
-        (ctx.kernels.axpy)(1.0, &gemv::linear(env, &self.down, &active), x); // x += down(active)
+        let active = input(&gemv::gated(env, crew, [&self.gate, &self.up], &h));
+        let [out] = gemv::linears(env, crew, [&self.down], &active);
+        (ctx.kernels.axpy)(1.0, &out, x); // x += down(active)
     }
 }

@@ -9,6 +9,7 @@
 //! The arithmetic of a tile stands in [`crate::kernels::attention`].
 
 use super::attention_pairs::{self as pairs, Rows};
+use super::crew::Crew;
 use super::pack::Form;
 use super::{Buf, Ctx, Precision};
 use crate::kernels::attention::{
@@ -221,8 +222,18 @@ pub fn forward(ctx: &Ctx, shape: Heads, q: &[f32], segments: &[Segment<'_>]) -> 
     let mut lse = ctx.buf(q.len() / shape.head_dim);
     let (few, many): (Vec<_>, Vec<_>) = segments.iter().partition(|segment| segment.q_len <= FEW_QUERIES);
     forward_many(ctx, shape, q, &many, (&mut out, &mut lse));
-    forward_few(ctx, shape, q, &few, (&mut out, &mut lse));
+    forward_few(ctx, None, shape, q, &few, (&mut out, &mut lse));
     (out, lse)
+}
+
+/// The output of [`forward`] for segments of new tokens, with a crew at hand.
+pub fn decode(ctx: &Ctx, crew: &Crew, shape: Heads, q: &[f32], segments: &[Segment<'_>]) -> Buf {
+    let mut out = ctx.buf(q.len());
+    let mut lse = ctx.buf(q.len() / shape.head_dim);
+    let (few, many): (Vec<_>, Vec<_>) = segments.iter().partition(|segment| segment.q_len <= FEW_QUERIES);
+    forward_many(ctx, shape, q, &many, (&mut out, &mut lse));
+    forward_few(ctx, Some(crew), shape, q, &few, (&mut out, &mut lse));
+    out
 }
 
 /// The forward by tiles of queries.
@@ -357,7 +368,14 @@ struct FewTask<'a> {
 }
 
 /// The forward of segments with few queries: each key and value is read once, for all heads of its group.
-fn forward_few(ctx: &Ctx, shape: Heads, q: &[f32], segments: &[&Segment<'_>], (out, lse): (&mut [f32], &mut [f32])) {
+fn forward_few(
+    ctx: &Ctx,
+    crew: Option<&Crew>,
+    shape: Heads,
+    q: &[f32],
+    segments: &[&Segment<'_>],
+    (out, lse): (&mut [f32], &mut [f32]),
+) {
     let (dim, group, width) = (shape.head_dim, shape.group(), shape.padded());
     let mut tasks = Vec::new();
     for &segment in segments.iter().filter(|segment| segment.q_len > 0) {
@@ -376,6 +394,8 @@ fn forward_few(ctx: &Ctx, shape: Heads, q: &[f32], segments: &[&Segment<'_>], (o
     let floats: usize = segments.iter().map(|segment| 2 * segment.kv_len * shape.kv_width()).sum();
     if floats < SERIAL {
         tasks.iter().zip(parts.chunks_exact_mut(rows * (width + 2))).for_each(run);
+    } else if let Some(crew) = crew {
+        crew.for_chunks(&mut parts, rows * (width + 2), |i, part| run((&tasks[i], part)));
     } else {
         tasks.par_iter().zip(parts.par_chunks_exact_mut(rows * (width + 2))).for_each(run);
     }

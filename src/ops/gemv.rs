@@ -1,11 +1,12 @@
 //! A few rows of x times a frozen matrix on all threads, straight from the weights' storage: what decoding consists of.
 //!
 //! The weights are read once for up to [`MAX_ROWS`] rows of x, in tasks of whole weight rows, so the result does not depend on
-//! the number of threads, nor a row's on its neighbours. Outputs are `[outputs, n_rows]`: for one row the usual
-//! layout, for several its transpose ([`transpose`]). A low-rank adapter is added in the same task as its weight rows.
+//! the number of threads, nor a row's on its neighbours. Layers that share their input are one loop of a [`Crew`], and a
+//! low-rank adapter is added in the same task as its weight rows.
 
+use super::crew::Crew;
 use super::dora::Factors;
-use super::linear::{Bias, Linear, Lora, Matrix};
+use super::linear::{Bias, Linear, Matrix};
 use super::weight::{Precision, Storage, Weight};
 use super::{Buf, Ctx, Env};
 use crate::kernels::gemv::{BLOCK, MAX_X, Nf4Pairs, Nf4Rows, Round};
@@ -20,8 +21,8 @@ use std::sync::Arc;
 /// Up to this many rows of x, a product reads its weights where they are stored.
 pub const MAX_ROWS: usize = MAX_X;
 
-/// Bytes of weights that one task reads.
-const TASK_BYTES: usize = 64 << 10;
+/// Bytes of weights that one task reads at most: fewer bytes, and starting a task shows; more, and threads wait for the last.
+const TASK_BYTES: usize = 256 << 10;
 
 /// Rows of x in the forms in which kernels read them.
 pub struct Input {
@@ -104,14 +105,15 @@ impl<'a> Rows<'a> {
         }
     }
 
-    /// Rows that make a task of about [`TASK_BYTES`].
-    fn per_task(self, cols: usize) -> usize {
+    /// Rows of each task, of `rows` in all: tasks of at most [`TASK_BYTES`], as many for each thread.
+    fn per_task(self, rows: usize, cols: usize, n_threads: usize) -> usize {
         let bytes = match self {
             Self::Weight(weight) => weight.nbytes() / weight.rows().max(1),
             Self::F32(_) => 4 * cols,
             Self::Int8(_) => cols + cols / 16,
         };
-        (TASK_BYTES / bytes.max(1)).max(1)
+        let tasks = (rows * bytes).div_ceil(TASK_BYTES).next_multiple_of(n_threads).max(1);
+        rows.div_ceil(tasks).max(1)
     }
 
     /// `out[j, i] = row (first + j) · x_i`, on this thread.
@@ -206,41 +208,101 @@ fn block_scales<'a>(tensor: &'a Nf4Tensor, blocks: Range<usize>, scratch: &'a mu
     }
 }
 
-/// `out[j, i] = row (first + j) of the weight · x_i`;  out: `[some rows, n_rows]`.
-pub fn weight(ctx: &Ctx, weight: &Weight, first: usize, x: &Input, out: &mut [f32]) {
-    rows(ctx, Rows::Weight(weight), first, x, out);
-}
-
-/// `out[j, i] = row j of the matrix · x_i`;  out: `[rows, n_rows]`.
-pub fn matrix(env: &Env<'_>, matrix: &Matrix, x: &Input, out: &mut [f32]) {
-    rows(env.ctx, Rows::of(env, matrix), 0, x, out);
-}
-
-/// `out[j, i] = row j of the matrix · x_i`;  out: `[rows, n_rows]`.
-pub fn int8(ctx: &Ctx, matrix: &Int8Matrix, x: &Input, out: &mut [f32]) {
-    rows(ctx, Rows::Int8(matrix), 0, x, out);
-}
-
-fn rows(ctx: &Ctx, rows: Rows<'_>, first: usize, x: &Input, out: &mut [f32]) {
-    let step = rows.per_task(x.cols);
-    in_tasks(out, step * x.n_rows, |task, out| {
+/// `x · weight[first .. first + count]ᵀ`, `[n_rows, count]`, by the pool's threads outside a crew.
+pub fn weight(ctx: &Ctx, weight: &Weight, first: usize, count: usize, x: &Input) -> Buf {
+    let rows = Rows::Weight(weight);
+    let step = rows.per_task(count, x.cols, rayon::current_num_threads());
+    let mut out = ctx.buf(count * x.n_rows);
+    // One part a leaf: at the end of a product no thread waits for more than one part of another.
+    out.par_chunks_mut(step * x.n_rows).with_max_len(1).enumerate().for_each(|(task, out)| {
         SCRATCH.with_borrow_mut(|scratch| rows.multiply(ctx, x, first + task * step, out, scratch));
     });
+    if x.n_rows == 1 {
+        return out;
+    }
+    let mut turned = ctx.buf(out.len());
+    turned.par_chunks_mut(count).enumerate().for_each(|(i, row)| column(&out, x.n_rows, i, row));
+    turned
 }
 
-/// Calls `work(number, part)` for each part of `len` elements; one part costs no task at all.
-fn in_tasks(out: &mut [f32], len: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
-    if out.len() <= len {
-        work(0, out);
-    } else {
-        // One part a leaf: at the end of a product no thread waits for more than one part of another.
-        out.par_chunks_mut(len).with_max_len(1).enumerate().for_each(|(task, out)| work(task, out));
+/// `matrix · x`, `[n_rows, rows]`.
+pub fn matrix(env: &Env<'_>, crew: &Crew, matrix: &Matrix, rows: usize, x: &Input) -> Buf {
+    let [out] = stacked(env.ctx, crew, [(Rows::of(env, matrix), rows)], x, |_, _, _, _| ());
+    out
+}
+
+/// `matrix · x`, `[n_rows, rows]`.
+pub fn int8(ctx: &Ctx, crew: &Crew, matrix: &Int8Matrix, x: &Input) -> Buf {
+    let rows = matrix.codes.len() / matrix.cols;
+    let [out] = stacked(ctx, crew, [(Rows::Int8(matrix), rows)], x, |_, _, _, _| ());
+    out
+}
+
+/// Matrices with the same input, each with its number of rows, one below the other in one loop: `[n_rows, rows]` each.
+///
+/// `finish(matrix, first, out, scratch)` completes `out`, products of rows from `first` on, `[some rows, n_rows]`.
+fn stacked<const N: usize>(
+    ctx: &Ctx,
+    crew: &Crew,
+    parts: [(Rows<'_>, usize); N],
+    x: &Input,
+    finish: impl Fn(usize, usize, &mut [f32], &mut Scratch) + Sync,
+) -> [Buf; N] {
+    let n_rows = x.n_rows;
+    let height = parts.iter().map(|(_, height)| height).sum();
+    let step = parts.iter().map(|(rows, _)| rows.per_task(height, x.cols, crew.n_threads())).min().unwrap_or(1);
+    let mut out = ctx.buf(height * n_rows);
+    crew.for_chunks(&mut out, step * n_rows, |task, out| {
+        let (mut out, mut first) = (out, task * step);
+        SCRATCH.with_borrow_mut(|scratch| {
+            for (i, &(rows, height)) in parts.iter().enumerate() {
+                if first >= height {
+                    first -= height;
+                    continue;
+                }
+                let len = ((height - first) * n_rows).min(out.len());
+                let (part, rest) = std::mem::take(&mut out).split_at_mut(len);
+                rows.multiply(ctx, x, first, part, scratch);
+                finish(i, first, part, scratch);
+                (out, first) = (rest, 0);
+                if out.is_empty() {
+                    break;
+                }
+            }
+        });
+    });
+    if N == 1 && n_rows == 1 {
+        let mut whole = Some(out);
+        return parts.map(|_| whole.take().unwrap_or_default());
+    }
+    let mut at = 0;
+    parts.map(|(_, height)| {
+        let columns = &out[at..at + height * n_rows];
+        at += height * n_rows;
+        transpose(ctx, crew, columns, n_rows)
+    })
+}
+
+/// `[width, n_rows]` to `[n_rows, width]`.
+fn transpose(ctx: &Ctx, crew: &Crew, columns: &[f32], n_rows: usize) -> Buf {
+    if n_rows == 1 {
+        return ctx.copy(columns);
+    }
+    let width = columns.len() / n_rows;
+    let mut out = ctx.buf(columns.len());
+    crew.for_chunks(&mut out, width, |i, row| column(columns, n_rows, i, row));
+    out
+}
+
+/// Column `i` of `[_, n_rows]`.
+fn column(columns: &[f32], n_rows: usize, i: usize, out: &mut [f32]) {
+    for (to, from) in out.iter_mut().zip(columns[i..].iter().step_by(n_rows)) {
+        *to = *from;
     }
 }
 
-/// A linear layer ready to be multiplied row by row.
-struct Ready<'a> {
-    rows: Rows<'a>,
+/// What a linear layer adds to the product with its matrix.
+struct Additions<'a> {
     bias: Option<&'a [f32]>,
     /// The adapter's B, its rank, and `scale · A x` as `[n_rows, rank]`.
     low: Option<(&'a [f32], usize, Buf)>,
@@ -248,20 +310,40 @@ struct Ready<'a> {
     factors: Option<Arc<Factors>>,
 }
 
-impl<'a> Ready<'a> {
-    fn new(env: &Env<'a>, linear: &'a Linear, x: &Input) -> Self {
-        let bias = match &linear.bias {
-            Bias::None => None,
-            Bias::Frozen(bias) => Some(&bias[..]),
-            Bias::Trained(id) => Some(env.params.get(*id)),
+impl<'a> Additions<'a> {
+    /// Those of layers that share their input.
+    fn of<const N: usize>(env: &Env<'a>, crew: &Crew, linears: [&'a Linear; N], x: &Input) -> [Self; N] {
+        let down = |linear: &'a Linear| match &linear.lora {
+            Some(lora) => (Rows::F32(env.params.get(lora.a)), lora.rank),
+            None => (Rows::F32(&[]), 0),
         };
-        let low = linear.lora.as_ref().map(|lora| (env.params.get(lora.b), lora.rank, down(env, lora, x)));
-        Self { rows: Rows::of(env, &linear.matrix), bias, low, factors: linear.factors(env) }
+        let mut lows = if linears.iter().any(|linear| linear.lora.is_some()) {
+            stacked(env.ctx, crew, linears.map(down), x, |i, _, out, _| {
+                let scale = linears[i].lora.as_ref().map_or(1.0, |lora| lora.scale);
+                for low in out {
+                    *low *= scale;
+                }
+            })
+            .map(Some)
+        } else {
+            [const { None }; N]
+        };
+        let mut i = 0;
+        linears.map(|linear| {
+            let bias = match &linear.bias {
+                Bias::None => None,
+                Bias::Frozen(bias) => Some(&bias[..]),
+                Bias::Trained(id) => Some(env.params.get(*id)),
+            };
+            let low = lows[i].take().zip(linear.lora.as_ref());
+            i += 1;
+            let low = low.map(|(low, lora)| (env.params.get(lora.b), lora.rank, low));
+            Self { bias, low, factors: linear.factors(env) }
+        })
     }
 
-    fn multiply(&self, ctx: &Ctx, x: &Input, first: usize, out: &mut [f32], scratch: &mut Scratch) {
-        self.rows.multiply(ctx, x, first, out, scratch);
-        let n_rows = x.n_rows;
+    /// Adds to the products of rows from `first` on, `[some rows, n_rows]`.
+    fn add(&self, ctx: &Ctx, n_rows: usize, first: usize, out: &mut [f32], scratch: &mut Scratch) {
         if let Some(bias) = self.bias {
             for (out, bias) in out.chunks_exact_mut(n_rows).zip(&bias[first..]) {
                 for out in out {
@@ -281,65 +363,45 @@ impl<'a> Ready<'a> {
     }
 }
 
-/// `scale · A x`, `[n_rows, rank]`.
-fn down(env: &Env<'_>, lora: &Lora, x: &Input) -> Buf {
-    let mut low = env.ctx.buf(lora.rank * x.n_rows);
-    rows(env.ctx, Rows::F32(env.params.get(lora.a)), 0, x, &mut low);
-    low.iter_mut().for_each(|low| *low *= lora.scale);
-    transpose(env.ctx, low, x.n_rows)
-}
-
-/// `[width, n_rows]` to `[n_rows, width]`; one row stays where it is.
-pub fn transpose(ctx: &Ctx, columns: Buf, n_rows: usize) -> Buf {
-    if n_rows == 1 {
-        return columns;
-    }
-    let width = columns.len() / n_rows;
-    let mut out = ctx.buf(columns.len());
-    out.par_chunks_mut(width).enumerate().for_each(|(i, row)| {
-        for (to, from) in row.iter_mut().zip(columns[i..].iter().step_by(n_rows)) {
-            *to = *from;
-        }
-    });
-    out
-}
-
-/// A linear layer, without dropout: `[n_rows, outputs]`.
-pub fn linear(env: &Env<'_>, linear: &Linear, x: &Input) -> Buf {
-    let ctx = env.ctx;
-    let mut out = ctx.buf(linear.outputs * x.n_rows);
-    let ready = Ready::new(env, linear, x);
-    let step = ready.rows.per_task(x.cols);
-    in_tasks(&mut out, step * x.n_rows, |task, out| {
-        SCRATCH.with_borrow_mut(|scratch| ready.multiply(ctx, x, task * step, out, scratch));
-    });
-    transpose(ctx, out, x.n_rows)
+/// Linear layers that share their input, without dropout: `[n_rows, outputs]` each.
+pub fn linears<const N: usize>(env: &Env<'_>, crew: &Crew, linears: [&Linear; N], x: &Input) -> [Buf; N] {
+    let additions = Additions::of(env, crew, linears, x);
+    let parts = linears.map(|linear| (Rows::of(env, &linear.matrix), linear.outputs));
+    stacked(env.ctx, crew, parts, x, |i, first, out, scratch| {
+        additions[i].add(env.ctx, x.n_rows, first, out, scratch);
+    })
 }
 
 /// `silu(gate(x)) · up(x)`, `[n_rows, ffn]`: the rows of both layers in one task.
-pub fn gated(env: &Env<'_>, gate: &Linear, up: &Linear, x: &Input) -> Buf {
-    let ctx = env.ctx;
-    let mut out = ctx.buf(gate.outputs * x.n_rows);
-    let (gate, up) = rayon::join(|| Ready::new(env, gate, x), || Ready::new(env, up, x));
-    let step = gate.rows.per_task(x.cols);
-    in_tasks(&mut out, step * x.n_rows, |task, out| {
+pub fn gated(env: &Env<'_>, crew: &Crew, [gate, up]: [&Linear; 2], x: &Input) -> Buf {
+    let (ctx, n_rows) = (env.ctx, x.n_rows);
+    let mut out = ctx.buf(gate.outputs * n_rows);
+    let additions = Additions::of(env, crew, [gate, up], x);
+    let [gate_rows, up_rows] = [gate, up].map(|linear| Rows::of(env, &linear.matrix));
+    let step = gate_rows.per_task(gate.outputs, x.cols, crew.n_threads());
+    crew.for_chunks(&mut out, step * n_rows, |task, out| {
         SCRATCH.with_borrow_mut(|scratch| {
             let mut both = std::mem::take(&mut scratch.both);
             both.resize(2 * out.len(), 0.0);
             let (gate_part, up_part) = both.split_at_mut(out.len());
-            gate.multiply(ctx, x, task * step, gate_part, scratch);
-            up.multiply(ctx, x, task * step, up_part, scratch);
+            for (rows, additions, part) in
+                [(gate_rows, &additions[0], &mut *gate_part), (up_rows, &additions[1], &mut *up_part)]
+            {
+                rows.multiply(ctx, x, task * step, part, scratch);
+                additions.add(ctx, n_rows, task * step, part, scratch);
+            }
             (ctx.kernels.swiglu_row)(gate_part, up_part, out);
             scratch.both = both;
         });
     });
-    transpose(ctx, out, x.n_rows)
+    if n_rows == 1 { out } else { transpose(ctx, crew, &out, n_rows) }
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
     use super::*;
+    use crate::ops::crew::with_crew;
     use crate::ops::tape::test_floats as floats;
     use half::bf16;
 
@@ -382,9 +444,10 @@ mod tests {
                         (kernels.round_bf16)(&mut rounded);
                     }
                     for (name, w) in weights(rows, cols) {
-                        let mut out = ctx.buf(rows * n_rows);
-                        weight(&ctx, &w, 0, &input, &mut out);
-                        let out = transpose(&ctx, out, n_rows);
+                        let out = weight(&ctx, &w, 0, rows, &input);
+                        let [stacked] =
+                            with_crew(|crew| stacked(&ctx, crew, [(Rows::Weight(&w), rows)], &input, |_, _, _, _| ()));
+                        assert_eq!(out[..], stacked[..]);
                         let values = dense(&ctx, &w);
                         for (at, got) in out.iter().enumerate() {
                             let (i, j) = (at / rows, at % rows);

@@ -344,9 +344,7 @@ fn few_rows(ctx: &Ctx, shape: Shape, term: &Term<'_>, c: &mut [f32]) {
             c.fill(0.0);
         }
         let x = gemv::Input::new(ctx, data, shape.m, k, row_stride);
-        let mut out = ctx.buf(c.len());
-        gemv::weight(ctx, weight, first, &x, &mut out);
-        (ctx.kernels.axpy)(shape.alpha, &gemv::transpose(ctx, out, shape.m), c);
+        (ctx.kernels.axpy)(shape.alpha, &gemv::weight(ctx, weight, first, shape.n, &x), c);
         return;
     }
     let mut rows = ctx.buf(shape.m * k);

@@ -7,6 +7,7 @@
 
 pub mod attention;
 mod attention_pairs;
+pub mod crew;
 pub mod dora;
 pub mod dropout;
 pub mod embedding;

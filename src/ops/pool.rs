@@ -2,6 +2,7 @@
 //!
 //! Free buffers never hold more than what was in use at once already: batches of changing sizes do not add up.
 
+use crate::io::os::prefer_large_pages;
 use crate::kernels::lines::Lines;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -51,7 +52,11 @@ impl Pool {
         let reused = state.reuse(len);
         state.take(reused.as_ref().map_or(len.next_multiple_of(16), Lines::capacity));
         drop(state);
-        let mut data = reused.unwrap_or_else(|| Lines::with_capacity(len));
+        let mut data = reused.unwrap_or_else(|| {
+            let data = Lines::with_capacity(len);
+            prefer_large_pages(data.memory());
+            data
+        });
         data.set_len(len);
         Buf { data, pool: Some(self.clone()) }
     }

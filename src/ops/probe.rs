@@ -2,6 +2,7 @@
 
 use super::Ctx;
 use super::weight::Precision;
+use crate::io::os;
 use crate::kernels::gemm::TileC;
 use crate::kernels::lines::Lines;
 use crate::kernels::tiles::TileMut;
@@ -12,8 +13,8 @@ use std::time::Instant;
 const DEPTH: usize = 96;
 /// Products that one thread times at once.
 const REPEAT: usize = 20_000;
-/// Floats of the buffer that is read: more than any cache holds.
-const FLOATS: usize = 64 << 20;
+/// Floats of the buffer that is read, where there is room: 1.5 GB, since some third-level caches hold a quarter of one.
+const FLOATS: usize = 384 << 20;
 
 /// The most floating-point operations a second that the product in use reaches when all it needs is at hand.
 ///
@@ -48,13 +49,16 @@ pub fn peak_flops(ctx: &Ctx) -> f64 {
 
 /// The most bytes a second that all threads read from memory together. The best of five tries.
 pub fn read_bandwidth(ctx: &Ctx) -> f64 {
-    let data = vec![1.0_f32; FLOATS];
+    let room = os::available_memory_bytes().map_or(FLOATS, |bytes| bytes as usize / 4 / size_of::<f32>());
+    let len = FLOATS.min(room.max(1 << 20));
+    let mut data = os::zeros::<f32>(len);
+    data.par_chunks_mut(1 << 20).for_each(|part| part.fill(1.0)); // a page that is never written is not in memory
     let dot = ctx.kernels.dot;
     let try_once = || {
         let started = Instant::now();
         let sum: f32 = data.par_chunks(1 << 16).map(|part| part.split_at(part.len() / 2)).map(|(x, y)| dot(x, y)).sum();
         std::hint::black_box(sum);
-        (4 * FLOATS) as f64 / started.elapsed().as_secs_f64()
+        (4 * len) as f64 / started.elapsed().as_secs_f64()
     };
     (0..5).map(|_| try_once()).fold(0.0, f64::max)
 }

@@ -1,6 +1,7 @@
 //! Rows in 8 bits for decoding: 64 neighbours share a scale, the largest magnitude among them over 127.
 
 use crate::error::{Error, Result};
+use crate::io::os;
 use crate::kernels::gemv::BLOCK;
 use rayon::prelude::*;
 
@@ -29,7 +30,7 @@ impl Int8Matrix {
             let expected = "rows of a multiple of 64 weights".to_owned();
             return Err(Error::Shape { op: "int8", expected, got: vec![rows, cols] });
         }
-        let (mut codes, mut scales) = (vec![0i8; rows * cols], vec![0f32; rows * cols / BLOCK]);
+        let (mut codes, mut scales) = (os::zeros::<i8>(rows * cols), os::zeros::<f32>(rows * cols / BLOCK));
         let tasks = codes.par_chunks_mut(cols).zip(scales.par_chunks_mut(cols / BLOCK));
         tasks.enumerate().for_each_init(
             || vec![0.0; cols],

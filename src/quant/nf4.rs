@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::dynamic_map::{DynamicMap, MAP_LEN};
 use crate::error::{Error, Result};
+use crate::io::os;
 use crate::kernels::Kernels;
 use crate::kernels::quantize::{CHUNK, MIN_ABSMAX};
 use std::cell::RefCell;
@@ -240,8 +241,8 @@ impl Nf4Tensor {
     ) -> Result<Self> {
         check_block_size(block_size)?;
         let len = checked_len(shape)?;
-        let mut packed = vec![0u8; len.div_ceil(2)];
-        let mut scales = vec![0f32; len.div_ceil(block_size)];
+        let mut packed = os::zeros::<u8>(len.div_ceil(2));
+        let mut scales = os::zeros::<f32>(len.div_ceil(block_size));
         let kernels = crate::kernels::active()?;
         // A task is a whole number of blocks, so that no byte and no scale is shared; its size changes nothing else.
         let tasks = packed.par_chunks_mut(READ_WEIGHTS / 2).zip(scales.par_chunks_mut(READ_WEIGHTS / block_size));

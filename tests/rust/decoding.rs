@@ -7,6 +7,7 @@ use rustune::generate::{Chooser, decode};
 use rustune::io::safetensors::TensorFile;
 use rustune::lora::{Init, Placement, inject};
 use rustune::model::{LoadOptions, Model, Quantize};
+use rustune::ops::crew::with_crew;
 use rustune::ops::{Precision, Tokens};
 use std::path::Path;
 
@@ -120,7 +121,7 @@ fn heads(model: &mut Model, ids: &[u32]) -> (f64, f64, f32) {
     let tokens = Tokens::from_sequences([ids]);
     let run = |model: &Model| {
         let env = model.env(&tokens);
-        model.next_logits(&env, &model.llama.forward(&env, None)).to_vec()
+        with_crew(|crew| model.next_logits(&env, crew, &model.llama.forward(&env, None)).to_vec())
     };
     let exact = run(model);
     model.set_lm_head_bits(Some(8)).unwrap();

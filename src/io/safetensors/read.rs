@@ -208,13 +208,13 @@ impl TensorFile {
     }
 
     /// Zeros that take no memory before they are written, so that the threads that read share the page faults, too.
-    fn zeros<T: Clone + Default>(&self, entry: &Entry, length: usize) -> Result<Vec<T>> {
+    fn zeros<T: Copy + Default>(&self, entry: &Entry, length: usize) -> Result<Vec<T>> {
         // `vec!` would abort the process where there is no memory: ask first.
         Vec::<T>::new().try_reserve_exact(length).map_err(|_| {
             let bytes = length.saturating_mul(size_of::<T>());
             Error::weights(&self.path, &entry.name, format!("no memory for its {bytes} bytes"))
         })?;
-        Ok(vec![T::default(); length])
+        Ok(os::zeros(length))
     }
 
     fn read_at(&self, entry: &Entry, start_byte: usize, out: &mut [u8]) -> Result<()> {

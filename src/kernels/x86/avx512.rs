@@ -5,7 +5,7 @@ mod encode;
 mod packed;
 
 use crate::kernels::generic::Simd;
-pub(super) use packed::nf4_bf16;
+pub(super) use packed::nf4_pairs;
 use std::arch::x86_64::*;
 
 /// Proof that AVX-512 F, BW, DQ and VL may run.

@@ -159,11 +159,6 @@ pub(super) fn tables() -> impl Iterator<Item = Kernels> {
     let (fast, slow): (Vec<_>, Vec<_>) =
         avx512bf16::table().into_iter().partition(|table| table.pairs.is_some_and(|pairs| pairs.fast));
     let tables = amx::table().into_iter().chain(fast).chain(avx512::table()).chain(slow);
-    let tables = tables.map(|table| match avx512::nf4_bf16() {
-        Some((nf4_gemv, nf4_pairs)) if table.pairs.is_some() => {
-            Kernels { nf4_gemv, nf4_pairs: Some(nf4_pairs), ..table }
-        }
-        _ => table,
-    });
+    let tables = tables.map(|table| Kernels { nf4_pairs: table.pairs.and(avx512::nf4_pairs()), ..table });
     tables.chain(avx2::table())
 }

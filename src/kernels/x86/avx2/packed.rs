@@ -83,12 +83,12 @@ impl Packed for Avx2 {
     #[inline(always)]
     fn nf4_bf16(self, packed: &[u8; BLOCK / 2], code: &[f32; 16], scale: f32) -> [__m256; 8] {
         intrinsic!({
+            // As `round_table` of AVX-512, and down to the lower half.
             macro_rules! rounded {
                 ($half:expr) => {{
-                    let bits = _mm256_castps_si256($half);
-                    let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-                    let up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
-                    _mm256_srli_epi32::<16>(up)
+                    let c = _mm256_mul_ps($half, _mm256_set1_ps(65535.0));
+                    let rounded = _mm256_fmsub_ps($half, _mm256_set1_ps(65536.0), c);
+                    _mm256_srli_epi32::<16>(_mm256_castps_si256(rounded))
                 }};
             }
             let [low, high] = scaled(self, code, scale);
@@ -141,5 +141,10 @@ impl Packed for Avx2 {
     fn load_i8(self, w: &[i8]) -> __m256 {
         assert!(w.len() >= 8);
         intrinsic!(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(w.as_ptr().cast()))))
+    }
+    #[inline(always)]
+    fn prefetch<T>(self, data: &[T], bytes: usize) {
+        // A prefetch reads nothing and never faults.
+        intrinsic!(_mm_prefetch::<_MM_HINT_T0>(data.as_ptr().cast::<i8>().wrapping_add(bytes)));
     }
 }

@@ -1,7 +1,7 @@
-//! Packed weights for AVX-512: a block's table is one register, looked up with `vpermps`, or with `vpermw` as bfloat16.
+//! Packed weights for AVX-512: a block's table is one register, looked up with `vpermps`, or with `vpermw` as pairs of bfloat16.
 
 use super::Avx512;
-use crate::kernels::gemv::{self, BLOCK, Nf4Gemv, Nf4Pairs, Nf4Rows, Packed, Round, Weights};
+use crate::kernels::gemv::{AHEAD, BLOCK, Nf4Gemv, Nf4Pairs, Nf4Rows, Packed, Round};
 use crate::kernels::generic::Simd;
 use std::arch::x86_64::*;
 
@@ -18,6 +18,20 @@ macro_rules! intrinsic {
 #[inline(always)]
 fn scaled(_: Avx512, code: &[f32; 16], scale: f32) -> __m512 {
     intrinsic!(_mm512_mul_ps(_mm512_loadu_ps(code.as_ptr()), _mm512_set1_ps(scale)))
+}
+
+/// Rounded to bfloat16, ties to even, for tables: below 2^-126 to 8 digits, and not beyond 2^111.
+///
+/// With `t = X ulp(t)`, `c = 65535 t` is `2^16 X - X` rounded to a multiple of 2^16, which leaves `65536 t - c`, exact in one fused
+/// step, as X rounded to a multiple of 2^16: its upper 8 digits. At a tie X is even, so that both have the same parity. Just
+/// above a power of two c has one digit more, and X lies next to the power itself. (Dekker 1971, with an odd factor that
+/// never carries into the next power.) Integer arithmetic takes five instructions for the same.
+#[inline(always)]
+fn round_table(_: Avx512, table: __m512) -> __m512 {
+    intrinsic!({
+        let c = _mm512_mul_ps(table, _mm512_set1_ps(65535.0));
+        _mm512_fmsub_ps(table, _mm512_set1_ps(65536.0), c)
+    })
 }
 
 /// Rounded to half precision and back.
@@ -62,7 +76,7 @@ impl Packed for Avx512 {
     }
     #[inline(always)]
     fn nf4_bf16(self, packed: &[u8; BLOCK / 2], code: &[f32; 16], scale: f32) -> [__m512; 4] {
-        lookup(self, packed, self.round_bf16(scaled(self, code, scale)))
+        lookup(self, packed, round_table(self, scaled(self, code, scale)))
     }
     #[inline(always)]
     fn nf4_f16(self, packed: &[u8; BLOCK / 2], code: &[f32; 16], scale: f32) -> [__m512; 4] {
@@ -70,56 +84,30 @@ impl Packed for Avx512 {
     }
     #[inline(always)]
     fn nf4_f16_bf16(self, packed: &[u8; BLOCK / 2], code: &[f32; 16], scale: f32) -> [__m512; 4] {
-        lookup(self, packed, self.round_bf16(round_f16(self, scaled(self, code, scale))))
+        lookup(self, packed, round_table(self, round_f16(self, scaled(self, code, scale))))
     }
     #[inline(always)]
     fn load_i8(self, w: &[i8]) -> __m512 {
         assert!(w.len() >= 16);
         intrinsic!(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(w.as_ptr().cast()))))
     }
+    #[inline(always)]
+    fn prefetch<T>(self, data: &[T], bytes: usize) {
+        // A prefetch reads nothing and never faults.
+        intrinsic!(_mm_prefetch::<_MM_HINT_T0>(data.as_ptr().cast::<i8>().wrapping_add(bytes)));
+    }
 }
 
-/// [`crate::kernels::Kernels::nf4_gemv`] and `nf4_pairs` where the CPU has AVX512-BF16: one instruction rounds the table and
-/// lays it out twice as 16-bit values, and `vpermw` looks up 32 weights at once (a fifth index bit chooses between equal
-/// halves). What it looks up are pairs: `vdpbf16ps` takes them as they are, f32 products after a shift and a mask.
+/// [`crate::kernels::Kernels::nf4_pairs`] where the CPU has AVX512-BF16: one instruction rounds the table and lays it out
+/// twice as 16-bit values, `vpermw` looks up 32 weights at once (a fifth index bit chooses between equal halves), and what
+/// it looks up are pairs that `vdpbf16ps` takes as they are.
 ///
 /// The instructions take numbers below the smallest normal one, 1.2e-38, for zero.
-pub(in crate::kernels::x86) fn nf4_bf16() -> Option<(Nf4Gemv, Nf4Pairs)> {
+pub(in crate::kernels::x86) fn nf4_pairs() -> Option<Nf4Pairs> {
     Avx512::detect()?;
-    let gemv: Nf4Gemv = |w, code, x, out| match w.round {
-        // SAFETY: AVX512-BF16 is detected below before this function is handed out, the rest by `detect`.
-        Round::Bf16 => unsafe { nf4_rounded(Avx512(()), w, code, x, out) },
-        // SAFETY: `detect` has seen the instruction set.
-        _ => unsafe { super::nf4_gemv(Avx512(()), w, code, x, out) },
-    };
     // SAFETY: AVX512-BF16 is detected below before this function is handed out, the rest by `detect`.
-    let pairs: Nf4Gemv = |w, code, x, out| unsafe { nf4_pairs(Avx512(()), w, code, x, out) };
-    is_x86_feature_detected!("avx512bf16").then_some((gemv, Nf4Pairs { order: pair_order, gemv: pairs }))
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
-fn nf4_rounded(s: Avx512, w: Nf4Rows<'_>, code: &[f32; 16], x: &[f32], out: &mut [f32]) {
-    gemv::nf4_groups(s, w, x, out, Bf16Table(code));
-}
-
-/// Indices into a code book, `code · scale` rounded to bfloat16 by AVX512-BF16; used by `nf4_rounded` alone.
-#[derive(Clone, Copy)]
-struct Bf16Table<'a>(&'a [f32; 16]);
-
-impl Weights<Avx512> for Bf16Table<'_> {
-    #[inline(always)]
-    fn of(self, s: Avx512, packed: &[u8; BLOCK / 2], scale: f32) -> [__m512; 4] {
-        let [a, b] = look_up_pairs(s, packed, scaled(s, self.0, scale));
-        intrinsic!({
-            let odd = _mm512_set1_epi32(!0xFFFF);
-            [
-                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(a)),
-                _mm512_castsi512_ps(_mm512_and_si512(a, odd)),
-                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(b)),
-                _mm512_castsi512_ps(_mm512_and_si512(b, odd)),
-            ]
-        })
-    }
+    let gemv: Nf4Gemv = |w, code, x, out| unsafe { pairs(Avx512(()), w, code, x, out) };
+    is_x86_feature_detected!("avx512bf16").then_some(Nf4Pairs { order: pair_order, gemv })
 }
 
 /// The 64 weights of a block as bfloat16: in word `i` of register `r` the weights `ORDER[32 r + i]` and, above it,
@@ -153,7 +141,7 @@ fn pair_order(x: &[f32], out: &mut [f32]) {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
-fn nf4_pairs(s: Avx512, w: Nf4Rows<'_>, code: &[f32; 16], x: &[f32], out: &mut [f32]) {
+fn pairs(s: Avx512, w: Nf4Rows<'_>, code: &[f32; 16], x: &[f32], out: &mut [f32]) {
     let n_x = w.check_pairs(x, out);
     let mut first = 0;
     while first < n_x {
@@ -186,8 +174,10 @@ fn pairs_pass<const M: usize>(
     let rows = w.packed.as_chunks::<{ BLOCK / 2 }>().0.chunks_exact(blocks).zip(w.scales.chunks_exact(blocks));
     for ((bytes, scales), out) in rows.zip(out.chunks_exact_mut(n_x)) {
         let mut acc = [[s.splat(0.0); 2]; M];
-        for (b, (bytes, &scale)) in bytes.iter().zip(scales).enumerate() {
-            let values = scaled(s, code, scale);
+        for (b, (bytes, scale)) in bytes.iter().zip(scales).enumerate() {
+            s.prefetch(bytes, AHEAD);
+            s.prefetch(std::slice::from_ref(scale), AHEAD / 8);
+            let values = scaled(s, code, *scale);
             let values = if half { round_f16(s, values) } else { values };
             let weights = look_up_pairs(s, bytes, values);
             for i in 0..M {
@@ -202,6 +192,34 @@ fn pairs_pass<const M: usize>(
         }
         for (out, acc) in out[first..first + M].iter_mut().zip(&acc) {
             *out = s.sum(s.add(acc[0], acc[1]));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+    fn rounded(s: Avx512, x: &[f32; 16]) -> [f32; 16] {
+        let mut out = [0.0; 16];
+        s.store(round_table(s, s.load(x)), &mut out);
+        out
+    }
+
+    #[test]
+    fn every_mantissa_is_rounded_as_the_reference_rounds() {
+        let Some(s) = Avx512::detect() else {
+            eprintln!("left out: rounding on AVX-512, which this machine lacks");
+            return;
+        };
+        for exponent in [1.0, 2f32.powi(-20), -1.5 * 2f32.powi(60)] {
+            for first in (0..1 << 23).step_by(16) {
+                let x = std::array::from_fn(|i| f32::from_bits(0x3F80_0000 | (first + i as u32)) * exponent);
+                // SAFETY: `s` exists only after detection.
+                let got = unsafe { rounded(s, &x) };
+                assert_eq!(got, x.map(|x| half::bf16::from_f32(x).to_f32()), "{x:?}");
+            }
         }
     }
 }
