@@ -1,8 +1,8 @@
 //! The text tokenizer: a folder of Hugging Face tokenizer files, opened, used and written back.
 //!
 //! The vocabulary, its merges and its normalisation are the tokenizers crate's; what is added here is what that crate
-//! leaves to transformers: the named special tokens, the pad token and the ids that end a text ([`special`]), the chat
-//! templates, and the files around `tokenizer.json` ([`files`]).
+//! leaves to transformers: the named special tokens, the pad token and the ids that end a text (`special.rs`), the chat
+//! templates, and the files around `tokenizer.json` (`files.rs`).
 
 mod files;
 mod special;

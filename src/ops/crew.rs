@@ -92,8 +92,11 @@ impl Crew {
         job.work();
     }
 
-    /// Calls `work(number, part)` for each part of `len` elements, the last one may be shorter.
+    /// Calls `work(number, part)` for each part of `len` elements, the last one may be shorter; never for no data.
     pub fn for_chunks<T: Send>(&self, data: &mut [T], len: usize, work: impl Fn(usize, &mut [T]) + Sync) {
+        if data.is_empty() {
+            return;
+        }
         let (total, parts) = (data.len(), Parts(data.as_mut_ptr()));
         self.run(total.div_ceil(len), |number| {
             let start = number * len;
@@ -185,6 +188,7 @@ mod tests {
                             }
                         });
                         crew.run(0, |_| unreachable!());
+                        crew.for_chunks(&mut [0; 0], 0, |_, _| unreachable!());
                     }
                     data
                 })
