@@ -100,7 +100,7 @@ for table in tables:
             count += 1
 print(count)
 """
-    assert int(run(code)) > 80
+    assert int(run(code)) > 60  # with the real libraries there are no stand-ins to count
 
 
 def test_the_imports_of_notebooks_resolve_to_ours() -> None:
