@@ -39,6 +39,7 @@ from rustune.model import Model
 from rustune.models import FastLanguageModel
 from rustune.peft_names import (
     AutoPeftModelForCausalLM,
+    LoftQConfig,
     LoraConfig,
     PeftModel,
     get_peft_model,
@@ -81,6 +82,7 @@ __all__ = [
     "FastModel",
     "GenerationConfig",
     "HubError",
+    "LoftQConfig",
     "LoraConfig",
     "Model",
     "ModelError",

@@ -82,7 +82,6 @@ _ADAPTER_KINDS: Final = {
     "modules_to_save": checks.TEXTS,
     "ensure_weight_tying": checks.BOOL,
     "init_lora_weights": checks.SWITCH,
-    "loftq_config": checks.TABLE,
     "rank_pattern": checks.WHOLE_TABLE,
     "alpha_pattern": checks.NUMBER_TABLE,
 }
@@ -256,7 +255,7 @@ class FastLanguageModel:
         modules_to_save: Iterable[str] | None = None,
         ensure_weight_tying: bool = False,
         init_lora_weights: bool | str = True,
-        loftq_config: Mapping[str, Any] | None = None,
+        loftq_config: Any = None,
         rank_pattern: Mapping[str, int] | None = None,
         alpha_pattern: Mapping[str, float] | None = None,
         task_type: Any = None,
@@ -286,8 +285,10 @@ class FastLanguageModel:
                 `lm_head`, and the norms `input_layernorm`, `post_attention_layernorm`, `norm` (all of them).
             ensure_weight_tying: Where the head is the embedding table, keep it so when either is trained; otherwise
                 they become two.
-            init_lora_weights: True or `gaussian`.
-            loftq_config: Not there yet.
+            init_lora_weights: True or `gaussian`; `pissa` begins with the leading singular vectors of each matrix and
+                leaves the rest to the frozen part (`pissa_niter_N`: N rounds of looking for them); `loftq` begins with
+                those of what 4 bits lost. These read the model's files again, and take seconds to minutes.
+            loftq_config: `loftq_bits` 4 and `loftq_iter` 1, as a dict or a LoftQConfig.
             rank_pattern: Ranks of layers that differ.
             alpha_pattern: Alphas of layers that differ.
             task_type: Makes no difference.
@@ -312,8 +313,7 @@ class FastLanguageModel:
         checks.check(_ADAPTER_KINDS, locals(), required=("lora_alpha", "lora_dropout"))
         if layers_pattern not in (None, "layers", ["layers"]):
             raise ConfigError(f"layers_pattern = {layers_pattern}: expected None or layers, the only list of layers")
-        if loftq_config:
-            raise ConfigError(f"loftq_config = {dict(loftq_config)}: not there yet; leave it empty")
+        loftq = _loftq(loftq_config, init_lora_weights)
         if use_gradient_checkpointing is not None:
             model.checkpointing = checkpointing_name(use_gradient_checkpointing)
         if max_seq_length is not None:
@@ -342,6 +342,7 @@ class FastLanguageModel:
             "modules_to_save": saved,
             "ensure_weight_tying": ensure_weight_tying,
             "init_lora_weights": init_lora_weights,
+            "loftq_config": loftq,
             "rank_pattern": dict(rank_pattern or {}),
             "alpha_pattern": dict(alpha_pattern or {}),
             "random_state": None if random_state is None else int(random_state) % 2**64,
@@ -408,6 +409,24 @@ def _as_json(name: str, table: Mapping[str, Any]) -> str:
         return json.dumps(plain, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name} = {dict(table)!r}: expected names and plain values: {error}") from None
+
+
+def _loftq(config: Any, init: Any) -> dict[str, int] | None:
+    """LoftQ's settings, from a mapping or an object like PEFT's LoftQConfig; None where they say nothing."""
+    if config is None or (isinstance(config, Mapping) and not config):
+        return None
+    written = config if isinstance(config, Mapping) else getattr(config, "__dict__", None)
+    if written is None:
+        raise ConfigError(f"loftq_config = {config!r}: expected a dict or a LoftQConfig")
+    for name, value in written.items():
+        if name not in ("loftq_bits", "loftq_iter"):
+            raise unknown_argument("loftq_config", str(name), ("loftq_bits", "loftq_iter"))
+        if not checks.WHOLE.fits(value):
+            raise ConfigError(f"loftq_config = {dict(written)}: {name}: expected a whole number")
+    if init != "loftq":
+        tell_once(f"loftq_config: means nothing without init_lora_weights='loftq' (it is {init!r})")
+        return None
+    return {str(name): int(value) for name, value in written.items()}
 
 
 def _base_of(folder: str) -> str:

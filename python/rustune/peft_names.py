@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from rustune._native import ConfigError
@@ -98,6 +99,19 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns all settings."""
         return dict(self.__dict__)
+
+
+@dataclass
+class LoftQConfig:
+    """How LoftQ quantizes, as PEFT has it.
+
+    Attributes:
+        loftq_bits: 4.
+        loftq_iter: 1.
+    """
+
+    loftq_bits: int = 4
+    loftq_iter: int = 1
 
 
 _LORA_DEFAULTS: Final[Mapping[str, Any]] = {

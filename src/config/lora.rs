@@ -41,8 +41,10 @@ pub struct LoraOptions {
     pub modules_to_save: Option<Vec<String>>,
     /// Whether a head that is the embedding table stays so when either is trained; default false: copies.
     pub ensure_weight_tying: Option<bool>,
-    /// true or `"gaussian"`; default true.
+    /// true, `"gaussian"`, `"pissa"`, `"pissa_niter_N"` or `"loftq"`; default true.
     pub init_lora_weights: Option<Value>,
+    /// How `"loftq"` quantizes; default 4 bits, one round.
+    pub loftq_config: Option<LoftqOptions>,
     /// Ranks of modules that differ, by name or name ending.
     pub rank_pattern: Option<BTreeMap<String, i64>>,
     /// Alphas of modules that differ, by name or name ending.
@@ -51,15 +53,66 @@ pub struct LoraOptions {
     pub random_state: Option<u64>,
 }
 
-/// How A starts; B always starts at zero.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum InitWeights {
-    /// Uniform in ±1 / sqrt(in), PEFT's default.
-    Uniform,
-    /// Normal with deviation 1 / r.
-    Gaussian,
+/// How LoftQ quantizes, as written: PEFT's `LoftQConfig`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LoftqOptions {
+    /// Only 4.
+    pub loftq_bits: Option<i64>,
+    /// Only 1.
+    pub loftq_iter: Option<i64>,
 }
+
+/// How an adapter starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub enum InitWeights {
+    /// A uniform in ±1 / sqrt(in), B zero: PEFT's default.
+    Uniform,
+    /// A normal with deviation 1 / r, B zero.
+    Gaussian,
+    /// With the leading singular vectors of the matrix: Meng et al. 2024.
+    Pissa {
+        /// Rounds of subspace iteration; `None` until they have converged.
+        rounds: Option<usize>,
+    },
+    /// With the leading singular vectors of what quantization lost: Li et al. 2023.
+    Loftq,
+}
+
+impl From<InitWeights> for String {
+    fn from(init: InitWeights) -> Self {
+        match init {
+            InitWeights::Uniform => "uniform".to_owned(),
+            InitWeights::Gaussian => "gaussian".to_owned(),
+            InitWeights::Pissa { rounds: None } => "pissa".to_owned(),
+            InitWeights::Pissa { rounds: Some(rounds) } => format!("{PISSA_ROUNDS}{rounds}"),
+            InitWeights::Loftq => "loftq".to_owned(),
+        }
+    }
+}
+
+impl TryFrom<String> for InitWeights {
+    type Error = String;
+
+    fn try_from(name: String) -> std::result::Result<Self, String> {
+        let rounds = name.strip_prefix(PISSA_ROUNDS).and_then(|n| n.parse().ok()).filter(|n| *n <= MOST_ROUNDS);
+        match (name.as_str(), rounds) {
+            ("uniform", _) => Ok(Self::Uniform),
+            ("gaussian", _) => Ok(Self::Gaussian),
+            ("pissa", _) => Ok(Self::Pissa { rounds: None }),
+            ("loftq", _) => Ok(Self::Loftq),
+            (_, Some(rounds)) => Ok(Self::Pissa { rounds: Some(rounds) }),
+            _ => Err(format!("{name:?} is no way for an adapter to start")),
+        }
+    }
+}
+
+/// What stands before the number of rounds in PEFT's name for them.
+const PISSA_ROUNDS: &str = "pissa_niter_";
+
+/// More rounds than this are a slip of the keyboard.
+const MOST_ROUNDS: usize = 1000;
 
 /// An adapter as it will be made.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -82,7 +135,7 @@ pub struct Lora {
     pub use_dora: bool,
     /// Layers that are adapted, ascending; `None` for all.
     pub layers_to_transform: Option<Vec<usize>>,
-    /// How A starts.
+    /// How the adapter starts.
     pub init_lora_weights: InitWeights,
     /// Ranks of modules that differ.
     pub rank_pattern: BTreeMap<String, usize>,
@@ -188,12 +241,27 @@ impl LoraOptions {
     }
 
     fn init(&self) -> Result<InitWeights> {
-        match &self.init_lora_weights {
-            None | Some(Value::Null | Value::Bool(true)) => Ok(InitWeights::Uniform),
-            Some(Value::String(name)) if name == "gaussian" => Ok(InitWeights::Gaussian),
-            Some(other) => {
-                Err(Error::config("init_lora_weights", other, "not there yet; expected True or \"gaussian\""))
+        let expected = "not there yet; expected True, \"gaussian\", \"pissa\", \"pissa_niter_N\" or \"loftq\"";
+        let wrong = |value: &Value| Error::config("init_lora_weights", value, expected);
+        let init = match &self.init_lora_weights {
+            None | Some(Value::Null | Value::Bool(true)) => InitWeights::Uniform,
+            Some(value @ Value::String(name)) if name != "uniform" => {
+                InitWeights::try_from(name.clone()).map_err(|_| wrong(value))?
             }
+            Some(value) => return Err(wrong(value)),
+        };
+        let loftq = self.loftq_config.clone().unwrap_or_default();
+        match (loftq.loftq_bits, loftq.loftq_iter) {
+            (Some(bits), _) if bits != 4 => Err(Error::config(
+                "loftq_config",
+                format!("loftq_bits: {bits}"),
+                "the base is held in 4 bits: expected 4",
+            )),
+            (_, Some(rounds)) if rounds != 1 => {
+                let expected = "expected 1: after more rounds the adapter fits a quantized base that no file holds";
+                Err(Error::config("loftq_config", format!("loftq_iter: {rounds}"), expected))
+            }
+            _ => Ok(init),
         }
     }
 }
@@ -286,6 +354,24 @@ mod tests {
     }
 
     #[test]
+    fn ways_to_start_go_by_name() {
+        for (name, want) in [
+            ("gaussian", InitWeights::Gaussian),
+            ("pissa", InitWeights::Pissa { rounds: None }),
+            ("pissa_niter_16", InitWeights::Pissa { rounds: Some(16) }),
+            ("loftq", InitWeights::Loftq),
+        ] {
+            let lora = resolve(json!({"init_lora_weights": name})).unwrap();
+            assert_eq!(lora.init_lora_weights, want);
+            let text = serde_json::to_string(&lora).unwrap();
+            assert!(text.contains(&format!("{name:?}")), "{text}");
+            assert_eq!(serde_json::from_str::<Lora>(&text).unwrap(), lora);
+        }
+        let loftq = json!({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}});
+        assert_eq!(resolve(loftq).unwrap().init_lora_weights, InitWeights::Loftq);
+    }
+
+    #[test]
     fn every_wrong_value_is_named() {
         for (options, message) in [
             (json!({"r": 0}), "r = 0: expected at least 1"),
@@ -302,7 +388,10 @@ mod tests {
                 "modules_to_save = q_proj: expected some of embed_tokens",
             ),
             (json!({"modules_to_save": ["head"]}), "modules_to_save = head"),
-            (json!({"init_lora_weights": "pissa"}), "init_lora_weights = \"pissa\""),
+            (json!({"init_lora_weights": "olora"}), "init_lora_weights = \"olora\": not there yet; expected True"),
+            (json!({"init_lora_weights": "pissa_niter_x"}), "init_lora_weights = \"pissa_niter_x\""),
+            (json!({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 2}}), "loftq_bits: 2"),
+            (json!({"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 5}}), "loftq_iter: 5: expected 1"),
             (json!({"init_lora_weights": false}), "init_lora_weights = false"),
             (json!({"layers_to_transform": [4]}), "layers_to_transform = 4: expected layers from 0 to 3"),
             (json!({"layers_to_transform": []}), "layers_to_transform = []"),

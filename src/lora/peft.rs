@@ -6,6 +6,8 @@
 //! the head where they are not the base's. What is trained is f32, what is frozen as the base stores it.
 //! Patterns follow PEFT: a key applies to a module if `(.*\.)?(key)$` matches its name.
 
+use super::converted::{self, Form};
+use super::svd::Rounds;
 use super::whole::{self, Whole};
 use super::{Init, Placement, inject, module_name};
 use crate::config::lora::{ALL_LINEAR, InitWeights, Lora, LoraOptions, is_table};
@@ -114,6 +116,8 @@ pub fn attach(model: &mut Model, lora: &Lora) -> Result<()> {
     let init = match lora.init_lora_weights {
         InitWeights::Uniform => Init::Uniform,
         InitWeights::Gaussian => Init::Gaussian,
+        InitWeights::Pissa { rounds } => Init::Pissa(rounds.map_or(Rounds::Converged, Rounds::Exactly)),
+        InitWeights::Loftq => Init::Loftq,
     };
     inject(model, &places, init, lora.random_state)?;
     whole::train(model, &wholes, lora.ensure_weight_tying)
@@ -155,8 +159,10 @@ pub fn read_config(folder: &Path, n_layers: usize) -> Result<Adapter> {
             || (key == "layers_pattern" && value == "layers");
         let lora_init = key == "init_lora_weights" && (value == "pissa" || value == "olora" || value == "corda");
         if lora_init {
-            let problem =
-                format!("{value} changes the base weights; convert the adapter to a plain one with PEFT first");
+            let problem = format!(
+                "{value} changes the base weights: convert the adapter to a plain one, with PEFT's save_pretrained(..., \
+                 path_initial_model_for_weight_conversion=...)"
+            );
             return Err(refuse(key, problem));
         }
         if !off && !HARMLESS.contains(&key.as_str()) {
@@ -212,23 +218,29 @@ pub fn read_config(folder: &Path, n_layers: usize) -> Result<Adapter> {
 /// if it brings an embedding table or a head.
 ///
 /// # Errors
-/// Those of [`read_config`]; [`Error::Weights`] for a missing, surplus, misshapen or non-finite tensor.
+/// Those of [`read_config`]; [`Error::Weights`] for a missing, surplus, misshapen or non-finite tensor; for a PiSSA adapter those of
+/// reading the model's folder again.
 pub fn load(model: &mut Model, folder: &Path) -> Result<Adapter> {
     let n_layers = model.llama.layers.len();
-    let adapter = read_config(folder, n_layers)?;
+    let mut adapter = read_config(folder, n_layers)?;
+    let file = TensorFile::open(folder.join(WEIGHTS_FILE))?;
+    let begun = converted::begun(&file, &adapter.lora)?;
+    let times = if begun.is_some() { 2 } else { 1 };
+    let pissa = begun.is_some();
+    adapter.lora = begun.unwrap_or(adapter.lora);
     let placements = placements(&adapter.lora, n_layers)?;
     let wholes = whole::modules(&adapter.lora, n_layers, model.llama.head.is_none())?;
-    let mut file = AdapterFile { file: TensorFile::open(folder.join(WEIGHTS_FILE))?, used: BTreeSet::new() };
+    let mut file = AdapterFile { file, used: BTreeSet::new() };
     // Everything is read and checked before the model is touched.
     let mut values = Vec::new();
     for place in &placements {
         let linear = model.llama.layers[place.layer_idx].linears()[place.linear_idx];
         let tensors = [
-            ("lora_A.weight", vec![place.rank, linear.inputs]),
-            ("lora_B.weight", vec![linear.outputs, place.rank]),
+            ("lora_A.weight", vec![times * place.rank, linear.inputs]),
+            ("lora_B.weight", vec![linear.outputs, times * place.rank]),
             ("lora_magnitude_vector", vec![linear.outputs]),
         ];
-        for (part, shape) in tensors.into_iter().take(if place.dora { 3 } else { 2 }) {
+        for (part, shape) in tensors.into_iter().take(place.n_tensors()) {
             values.push(file.read(&format!("{}.{part}", place.module()), &shape)?);
         }
     }
@@ -251,6 +263,7 @@ pub fn load(model: &mut Model, folder: &Path) -> Result<Adapter> {
         tables.push((which, values));
     }
     file.refuse_surplus()?;
+    let taken = if pissa { converted::take_out(model, &placements, &mut values)? } else { Vec::new() };
     inject(model, &placements, Init::Uniform, 0)?;
     model.resize_vocab(vocab)?;
     whole::train(model, &wholes, adapter.lora.ensure_weight_tying)?;
@@ -259,6 +272,11 @@ pub fn load(model: &mut Model, folder: &Path) -> Result<Adapter> {
     }
     for (which, values) in tables {
         model.set_table(which, &values)?;
+    }
+    for (place, taken) in placements.iter().zip(taken) {
+        if let Some(lora) = &mut model.llama.layers[place.layer_idx].linears_mut()[place.linear_idx].lora {
+            lora.taken = Some(taken);
+        }
     }
     Ok(adapter)
 }
@@ -334,7 +352,35 @@ fn more_tables(model: &Model) -> Vec<(Which, &Matrix)> {
         .collect()
 }
 
-/// Writes the model's adapter into `folder`, which exists, as PEFT would.
+/// Sets the trained tensors of a model to those of a file of the same run; `prefix` stands before their names there.
+///
+/// # Errors
+/// [`Error::Weights`] if a tensor is missing or has another shape, or if a PiSSA adapter began otherwise: the model must have
+/// been set up as it was then.
+pub fn load_values(model: &mut Model, path: &Path, prefix: &str) -> Result<()> {
+    let file = TensorFile::open(path)?;
+    let mut values = Vec::new();
+    for (param, form) in model.params.all().iter().zip(Form::all(model)) {
+        let name = format!("{prefix}{}", param.name);
+        let refuse = |problem: String| Error::weights(path, &name, problem);
+        let shape = form.shape(param);
+        if !file.contains(&name) || file.info(&name)?.shape != shape {
+            return Err(refuse(format!("is missing or not of shape {shape:?}; was the model set up as in that run?")));
+        }
+        let value = form.read(param, file.read_f32(&name)?).ok_or_else(|| {
+            let problem = "began with other singular vectors than this model's (another random_state, rank or instruction \
+                           set): load this folder with from_pretrained instead of get_peft_model";
+            refuse(problem.to_owned())
+        })?;
+        values.push(value);
+    }
+    for (param, values) in model.params.all_mut().iter_mut().zip(values) {
+        param.data = values;
+    }
+    Ok(())
+}
+
+/// Writes the model's adapter into `folder`, which exists, as PEFT would: a PiSSA adapter converted to a plain one.
 ///
 /// # Errors
 /// [`Error::Config`] if the model has no adapter; [`Error::Io`].
@@ -344,18 +390,20 @@ pub fn save(model: &Model, adapter: &Adapter, folder: &Path) -> Result<()> {
         return Err(Error::config("save_pretrained", "model", "has no adapter; call get_peft_model first"));
     }
     let (vocab, hidden) = (model.config.vocab_size, model.config.hidden_size);
-    let tables = more_tables(model);
+    let (tables, forms) = (more_tables(model), Form::all(model));
     let dtype = |matrix: &Matrix| match matrix {
         Matrix::Frozen(weight) if matches!(weight.storage(), Storage::Bf16(_)) => Dtype::BF16,
         _ => Dtype::F32,
     };
     let spec = |name: &str, dtype, shape| TensorSpec { name: format!("{PREFIX}{name}"), dtype, shape };
-    let mut specs: Vec<_> = params.iter().map(|p| spec(&p.name, Dtype::F32, p.shape.clone())).collect();
+    let of_params = params.iter().zip(&forms).map(|(p, form)| spec(&p.name, Dtype::F32, form.shape(p)));
+    let mut specs: Vec<_> = of_params.collect();
     specs.extend(tables.iter().map(|&(which, matrix)| spec(&weight_of(which), dtype(matrix), vec![vocab, hidden])));
-    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+    let mut metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+    let lora = converted::plain(&adapter.lora, &forms, &mut metadata);
     let mut writer = SafetensorsWriter::create(folder.join(WEIGHTS_FILE), &specs, &metadata)?;
-    for (param, spec) in params.iter().zip(&specs) {
-        writer.write_f32(&spec.name, &param.data)?;
+    for ((param, form), spec) in params.iter().zip(&forms).zip(&specs) {
+        writer.write_f32(&spec.name, &form.write(param))?;
     }
     for (&(_, matrix), spec) in tables.iter().zip(&specs[params.len()..]) {
         match matrix {
@@ -366,7 +414,6 @@ pub fn save(model: &Model, adapter: &Adapter, folder: &Path) -> Result<()> {
         }
     }
     writer.finish()?;
-    let lora = &adapter.lora;
     let config = json!({
         "base_model_name_or_path": adapter.base_model,
         "bias": "none",

@@ -12,6 +12,7 @@ pub mod weights;
 
 pub use config::ModelConfig;
 pub use kv_cache::KvCache;
+use llama::Layer;
 pub use llama::Llama;
 pub use weights::{LoadOptions, Quantize};
 
@@ -150,8 +151,11 @@ impl Model {
         self.llama.n_frozen() + self.params.n_elements()
     }
 
-    /// Bytes of all weights, trained ones included.
+    /// Bytes of all weights, trained ones included, and of what was taken out of frozen ones.
     pub fn nbytes(&self) -> usize {
-        self.llama.nbytes() + 4 * self.params.n_elements()
+        let taken =
+            self.llama.layers.iter().flat_map(Layer::linears).filter_map(|linear| linear.lora.as_ref()?.taken.as_ref());
+        self.llama.nbytes()
+            + 4 * (self.params.n_elements() + taken.map(|taken| taken.a.len() + taken.b.len()).sum::<usize>())
     }
 }

@@ -71,6 +71,7 @@ pub(crate) fn random_model(s: TestShape) -> Model {
             dropout: s.dropout,
             module,
             dora: None,
+            taken: None,
         });
         if let (true, Some(lora)) = (s.dora, &mut lora) {
             let dora = Dora::begin(&ctx, &mut params, format!("{module}.magnitude"), &weight, lora);

@@ -13,7 +13,7 @@ use crate::quant::{BnbAbsmax, BnbParts, FloatKind, Nf4Tensor, RowwiseInt8};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// How the linear layers of a 16- or 32-bit checkpoint are quantized while they are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +86,53 @@ const WEIGHT_FORMAT: &str = "weight_format";
 /// The name of a tensor beside the int8 matrix `name`, `P.weight`: `P.suffix`.
 fn bnb_int8_key(name: &str, suffix: &str) -> String {
     format!("{}{suffix}", name.strip_suffix("weight").unwrap_or(name))
+}
+
+/// A checkpoint's matrices, to be read again as they stand in its files after a model was made of them.
+pub struct Originals {
+    folder: PathBuf,
+    /// Opened when the first is asked for.
+    files: Option<ModelFiles>,
+}
+
+impl Originals {
+    /// Those of a model's folder.
+    pub fn of(folder: &Path) -> Self {
+        Self { folder: folder.to_owned(), files: None }
+    }
+
+    /// The weight of a linear layer in f32, `[rows, cols]`; `None` if the files hold it quantized.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the files are there no more; [`Error::Weights`] if the tensor is not as it should be.
+    pub fn read(&mut self, module: &str, rows: usize, cols: usize) -> Result<Option<Vec<f32>>> {
+        if self.is_quantized(module)? {
+            return Ok(None);
+        }
+        let folder = self.folder.clone();
+        let options = LoadOptions { precision: Precision::F32, quantize: None, full_finetuning: false };
+        let (files, params, used) = (self.files()?, &mut ParamStore::default(), BTreeSet::new());
+        let mut loader = Loader { folder: &folder, files, options: &options, params, used };
+        loader.dense(&format!("{module}.weight"), &[rows, cols]).map(Some)
+    }
+
+    /// Whether the files hold a linear layer quantized.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the files are there no more.
+    pub fn is_quantized(&mut self, module: &str) -> Result<bool> {
+        let (name, files) = (format!("{module}.weight"), self.files()?);
+        let marks = [format!("{name}{}", BnbParts::QUANT_STATE), bnb_int8_key(&name, SCB)];
+        Ok(marks.iter().any(|mark| files.contains(mark)))
+    }
+
+    fn files(&mut self) -> Result<&ModelFiles> {
+        let files = match self.files.take() {
+            Some(files) => files,
+            None => ModelFiles::open(&self.folder)?,
+        };
+        Ok(self.files.insert(files))
+    }
 }
 
 struct Loader<'a> {

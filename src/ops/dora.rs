@@ -222,7 +222,7 @@ mod tests {
         let rank = a.len() / inputs;
         let a = params.add("a".into(), vec![rank, inputs], a.to_vec(), true);
         let b = params.add("b".into(), vec![outputs, rank], vec![0.0; outputs * rank], true);
-        let mut lora = Lora { a, b, rank, scale: S, dropout: 0.25, module: 1, dora: None };
+        let mut lora = Lora { a, b, rank, scale: S, dropout: 0.25, module: 1, dora: None, taken: None };
         lora.dora = Some(Arc::new(Dora::begin(ctx, params, "m".into(), &weight, &lora)));
         Linear { inputs, outputs, matrix: Matrix::Frozen(weight), bias, lora: Some(lora) }
     }

@@ -50,6 +50,17 @@ pub struct Lora {
     pub module: u32,
     /// The magnitude, if the adapter has one.
     pub dora: Option<Arc<Dora>>,
+    /// The first A and B, if `scale · B A` of them was taken out of the frozen matrix.
+    pub taken: Option<Arc<Halves>>,
+}
+
+/// The two halves of a low-rank matrix `B A`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Halves {
+    /// `[rank, in]`.
+    pub a: Vec<f32>,
+    /// `[out, rank]`.
+    pub b: Vec<f32>,
 }
 
 /// A linear layer.

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::io::atomic::{AtomicDir, DirState, sweep_stale, verify_dir};
 use crate::io::safetensors::{Dtype, SafetensorsWriter, TensorFile, TensorSpec};
 use crate::lora::peft;
-use crate::ops::ParamStore;
+use crate::model::Model;
 use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -205,22 +205,12 @@ pub fn state_json(step: usize, epoch: f64, max_steps: usize, settings: &Value, l
 /// Sets the model's trained tensors to those of a checkpoint or adapter folder.
 ///
 /// # Errors
-/// [`Error::Weights`] if a tensor is missing or has another shape: the model must have been set up as it was then.
-pub fn load_params(folder: &Path, params: &mut ParamStore) -> Result<()> {
+/// Those of [`peft::load_values`]: the model must have been set up as it was then.
+pub fn load_params(folder: &Path, model: &mut Model) -> Result<()> {
     let adapter = folder.join(peft::WEIGHTS_FILE);
-    let (path, prefix) = if adapter.exists() { (adapter, peft::PREFIX) } else { (folder.join(MODEL_FILE), "") };
-    let file = TensorFile::open(&path)?;
-    let mut values = Vec::new();
-    for param in params.all() {
-        let name = format!("{prefix}{}", param.name);
-        if !file.contains(&name) || file.info(&name)?.shape != param.shape {
-            let problem = format!("is missing or not of shape {:?}; was the model set up as in that run?", param.shape);
-            return Err(Error::weights(&path, name, problem));
-        }
-        values.push(file.read_f32(&name)?);
+    if adapter.exists() {
+        peft::load_values(model, &adapter, peft::PREFIX)
+    } else {
+        peft::load_values(model, &folder.join(MODEL_FILE), "")
     }
-    for (param, values) in params.all_mut().iter_mut().zip(values) {
-        param.data = values;
-    }
-    Ok(())
 }

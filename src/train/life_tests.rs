@@ -182,7 +182,7 @@ fn the_best_checkpoint_is_kept_and_its_weights_are_taken_up() {
     assert!(best.exists() && folder.path().join("checkpoint-6").exists());
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
     let at_best = model();
-    checkpoint::load_params(&best, &mut at_best.0.write().unwrap().params).unwrap();
+    checkpoint::load_params(&best, &mut at_best.0.write().unwrap()).unwrap();
     assert!(weights(&trained) == weights(&at_best));
     // Callbacks hear of an evaluation before it is compared, as early stopping needs it.
     assert_eq!(script.heard[2..5], ["step 1", "evaluate (best None)", "checkpoint-1"]);

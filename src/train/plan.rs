@@ -5,10 +5,11 @@
 
 use super::in_blocks::{BLOCK, MIN_8BIT_SIZE};
 use super::step::{Recompute, first_trained};
-use crate::config::{Lora, OptimizerKind};
+use crate::config::{InitWeights, Lora, OptimizerKind};
 use crate::error::{Error, Result};
 use crate::io::os::{available_memory_bytes, rss_bytes};
 use crate::kernels::{self, Kernels};
+use crate::lora::Placement;
 use crate::lora::peft::placements;
 use crate::lora::whole::{self, EMBEDDING, HEAD, Whole};
 use crate::model::llama::{Keep, mlp_chunks};
@@ -414,7 +415,11 @@ impl Run {
         };
         let of_layer: f64 = linears.iter().map(linear_bytes).sum();
         let frozen = wide * (frozen_tables * c.vocab_size * h) as f64 + of_layer * c.num_layers as f64;
-        let weights = frozen as usize + 4 * trained.iter().sum::<usize>();
+        // PiSSA keeps the first A and B, to write what became of them.
+        let both_halves = |p: &Placement| p.rank * (linears[p.linear_idx].0 + linears[p.linear_idx].1);
+        let pissa = matches!(lora.init_lora_weights, InitWeights::Pissa { .. });
+        let first = if pissa { places.iter().map(both_halves).sum::<usize>() } else { 0 };
+        let weights = frozen as usize + 4 * (trained.iter().sum::<usize>() + first);
         Ok(Self { sizes, weights, trained, optimizer, n_tokens })
     }
 }
@@ -543,23 +548,28 @@ mod tests {
         use crate::config::LoraOptions;
         use crate::lora::peft::attach;
         let shape = TestShape { rank: 0, ..shapes()[0] };
-        let mut model = random_model(shape);
-        let written = serde_json::json!({"r": 8, "target_modules": ["q_proj", "up_proj"], "finetune_last_n_layers": 2});
-        let lora = serde_json::from_value::<LoraOptions>(written).unwrap().resolve(shape.layers).unwrap();
-        let options = LoadOptions { precision: Precision::F32, quantize: None, full_finetuning: false };
-        let mut config = model.config.clone();
-        config.json["dtype"] = "float32".into();
-        let before = Run::planned(&config, &options, &lora, OptimizerKind::AdamW8bit, 100).unwrap();
-        attach(&mut model, &lora).unwrap();
-        let after = Run::of(&model, OptimizerKind::AdamW8bit, 100);
-        assert_eq!((before.sizes, before.weights), (after.sizes, after.weights));
-        assert_eq!(before.sizes.layers, 2);
-        let sorted = |run: &Run| {
-            let mut trained = run.trained.clone();
-            trained.sort_unstable();
-            trained
-        };
-        assert_eq!(sorted(&before), sorted(&after));
+        for (dora, init) in [(false, "gaussian"), (true, "gaussian"), (false, "pissa_niter_0")] {
+            let mut model = random_model(shape);
+            let written = serde_json::json!({
+                "r": 8, "target_modules": ["q_proj", "up_proj"], "finetune_last_n_layers": 2, "use_dora": dora,
+                "init_lora_weights": init,
+            });
+            let lora = serde_json::from_value::<LoraOptions>(written).unwrap().resolve(shape.layers).unwrap();
+            let options = LoadOptions { precision: Precision::F32, quantize: None, full_finetuning: false };
+            let mut config = model.config.clone();
+            config.json["dtype"] = "float32".into();
+            let before = Run::planned(&config, &options, &lora, OptimizerKind::AdamW8bit, 100).unwrap();
+            attach(&mut model, &lora).unwrap();
+            let after = Run::of(&model, OptimizerKind::AdamW8bit, 100);
+            assert_eq!((before.sizes, before.weights), (after.sizes, after.weights), "dora {dora}, {init}");
+            assert_eq!(before.sizes.layers, 2);
+            let sorted = |run: &Run| {
+                let mut trained = run.trained.clone();
+                trained.sort_unstable();
+                trained
+            };
+            assert_eq!(sorted(&before), sorted(&after));
+        }
     }
 
     #[test]

@@ -358,7 +358,7 @@ impl<'a, 'o> Run<'a, 'o> {
                 self.tell(Event::Warning(&text))?;
             }
         }
-        self.job.model.write(&mut |model| checkpoint::load_params(folder, &mut model.params))?;
+        self.job.model.write(&mut |model| checkpoint::load_params(folder, model))?;
         checkpoint::load_optimizer(folder, &mut *self.optimizer)?;
         self.status.step = step as usize;
         self.status.epoch = self.epoch_at(step as usize);
@@ -528,7 +528,7 @@ impl<'a, 'o> Run<'a, 'o> {
                 format!("load_best_model_at_end: {}: {reason}; the weights are those of the last step", path.display());
             return self.tell(Event::Warning(&text));
         }
-        self.job.model.write(&mut |model| checkpoint::load_params(&path, &mut model.params))?;
+        self.job.model.write(&mut |model| checkpoint::load_params(&path, model))?;
         // The last checkpoint was kept to resume from, which is over.
         if train.save_total_limit == Some(1) { checkpoint::keep_only(&train.output_dir, &path) } else { Ok(()) }
     }

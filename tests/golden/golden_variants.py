@@ -1,10 +1,12 @@
-"""DoRA in PEFT over the tiny Llamas of golden_llama: logits, gradients, ten losses."""
+"""DoRA, PiSSA and LoftQ in PEFT over the tiny Llamas of golden_llama: logits, gradients, ten losses."""
 
 from __future__ import annotations
 
 import copy
 import json
 import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from golden_llama import (
     Batch,
     Case,
     adamw_run,
+    batch_tensors,
     build_batch,
     build_model,
     dequantize,
@@ -29,6 +32,7 @@ from golden_llama import (
     precision_report,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.loftq_utils import _low_rank_decomposition
 from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -141,3 +145,58 @@ def make_dora() -> None:
             raise ValueError("the DoRA adapter does not load as it was saved")
         tensors[f"{DORA_FOLDER}/logits/{i}"] = row
     save_tensors(GOLDEN_DIR / "dora.safetensors", tensors, reports)
+
+
+def make_pissa() -> None:
+    """Write `pissa.safetensors`: PiSSA as it starts, after ten steps, and converted by PEFT to a plain adapter."""
+    case = CASES["gqa"]
+    batch = build_batch(case)
+    base = base_of(case)
+    model = wrap(copy.deepcopy(base), init_lora_weights="pissa")
+    tensors = prefixed("start", reference(model, batch))
+    with TemporaryDirectory() as temporary:
+        first, converted = Path(temporary) / "first", Path(temporary) / "converted"
+        model.save_pretrained(str(first))
+        optimizer = torch.optim.AdamW(list(trained(model).values()), lr=LR)
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            optimizer.step()
+        tensors.update({f"trained/lora/{name}": p.detach().clone() for name, p in trained(model).items()})
+        tensors.update({f"trained/logits/{i}": row for i, row in enumerate(logits_of(model, batch))})
+        model.save_pretrained(str(converted), path_initial_model_for_weight_conversion=str(first))
+        plain = PeftModel.from_pretrained(copy.deepcopy(base), str(converted)).eval()
+        for i, row in enumerate(logits_of(plain, batch)):
+            if max_rel_diff(row, tensors[f"trained/logits/{i}"]) > 1e-4:
+                raise ValueError("the converted adapter is not the trained one")
+    for name, parameter in base.named_parameters():
+        if name.endswith("_proj.weight"):
+            tensors[f"singular_values/{name}"] = torch.linalg.svdvals(parameter.detach().double())[: 2 * RANK].clone()
+    save_tensors(GOLDEN_DIR / "pissa.safetensors", tensors, {"base": "llama_gqa.safetensors"})
+
+
+def make_loftq() -> None:
+    """Write `loftq.safetensors`: adapters that PEFT's decomposition makes of what NF4 loses, at a scale of 1."""
+    batch = build_batch(NF4_CASE)
+    plain, quantized = base_of(NF4_CASE), nf4_base()
+    weights = dict(plain.named_parameters())
+    model = wrap(copy.deepcopy(quantized), lora_alpha=RANK)
+    with torch.no_grad():
+        for name, parameter in trained(model).items():
+            module = name.removeprefix("base_model.model.").split(".lora_")[0]
+            lost = weights[f"{module}.weight"] - dict(quantized.named_parameters())[f"{module}.weight"]
+            halves = _low_rank_decomposition(lost, reduced_rank=RANK)
+            parameter.copy_(halves["R"] if ".lora_A." in name else halves["L"])
+    tensors = reference(model, batch)
+    near = max(
+        max_rel_diff(row, want) for row, want in zip(logits_of(model, batch), logits_of(plain, batch), strict=True)
+    )
+    far = max(
+        max_rel_diff(row, want) for row, want in zip(logits_of(quantized, batch), logits_of(plain, batch), strict=True)
+    )
+    print(f"  logits from those of the plain weights: quantized {far:.3f}, with the adapter {near:.3f}")
+    if near >= far:
+        raise ValueError("the adapter brings the quantized model no nearer to the plain one")
+    save_tensors(
+        GOLDEN_DIR / "loftq.safetensors", {**batch_tensors(batch), **tensors}, {"base": "llama_nf4.safetensors"}
+    )

@@ -27,7 +27,7 @@ from golden_masks import make_masks
 from golden_nf4 import make_nf4_extra
 from golden_optim import make_adamw8bit, make_optimizers, make_randperm, make_schedules
 from golden_stories import make_stories
-from golden_variants import make_dora
+from golden_variants import make_dora, make_loftq, make_pissa
 from golden_vocab import make_peft_vocab, make_vocab
 
 MAKERS: dict[str, Callable[[], None]] = {
@@ -38,6 +38,8 @@ MAKERS: dict[str, Callable[[], None]] = {
     "vocab": make_vocab,
     "peft_vocab": make_peft_vocab,
     "dora": make_dora,
+    "pissa": make_pissa,
+    "loftq": make_loftq,
     "nf4_extra": make_nf4_extra,
     "adamw8bit": make_adamw8bit,
     "optimizers": make_optimizers,

@@ -142,7 +142,7 @@ def test_a_trainer_adds_the_adapter_it_is_given(folder: Path, tmp_path: Path) ->
     ("changes", "message"),
     [
         ({"use_dora": "yes"}, "use_dora"),
-        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"init_lora_weights": "olora"}, "olora"),
         ({"target_modules": ["w"]}, "w"),
     ],
 )

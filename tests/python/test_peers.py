@@ -233,9 +233,14 @@ def test_their_configs_serve(folder: Path, torch: Any, transformers: Any) -> Non
     assert FastLanguageModel.from_pretrained(str(folder), dtype=torch.bfloat16)[0].dtype == "bfloat16"
 
 
-def test_peft_loads_what_we_save(folder: Path, tmp_path: Path, torch: Any, transformers: Any) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"use_dora": True, "use_rslora": True}, {"init_lora_weights": "pissa", "use_rslora": True}]
+)
+def test_peft_loads_what_we_save(
+    folder: Path, tmp_path: Path, torch: Any, transformers: Any, options: dict[str, Any]
+) -> None:
     peft = importlib.import_module("peft")
-    model = FastLanguageModel.get_peft_model(load(folder), r=4, lora_alpha=8)
+    model = FastLanguageModel.get_peft_model(load(folder), r=4, lora_alpha=8, **options)
     args = {"max_steps": 2, "learning_rate": 1e-2, "save_strategy": "no", "disable_tqdm": True}
     SFTTrainer(model, args={**args, "output_dir": str(tmp_path)}, train_dataset=tiny.rows()).train()
     model.save_pretrained(tmp_path / "adapter")

@@ -193,12 +193,17 @@ fn a_bitsandbytes_checkpoint_gives_its_logits_and_gradients() {
 }
 
 /// The bitsandbytes checkpoint of llama_nf4, in two shards: the quantized tensors and the others.
-pub(crate) fn nf4_model(file: &TensorFile, variant: &str) -> Model {
+pub(crate) fn nf4_folder(file: &TensorFile, variant: &str) -> tempfile::TempDir {
     let quantized = |name: &str| name.ends_with("_proj.weight");
     let mut folder = model_folder(file, &["bnb/", &format!("bnb_{variant}/")], |_| false);
     let rest = model_folder(file, &["model/"], quantized);
     join(&mut folder, rest.path());
-    load(folder.path())
+    folder
+}
+
+/// The model of [`nf4_folder`].
+pub(crate) fn nf4_model(file: &TensorFile, variant: &str) -> Model {
+    load(nf4_folder(file, variant).path())
 }
 
 /// Turns two one-file folders into one of two shards.

@@ -245,7 +245,8 @@ fn lora_linear_over_every_storage() {
                         let id = params.add("m".into(), vec![outputs], m.clone(), true);
                         Arc::new(Dora::new(id, squares.clone()))
                     });
-                    let lora = Lora { a: ids[0], b: ids[1], rank, scale: 1.5, dropout: 0.25, module: 9, dora };
+                    let lora =
+                        Lora { a: ids[0], b: ids[1], rank, scale: 1.5, dropout: 0.25, module: 9, dora, taken: None };
                     linear.lora = Some(lora);
                     check_lora_linear(ctx, &what, n, &linear, &plain, &params);
                 }

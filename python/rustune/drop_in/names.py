@@ -70,6 +70,7 @@ PROXIED: Final[Mapping[str, Names]] = {
     },
     "peft": {
         "AutoPeftModelForCausalLM": "rustune.peft_names:AutoPeftModelForCausalLM",
+        "LoftQConfig": "rustune.peft_names:LoftQConfig",
         "LoraConfig": "rustune.peft_names:LoraConfig",
         "PeftModel": "rustune.peft_names:PeftModel",
         "get_peft_model": "rustune.peft_names:get_peft_model",
