@@ -60,6 +60,9 @@ pub struct Nf4Rows<'a> {
 /// `(w, scales, cols, x, out)` of [`super::Kernels::i8_gemv`].
 pub type Int8Gemv = fn(w: &[i8], scales: &[f32], cols: usize, x: &[f32], out: &mut [f32]);
 
+/// `(codes, map, scale, offset, out)` of [`super::Kernels::nested_scales`].
+pub type NestedScales = fn(codes: &[u8], map: &[f32; 256], scale: f32, offset: f32, out: &mut [f32]);
+
 /// Rows of W, the code book, x in order, out.
 pub type Nf4Gemv = fn(w: Nf4Rows<'_>, code: &[f32; 16], x: &[f32], out: &mut [f32]);
 
@@ -122,6 +125,8 @@ pub(super) trait Packed: Simd {
     fn nf4_f16_bf16(self, packed: &[u8; BLOCK / 2], code: &[f32; 16], scale: f32) -> Self::Block;
     /// The first `LANES` elements of `w`.
     fn load_i8(self, w: &[i8]) -> Self::V;
+    /// `map[codes[i]]` of the first `LANES` codes.
+    fn look_up_bytes(self, codes: &[u8], map: &[f32; 256]) -> Self::V;
     /// Asks for the cache line `bytes` after the start of `data`, which may lie outside of it.
     fn prefetch<T>(self, data: &[T], bytes: usize);
 }
@@ -138,6 +143,26 @@ pub(super) fn nf4_order<S: Packed>(_: S, x: &[f32], out: &mut [f32]) {
             *out = x[usize::from(from)];
         }
     }
+}
+
+#[inline(always)]
+pub(super) fn nested_scales<S: Packed>(
+    s: S,
+    codes: &[u8],
+    map: &[f32; 256],
+    scale: f32,
+    offset: f32,
+    out: &mut [f32],
+) {
+    assert_eq!(codes.len(), out.len(), "nested_scales: lengths differ");
+    let (scale, offset) = (s.splat(scale), s.splat(offset));
+    let (mut whole, mut outs) = (codes.chunks_exact(S::LANES), out.chunks_exact_mut(S::LANES));
+    for (codes, out) in (&mut whole).zip(&mut outs) {
+        s.store(s.add(s.mul(s.look_up_bytes(codes, map), scale), offset), out);
+    }
+    let mut padded = [0; 16];
+    padded[..whole.remainder().len()].copy_from_slice(whole.remainder());
+    s.store_tail(s.add(s.mul(s.look_up_bytes(&padded, map), scale), offset), outs.into_remainder());
 }
 
 /// Sum of four chains.

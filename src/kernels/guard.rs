@@ -8,6 +8,7 @@ use super::attention::{
 };
 use super::elementwise::{AdamStep, Mask, Masked};
 use super::gemm::{GemmTile, PairKernels, PanelA, Rows, TileC};
+use super::integer::{Codes, Integer, IntegerTile, Order};
 use super::gemv::{MAX_X, Nf4Pairs, Nf4Rows, Round};
 use super::tiles::TileMut;
 use super::{Kernels, tables};
@@ -158,6 +159,8 @@ fn every_kernel_stays_in_bounds() {
             adamw_row,
             nf4_order,
             nf4_gemv,
+            nested_scales,
+            integer,
             nf4_pairs,
             bf16_gemv,
             f32_gemv,
@@ -212,6 +215,9 @@ fn every_kernel_stays_in_bounds() {
                 pairs_stay_in_bounds(pairs, &packed, &scales, block, code, n, flush);
             }
         }
+        let map = flush.of(&[0.5; 256]);
+        let codes = flush.of(&vec![0xFF_u8; n]);
+        nested_scales(&codes, map.first_chunk().expect("256 values"), 0.5, 0.25, &mut y);
         nf4_quantize(&floats(n * 32), thresholds, &mut flush.of(&vec![0_u8; n * 16]));
 
         // A matrix times a few vectors: rows of whole blocks, then rows of any length.
@@ -229,7 +235,9 @@ fn every_kernel_stays_in_bounds() {
                 gemv(w, code, &words, &mut out);
             }
         }
-        i8_gemv(&flush.of(&vec![-7_i8; rows * cols]), &scales, cols, &x, &mut out);
+        let codes = flush.of(&vec![-7_i8; rows * cols]);
+        i8_gemv(&codes, &scales, cols, &x, &mut out);
+        integers_stay_in_bounds(integer, Nf4Rows { packed: &bytes, scales: &scales, cols, round: Round::F32 }, &codes, &x, flush);
         let x = floats(n_x * n);
         f32_gemv(&floats(rows * n), n, &x, &mut out);
         bf16_gemv(&flush.of(&vec![0x3F80_u16; rows * n]), n, &x, &mut out);
@@ -282,6 +290,25 @@ fn pairs_stay_in_bounds(
     nf4(packed, scales, block, code, &mut halves());
     int8(&flush.of(&vec![-7_i8; n]), 0.5, &mut halves());
     products(tile, n, flush);
+}
+
+fn integers_stay_in_bounds(integer: &Integer, w: Nf4Rows<'_>, codes: &[i8], x: &[f32], flush: Flush) {
+    let Integer { encode, nf4_gemv, int8_gemv, tile } = integer;
+    let (cols, n, rows) = (w.cols, x.len() / w.cols, codes.len() / w.cols);
+    let (mut words, mut scales, mut starts) =
+        (flush.floats(x.len() / 4), flush.floats(x.len() / 64), flush.floats(x.len() / 64));
+    for order in [Order::Plain, Order::EvenOdd] {
+        encode(x, order, &mut words, &mut scales, &mut starts);
+    }
+    let x = Codes { words: &words, scales: &scales, starts: &starts, cols };
+    let mut out = flush.floats(rows * n);
+    nf4_gemv(w, x, &mut out);
+    int8_gemv(codes, w.scales, x, &mut out);
+    let Some(IntegerTile { mr, nr, nf4_words, run }) = tile else { return };
+    nf4_words(w.packed, &mut flush.floats(rows * cols / 4));
+    let (panel, scales) = (flush.floats(cols / 4 * nr), flush.floats(cols / 64 * nr));
+    let x = x.rows(0..n.min(*mr));
+    run(x, &panel, &scales, &mut flush.floats(n.min(*mr) * nr));
 }
 
 fn attention_stays_in_bounds(attention: &Attention, i: usize, flush: Flush) {

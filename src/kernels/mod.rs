@@ -12,6 +12,7 @@ mod generic;
 #[cfg(all(test, unix))]
 mod guard;
 pub mod int8;
+pub mod integer;
 pub mod lines;
 #[cfg(test)]
 mod parity;
@@ -92,12 +93,16 @@ pub struct Kernels {
     pub nf4_gemv: gemv::Nf4Gemv,
     /// The same for x that is bfloat16, where there is a faster way.
     pub nf4_pairs: Option<gemv::Nf4Pairs>,
+    /// Scales that are codes: `out[i] = map[codes[i]] · scale + offset`, rounded twice.
+    pub nested_scales: gemv::NestedScales,
     /// `out[j, i] = Σ_p w[j, p] · x[i, p]`;  w: bits of bf16, `[rows, cols]`.
     pub bf16_gemv: fn(w: &[u16], cols: usize, x: &[f32], out: &mut [f32]),
     /// `out[j, i] = Σ_p w[j, p] · x[i, p]`;  w: `[rows, cols]`.
     pub f32_gemv: fn(w: &[f32], cols: usize, x: &[f32], out: &mut [f32]),
     /// `out[j, i] = Σ_p scales[j, p / 64] · w[j, p] · x[i, p]`;  w: `[rows, cols]`, scales: `[rows, cols / 64]`.
     pub i8_gemv: gemv::Int8Gemv,
+    /// Products with x in 8 bits (integer.rs).
+    pub integer: integer::Integer,
     // Quantizing (quantize.rs).
     /// One block to NF4: `code[i]` = number of thresholds strictly below `x[i] · (1 / absmax)`, two codes a byte, the first
     /// in the high nibble; returns absmax, the largest magnitude. If that is NaN or infinite, `out` is unspecified.

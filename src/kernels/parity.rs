@@ -7,6 +7,7 @@ use super::attention::{
 use super::elementwise::{AdamStep, Mask, Masked};
 use super::gemm::{GemmTile, PairKernels, PanelA, Rows, TileC};
 use super::gemv::{Nf4Rows, Round};
+use super::integer::{Codes, Integer, IntegerTile, Order, STEPS};
 use super::tiles::TileMut;
 use super::{Kernels, available, philox::philox4x32_10, reference, tables};
 
@@ -541,6 +542,136 @@ fn gemv() {
             }
         }
     }
+}
+
+/// Rows of x in 8 bits: words, scales, starts.
+type Encoded = (Vec<f32>, Vec<f32>, Vec<f32>);
+
+fn codes((words, scales, starts): &Encoded, cols: usize) -> Codes<'_> {
+    Codes { words, scales, starts, cols }
+}
+
+/// Rows of x as `integer` encodes them.
+fn encoded(integer: &Integer, x: &[f32], order: Order) -> Encoded {
+    let (mut words, mut scales, mut starts) = (vec![0.0; x.len() / 4], vec![0.0; x.len() / 64], vec![0.0; x.len() / 64]);
+    (integer.encode)(x, order, &mut words, &mut scales, &mut starts);
+    (words, scales, starts)
+}
+
+#[test]
+fn codes_are_exact() {
+    let reference = reference::table().integer;
+    let mut x = floats(64 * 9, 31);
+    x[64..128].fill(0.0);
+    x[128..192].iter_mut().for_each(|x| *x *= 1e-43); // denormal
+    x[200] = 1e30;
+    for table in available() {
+        for order in [Order::Plain, Order::EvenOdd] {
+            let (words, scales, starts) = encoded(&table.integer, &x, order);
+            let (want, want_scales, _) = encoded(&reference, &x, order);
+            let bits = |words: &[f32]| words.iter().map(|word| word.to_bits()).collect::<Vec<_>>();
+            assert_eq!((bits(&words), scales), (bits(&want), want_scales), "{} {order:?}", table.isa);
+            // Raised by 0 or by 128, the sum starts at what that adds.
+            for (start, words) in starts.iter().zip(words.chunks_exact(16)) {
+                let codes = words.iter().flat_map(|word| word.to_bits().to_le_bytes());
+                let sum: i32 = codes.map(|code| i32::from(code as i8)).sum();
+                let start = start.to_bits() as i32;
+                assert!(start == 0 || start == -128 * sum, "{} {start} {sum}", table.isa);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_number_comes_back_within_half_a_step() {
+    let integer = reference::table().integer;
+    let x = floats(64 * 5, 32);
+    let (words, scales, _) = encoded(&integer, &x, Order::Plain);
+    for (i, x) in x.iter().enumerate() {
+        let code = words[i / 4].to_bits().to_le_bytes()[i % 4] as i8;
+        assert!((f32::from(code) * scales[i / 64] - x).abs() <= 0.5001 * scales[i / 64], "{i}: {x}");
+    }
+}
+
+#[test]
+fn products_of_codes() {
+    // The largest products there are: whatever saturates on the way shows.
+    let extreme = |n: usize| (0..n).map(|i| if i / 3 % 2 == 0 { 3.0 } else { -3.0 }).collect::<Vec<f32>>();
+    let (rows, reference) = (5, reference::table().integer);
+    for table in available() {
+        let integer = &table.integer;
+        for (n, cols) in [1, 2, 3, 4, 5, 8, 12].into_iter().flat_map(|n| [64, 128, 576].map(|cols| (n, cols))) {
+            let (mut packed, scales) = nf4_rows(rows, cols);
+            for (x, even) in [(floats(n * cols, 33), false), (extreme(n * cols), true)] {
+                if even {
+                    packed.iter_mut().enumerate().for_each(|(i, byte)| *byte = if i % 2 == 0 { 0x0F } else { 0xF0 });
+                }
+                let what = format!("{} {cols} x {n}", table.isa);
+                let w = Nf4Rows { packed: &packed, scales: &scales, cols, round: Round::F32 };
+                let first = &x[..n.min(8) * cols];
+                let ours = encoded(integer, first, Order::EvenOdd);
+                let theirs = encoded(&reference, first, Order::EvenOdd);
+                let (mut got, mut want) = (vec![7.0; rows * n.min(8)], vec![7.0; rows * n.min(8)]);
+                (integer.nf4_gemv)(w, codes(&ours, cols), &mut got);
+                (reference.nf4_gemv)(w, codes(&theirs, cols), &mut want);
+                assert_close(&got, &want, 2e-6, &format!("{what} nf4"));
+                let w: Vec<i8> = packed.iter().chain(&packed).map(|byte| (*byte as i8).max(-127)).collect();
+                let (ours, theirs) = (encoded(integer, first, Order::Plain), encoded(&reference, first, Order::Plain));
+                (integer.int8_gemv)(&w, &scales, codes(&ours, cols), &mut got);
+                (reference.int8_gemv)(&w, &scales, codes(&theirs, cols), &mut want);
+                assert_close(&got, &want, 2e-6, &format!("{what} int8"));
+                let Some(tile) = integer.tile else { continue };
+                tile_of_codes(integer, &tile, &packed, &scales, &x, cols, &what);
+            }
+        }
+    }
+}
+
+/// The tile on a panel of repeated rows gives what the product row by row gives.
+fn tile_of_codes(
+    integer: &Integer,
+    tile: &IntegerTile,
+    packed: &[u8],
+    scales: &[f32],
+    x: &[f32],
+    cols: usize,
+    what: &str,
+) {
+    let (n, rows, blocks) = ((x.len() / cols).min(tile.mr), scales.len() / (cols / 64), cols / 64);
+    let mut words = vec![0.0; rows * cols / 4];
+    (tile.nf4_words)(packed, &mut words);
+    let (mut panel, mut steps) = (vec![0.0; cols / 4 * tile.nr], vec![0.0; blocks * tile.nr]);
+    for j in 0..tile.nr {
+        for p in 0..cols / 4 {
+            panel[p * tile.nr + j] = words[j % rows * cols / 4 + p];
+        }
+        for b in 0..blocks {
+            steps[b * tile.nr + j] = scales[j % rows * blocks + b] / STEPS;
+        }
+    }
+    let mut got = vec![7.0; n * tile.nr];
+    let encoded = encoded(integer, &x[..n * cols], Order::EvenOdd);
+    let x = codes(&encoded, cols);
+    (tile.run)(x, &panel, &steps, &mut got);
+    for i in 0..n {
+        let mut want = vec![7.0; rows];
+        let w = Nf4Rows { packed, scales, cols, round: Round::F32 };
+        (integer.nf4_gemv)(w, x.rows(i..i + 1), &mut want);
+        let want: Vec<f32> = (0..tile.nr).map(|j| want[j % rows]).collect();
+        assert_close(&got[i * tile.nr..][..tile.nr], &want, 2e-6, &format!("{what} tile row {i}"));
+    }
+}
+
+#[test]
+fn nested_scales_are_exact() {
+    let map: [f32; 256] = std::array::from_fn(|i| (i as f32 / 127.5 - 1.0).powi(3));
+    each(|table, reference, n, what| {
+        let codes: Vec<u8> = (0..n).map(|i| (i * 37 + 11) as u8).collect();
+        let (mut got, mut want) = (vec![7.0; n], vec![7.0; n]);
+        (table.nested_scales)(&codes, &map, 0.37, 0.011, &mut got);
+        (reference.nested_scales)(&codes, &map, 0.37, 0.011, &mut want);
+        assert_eq!(got, want, "{what}");
+    });
 }
 
 #[test]

@@ -55,11 +55,18 @@ pub(super) fn table() -> Kernels {
         nf4_order: |x, out| out.copy_from_slice(x),
         nf4_gemv,
         nf4_pairs: None,
+        nested_scales: |codes, map, scale, offset, out| {
+            assert_eq!(codes.len(), out.len(), "nested_scales: lengths differ");
+            for (out, &code) in out.iter_mut().zip(codes) {
+                *out = map[usize::from(code)] * scale + offset;
+            }
+        },
         bf16_gemv: |w, cols, x, out| gemv(w.len() / cols, cols, x, out, |at| f32::from_bits(u32::from(w[at]) << 16)),
         f32_gemv: |w, cols, x, out| gemv(w.len() / cols, cols, x, out, |at| w[at]),
         i8_gemv: |w, scales, cols, x, out| {
             gemv(w.len() / cols, cols, x, out, |at| f32::from(w[at]) * scales[at / BLOCK]);
         },
+        integer: super::integer::reference::TABLE,
         nf4_quantize,
     }
 }

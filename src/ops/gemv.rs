@@ -141,7 +141,7 @@ impl<'a> Rows<'a> {
             (Storage::Nf4(tensor), Some(ordered)) if tensor.block_size.is_multiple_of(BLOCK) => {
                 let packed = &tensor.packed[elements.start / 2..elements.end / 2];
                 let blocks = elements.start / BLOCK..elements.end / BLOCK;
-                let scales = block_scales(tensor, blocks, &mut scratch.scales);
+                let scales = block_scales(ctx, tensor, blocks, &mut scratch.scales);
                 let w = Nf4Rows { packed, scales, cols: x.cols, round: round(tensor.dtype, ctx.precision) };
                 let gemv = pairs(ctx).map_or(ctx.kernels.nf4_gemv, |pairs| pairs.gemv);
                 gemv(w, &CODE_BOOK, ordered, out);
@@ -184,19 +184,17 @@ fn round(dtype: FloatKind, precision: Precision) -> Round {
 }
 
 /// The scales of the 64-weight blocks `blocks` of a tensor whose own blocks are a multiple of that.
-fn block_scales<'a>(tensor: &'a Nf4Tensor, blocks: Range<usize>, scratch: &'a mut Vec<f32>) -> &'a [f32] {
+fn block_scales<'a>(
+    ctx: &Ctx,
+    tensor: &'a Nf4Tensor,
+    blocks: Range<usize>,
+    scratch: &'a mut Vec<f32>,
+) -> &'a [f32] {
     match &tensor.absmax {
         Absmax::Plain(scales) if tensor.block_size == BLOCK => &scales[blocks],
-        Absmax::Nested { codes, absmax, offset, block_size, map } if tensor.block_size == BLOCK => {
-            scratch.clear();
-            let mut at = blocks.start;
-            while at < blocks.end {
-                let group = at / block_size;
-                let end = blocks.end.min((group + 1) * block_size);
-                let scale = absmax[group];
-                scratch.extend(codes[at..end].iter().map(|&code| map[usize::from(code)] * scale + offset));
-                at = end;
-            }
+        absmax if tensor.block_size == BLOCK => {
+            scratch.resize(blocks.len(), 0.0);
+            absmax.read(ctx.kernels, blocks.start, scratch);
             scratch
         }
         absmax => {

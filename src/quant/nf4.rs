@@ -169,6 +169,25 @@ impl Absmax {
         self.len() == 0
     }
 
+    /// The scales of the blocks from `first` on.
+    ///
+    /// # Panics
+    /// If there are fewer than `out.len()`.
+    pub fn read(&self, kernels: &Kernels, mut first: usize, mut out: &mut [f32]) {
+        match self {
+            Self::Plain(scales) => out.copy_from_slice(&scales[first..first + out.len()]),
+            Self::Nested { codes, absmax, offset, block_size, map } => {
+                while !out.is_empty() {
+                    let len = (block_size - first % block_size).min(out.len());
+                    let (part, rest) = std::mem::take(&mut out).split_at_mut(len);
+                    let scale = absmax[first / block_size];
+                    (kernels.nested_scales)(&codes[first..first + len], map, scale, *offset, part);
+                    (first, out) = (first + len, rest);
+                }
+            }
+        }
+    }
+
     /// The scale of a block.
     #[inline]
     pub fn scale(&self, block: usize) -> f32 {

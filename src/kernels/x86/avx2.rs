@@ -9,10 +9,10 @@ use std::arch::x86_64::*;
 
 /// Proof that AVX2, FMA and F16C may run.
 #[derive(Clone, Copy)]
-struct Avx2(());
+pub(super) struct Avx2(pub(super) ());
 
 impl Avx2 {
-    fn detect() -> Option<Self> {
+    pub(super) fn detect() -> Option<Self> {
         let all =
             is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
         all.then_some(Self(()))

@@ -48,9 +48,13 @@ macro_rules! instantiate {
                 nf4_order: |x, out| instantiate!(@enter $token, nf4_order(x, out)),
                 nf4_gemv: |w, code, x, out| instantiate!(@enter $token, nf4_gemv(w, code, x, out)),
                 nf4_pairs: None,
+                nested_scales: |codes, map, scale, offset, out| {
+                    instantiate!(@enter $token, nested_scales(codes, map, scale, offset, out))
+                },
                 bf16_gemv: |w, cols, x, out| instantiate!(@enter $token, bf16_gemv(w, cols, x, out)),
                 f32_gemv: |w, cols, x, out| instantiate!(@enter $token, f32_gemv(w, cols, x, out)),
                 i8_gemv: |w, scales, cols, x, out| instantiate!(@enter $token, i8_gemv(w, scales, cols, x, out)),
+                integer: super::bytes::narrow()?,
                 // Quantizing (quantize.rs).
                 nf4_quantize: |x, thresholds, out| instantiate!(@enter $token, nf4_quantize(x, thresholds, out)),
             })
@@ -87,6 +91,7 @@ macro_rules! instantiate {
         instantiate!(@functions gemv, $token, $features,
             nf4_order(x: &[f32], out: &mut [f32]) -> ();
             nf4_gemv(w: gemv::Nf4Rows<'_>, code: &[f32; 16], x: &[f32], out: &mut [f32]) -> ();
+            nested_scales(codes: &[u8], map: &[f32; 256], scale: f32, offset: f32, out: &mut [f32]) -> ();
             bf16_gemv(w: &[u16], cols: usize, x: &[f32], out: &mut [f32]) -> ();
             f32_gemv(w: &[f32], cols: usize, x: &[f32], out: &mut [f32]) -> ();
             i8_gemv(w: &[i8], scales: &[f32], cols: usize, x: &[f32], out: &mut [f32]) -> ();
@@ -151,8 +156,10 @@ mod amx_emulator;
 mod avx2;
 mod avx512;
 mod avx512bf16;
+mod bytes;
 
 use super::Kernels;
+use super::integer::Integer;
 
 /// The tables this CPU and operating system can run, best first.
 pub(super) fn tables() -> impl Iterator<Item = Kernels> {
@@ -160,5 +167,9 @@ pub(super) fn tables() -> impl Iterator<Item = Kernels> {
         avx512bf16::table().into_iter().partition(|table| table.pairs.is_some_and(|pairs| pairs.fast));
     let tables = amx::table().into_iter().chain(fast).chain(avx512::table()).chain(slow);
     let tables = tables.map(|table| Kernels { nf4_pairs: table.pairs.and(avx512::nf4_pairs()), ..table });
-    tables.chain(avx2::table())
+    let wide = |table: Kernels| Kernels { integer: bytes::wide().unwrap_or(table.integer), ..table };
+    // AMX multiplies bfloat16 faster than VNNI bytes.
+    let tile = |table: &Kernels| table.integer.tile.filter(|_| table.isa != "amx");
+    let tables = tables.map(wide).map(move |table| Kernels { integer: Integer { tile: tile(&table), ..table.integer }, ..table });
+    tables.chain(bytes::table()).chain(avx2::table())
 }

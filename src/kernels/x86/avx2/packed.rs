@@ -143,6 +143,15 @@ impl Packed for Avx2 {
         intrinsic!(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(w.as_ptr().cast()))))
     }
     #[inline(always)]
+    fn look_up_bytes(self, codes: &[u8], map: &[f32; 256]) -> __m256 {
+        assert!(codes.len() >= 8);
+        // A byte is an index within the map.
+        intrinsic!({
+            let index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(codes.as_ptr().cast()));
+            _mm256_i32gather_ps::<4>(map.as_ptr(), index)
+        })
+    }
+    #[inline(always)]
     fn prefetch<T>(self, data: &[T], bytes: usize) {
         // A prefetch reads nothing and never faults.
         intrinsic!(_mm_prefetch::<_MM_HINT_T0>(data.as_ptr().cast::<i8>().wrapping_add(bytes)));

@@ -92,6 +92,15 @@ impl Packed for Avx512 {
         intrinsic!(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(w.as_ptr().cast()))))
     }
     #[inline(always)]
+    fn look_up_bytes(self, codes: &[u8], map: &[f32; 256]) -> __m512 {
+        assert!(codes.len() >= 16);
+        // A byte is an index within the map.
+        intrinsic!({
+            let index = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.as_ptr().cast()));
+            _mm512_i32gather_ps::<4>(index, map.as_ptr())
+        })
+    }
+    #[inline(always)]
     fn prefetch<T>(self, data: &[T], bytes: usize) {
         // A prefetch reads nothing and never faults.
         intrinsic!(_mm_prefetch::<_MM_HINT_T0>(data.as_ptr().cast::<i8>().wrapping_add(bytes)));
