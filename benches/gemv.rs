@@ -49,7 +49,7 @@ fn products(c: &mut Criterion) {
                 let id = BenchmarkId::new(format!("{name}, {n_rows} rows"), kernels.isa);
                 group.bench_function(id, |bencher| {
                     rayon::broadcast(|_| ()); // the pool's threads are there
-                    let env = Env { ctx: &ctx, params: &params, tokens: &tokens, dropout: None };
+                    let env = Env::new(&ctx, &params, &tokens);
                     rayon::scope(|_| {
                         let input = Input::new(&ctx, &x, n_rows, COLS, COLS);
                         bencher.iter(|| with_crew(|crew| gemv::linears(&env, crew, [&linear], &input)));

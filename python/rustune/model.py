@@ -542,21 +542,27 @@ class Model:
             return str(self.adapter["base_model_name_or_path"])
         return os.path.abspath(self.name_or_path) if os.path.isdir(self.name_or_path) else self.name_or_path
 
-    def for_inference(self, *, lm_head_bits: int | None = None) -> Model:
-        """Makes ready for generating; nothing needs doing, but the head may be taken in 8 bits.
+    def for_inference(self, *, lm_head_bits: int | None = None, activation_bits: int | None = None) -> Model:
+        """Makes ready for generating; nothing needs doing, but 8 bits may be allowed where they are faster.
 
         Args:
             lm_head_bits: 8 generates with a copy of the LM head in 8 bits, 64 weights to a scale: half the bytes of a
                 bfloat16 head, which is half of what a token of a small model reads. None takes the head as it is.
                 Losses, logits and training never use the copy.
+            activation_bits: 8 lets generation round the inputs of 4-bit layers, and of a head in 8 bits, to 8 bits, 64
+                neighbours to a scale, as llama.cpp does. None takes them as they are. It is what makes a CPU with AVX2
+                alone decode, and one with VNNI read a prompt, several times as fast; `docs/performance.md` has the
+                effect on perplexity. Losses, logits and training never round.
 
         Returns:
             The model.
 
         Raises:
-            ConfigError: For other bits, or if the head is trained or its rows are no multiple of 64.
+            ConfigError: For other bits; if the head is trained or its rows are no multiple of 64; if no layer could
+                take its input in 8 bits.
         """
         self._set_lm_head_bits(lm_head_bits)
+        self._set_activation_bits(activation_bits)
         return self.train(False)
 
     def _set_lm_head_bits(self, bits: int | None) -> None:
@@ -565,6 +571,11 @@ class Model:
         if bits != self._lm_head_bits:
             self.native.set_lm_head_bits(bits)
             self._lm_head_bits = bits
+
+    def _set_activation_bits(self, bits: int | None) -> None:
+        if bits is not None and (isinstance(bits, bool) or bits != 8):
+            raise ConfigError(f"activation_bits = {bits!r}: expected 8 or None")
+        self.native.set_activation_bits(bits)
 
     def for_training(self, use_gradient_checkpointing: bool | str | None = None) -> Model:
         """Makes ready for training.
@@ -578,6 +589,7 @@ class Model:
         if use_gradient_checkpointing is not None:
             self.checkpointing = checkpointing_name(use_gradient_checkpointing)
         self._set_lm_head_bits(None)
+        self._set_activation_bits(None)
         return self.train()
 
     def train(self, mode: bool = True) -> Model:

@@ -357,20 +357,24 @@ class FastLanguageModel:
         return model
 
     @staticmethod
-    def for_inference(model: Model, *, lm_head_bits: int | None = None) -> Model:
+    def for_inference(
+        model: Model, *, lm_head_bits: int | None = None, activation_bits: int | None = None
+    ) -> Model:
         """Makes a model ready for generating.
 
         Args:
             model: The model.
             lm_head_bits: 8 generates with the LM head in 8 bits; None with the head as it is.
+            activation_bits: 8 lets generation round the inputs of 4-bit layers to 8 bits; None takes them as they are.
 
         Returns:
             The same model.
 
         Raises:
-            ConfigError: For other bits, or if the head is trained or its rows are no multiple of 64.
+            ConfigError: For other bits; if the head is trained or its rows are no multiple of 64; if no layer could
+                take its input in 8 bits.
         """
-        return model.for_inference(lm_head_bits=lm_head_bits)
+        return model.for_inference(lm_head_bits=lm_head_bits, activation_bits=activation_bits)
 
     @staticmethod
     def for_training(model: Model, use_gradient_checkpointing: bool | str | None = None) -> Model:

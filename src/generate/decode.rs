@@ -131,12 +131,12 @@ fn prefill(
         }
         fed = ends;
     }
-    Ok(with_crew(|crew| model.next_logits(&model.env(&tokens), crew, &last)))
+    Ok(with_crew(|crew| model.next_logits(&model.generation_env(&tokens), crew, &last)))
 }
 
 /// The logits of each new token, `[n_tokens, vocab]`.
 fn next(model: &Model, tokens: &Tokens, cache: &mut KvCache) -> Buf {
-    let env = model.env(tokens);
+    let env = model.generation_env(tokens);
     if tokens.len() > MAX_ROWS {
         let hidden = hidden(model, tokens, cache);
         return with_crew(|crew| model.next_logits(&env, crew, &hidden));
@@ -151,7 +151,7 @@ fn next(model: &Model, tokens: &Tokens, cache: &mut KvCache) -> Buf {
 /// Hidden states of new tokens, `[n_tokens, hidden]`: few read the weights where they are stored, many go through the GEMMs,
 /// whose loops are rayon's, so no crew may wait beside them.
 fn hidden(model: &Model, tokens: &Tokens, cache: &mut KvCache) -> Buf {
-    let env = model.env(tokens);
+    let env = model.generation_env(tokens);
     if tokens.len() > MAX_ROWS {
         return model.llama.forward(&env, Some(cache));
     }

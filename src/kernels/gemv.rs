@@ -44,13 +44,83 @@ impl Round {
     }
 }
 
+/// Blocks of a row whose scales may be [`Scales::Nested`].
+pub const MAX_NESTED: usize = 512;
+
+/// The scales of blocks of 64.
+#[derive(Clone, Copy)]
+pub enum Scales<'a> {
+    /// As they are.
+    Each(&'a [f32]),
+    /// Codes; for rows of at most [`MAX_NESTED`] blocks. A kernel looks them up row by row, while memory fetches weights.
+    Nested(NestedScales<'a>),
+}
+
+/// Scales `map[code] · absmax[block / group] + offset`, of the blocks from `first` on.
+#[derive(Clone, Copy)]
+pub struct NestedScales<'a> {
+    /// A code for each block of the tensor, up to the last one that is wanted.
+    pub codes: &'a [u8],
+    /// The first block that is wanted.
+    pub first: usize,
+    /// A scale for each `group` blocks of the tensor.
+    pub absmax: &'a [f32],
+    /// Added to all.
+    pub offset: f32,
+    /// Blocks that share a scale.
+    pub group: usize,
+    /// What each code stands for.
+    pub map: &'a [f32; 256],
+}
+
+impl Scales<'_> {
+    /// Number of blocks.
+    #[inline(always)]
+    pub(super) fn len(&self) -> usize {
+        match self {
+            Self::Each(scales) => scales.len(),
+            Self::Nested(nested) => nested.codes.len() - nested.first,
+        }
+    }
+
+    /// The scales of row `j`, looked up in `room` where they are nested.
+    #[inline(always)]
+    pub(super) fn row<'b, S: Packed>(&'b self, s: S, j: usize, blocks: usize, room: &'b mut [f32; MAX_NESTED]) -> &'b [f32] {
+        let nested = match self {
+            Self::Each(scales) => return &scales[j * blocks..][..blocks],
+            Self::Nested(nested) => nested,
+        };
+        let (mut at, end) = (nested.first + j * blocks, nested.first + (j + 1) * blocks);
+        let mut done = 0;
+        while at < end {
+            let len = (nested.group - at % nested.group).min(end - at);
+            let codes = &nested.codes[at..at + len];
+            s.prefetch(codes, AHEAD / 4);
+            nested_scales(s, codes, nested.map, nested.absmax[at / nested.group], nested.offset, &mut room[done..done + len]);
+            (at, done) = (at + len, done + len);
+        }
+        &room[..blocks]
+    }
+
+    /// The scale of a block.
+    pub(super) fn scale(&self, block: usize) -> f32 {
+        match self {
+            Self::Each(scales) => scales[block],
+            Self::Nested(n) => {
+                let at = n.first + block;
+                n.map[usize::from(n.codes[at])] * n.absmax[at / n.group] + n.offset
+            }
+        }
+    }
+}
+
 /// Rows of an NF4 matrix whose rows are whole blocks.
 #[derive(Clone, Copy)]
 pub struct Nf4Rows<'a> {
     /// `[rows, cols / 2]`, the first of two neighbours in the high nibble.
     pub packed: &'a [u8],
     /// `[rows, cols / 64]`.
-    pub scales: &'a [f32],
+    pub scales: Scales<'a>,
     /// Columns, a multiple of 64.
     pub cols: usize,
     /// What `code · scale` is rounded to.
@@ -61,41 +131,42 @@ pub struct Nf4Rows<'a> {
 pub type Int8Gemv = fn(w: &[i8], scales: &[f32], cols: usize, x: &[f32], out: &mut [f32]);
 
 /// `(codes, map, scale, offset, out)` of [`super::Kernels::nested_scales`].
-pub type NestedScales = fn(codes: &[u8], map: &[f32; 256], scale: f32, offset: f32, out: &mut [f32]);
+pub type LookUpScales = fn(codes: &[u8], map: &[f32; 256], scale: f32, offset: f32, out: &mut [f32]);
 
 /// Rows of W, the code book, x in order, out.
 pub type Nf4Gemv = fn(w: Nf4Rows<'_>, code: &[f32; 16], x: &[f32], out: &mut [f32]);
 
-/// The same product where x is bfloat16 and the CPU multiplies pairs of them; the weights are then rounded to bfloat16.
+/// A faster way for some products, which wants x in an order of its own.
 #[derive(Clone, Copy)]
-pub struct Nf4Pairs {
-    /// x, all of it bfloat16, as the kernel reads it: two numbers a word;  x: `[n · 64]`, out: `[n · 32]`.
+pub struct Nf4Way {
+    /// x as `gemv` reads it.
     pub order: fn(x: &[f32], out: &mut [f32]),
-    /// As [`super::Kernels::nf4_gemv`] with x from `order`: `[n_x, cols / 2]`.
+    /// As [`super::Kernels::nf4_gemv`] with x from `order`.
     pub gemv: Nf4Gemv,
 }
 
+
 impl Nf4Rows<'_> {
     /// Number of rows; panics if the parts do not fit each other.
-    pub(super) fn check(&self, x: &[f32], out: &[f32]) -> (usize, usize) {
-        assert!(self.cols > 0 && self.cols.is_multiple_of(BLOCK), "nf4_gemv: {} columns", self.cols);
-        let rows = self.packed.len() / (self.cols / 2);
-        assert!(
-            self.packed.len() == rows * self.cols / 2 && self.scales.len() == rows * self.cols / BLOCK,
-            "nf4_gemv: lengths differ"
-        );
-        (rows, check_x("nf4_gemv", rows, self.cols, x, out))
+    pub(super) fn rows(&self, what: &str) -> usize {
+        assert!(self.cols > 0 && self.cols.is_multiple_of(BLOCK), "{what}: {} columns", self.cols);
+        let (rows, blocks) = (self.packed.len() / (self.cols / 2), self.cols / BLOCK);
+        let fits = self.packed.len() == rows * self.cols / 2 && self.scales.len() == rows * blocks;
+        assert!(fits, "{what}: lengths differ");
+        if let Scales::Nested(nested) = self.scales {
+            assert!(blocks <= MAX_NESTED && nested.group > 0, "{what}: rows of {blocks} blocks, {}", nested.group);
+        }
+        rows
+    }
+
+    /// Rows of x; panics if the parts do not fit each other.
+    pub(super) fn check(&self, x: &[f32], out: &[f32]) -> usize {
+        check_x("nf4_gemv", self.rows("nf4_gemv"), self.cols, x, out)
     }
 
     /// Rows of x, given in words of two numbers; panics if the parts do not fit each other.
     pub(super) fn check_pairs(&self, x: &[f32], out: &[f32]) -> usize {
-        assert!(self.cols > 0 && self.cols.is_multiple_of(BLOCK), "nf4_pairs: {} columns", self.cols);
-        let rows = self.packed.len() / (self.cols / 2);
-        assert!(
-            self.packed.len() == rows * self.cols / 2 && self.scales.len() == rows * self.cols / BLOCK,
-            "nf4_pairs: lengths differ"
-        );
-        check_x("nf4_pairs", rows, self.cols / 2, x, out)
+        check_x("nf4_pairs", self.rows("nf4_pairs"), self.cols / 2, x, out)
     }
 }
 
@@ -198,7 +269,7 @@ pub(super) fn nf4_gemv<S: Packed>(s: S, w: Nf4Rows<'_>, code: &[f32; 16], x: &[f
 
 #[inline(always)]
 fn nf4_groups<S: Packed, const R: u8>(s: S, w: Nf4Rows<'_>, code: &[f32; 16], x: &[f32], out: &mut [f32]) {
-    let (_, n_x) = w.check(x, out);
+    let n_x = w.check(x, out);
     let mut first = 0;
     while first < n_x {
         let count = S::GROUP.min(n_x - first);
@@ -228,16 +299,20 @@ fn nf4_pass<S: Packed, const R: u8, const M: usize>(
         std::array::from_fn(|i| x[(first + i) * w.cols..(first + i + 1) * w.cols].as_chunks::<BLOCK>().0);
     let packed = w.packed.as_chunks::<{ BLOCK / 2 }>().0;
     let rows = packed.len() / blocks;
-    let row = |j: usize| (&packed[j * blocks..][..blocks], &w.scales[j * blocks..][..blocks]);
+    let row = |j: usize| &packed[j * blocks..][..blocks];
+    let mut room = [[0.0; MAX_NESTED]; 2];
     let mut write = |j: usize, dots: [f32; M]| out[j * n_x + first..][..M].copy_from_slice(&dots);
     let paired = streams::<M>(rows);
     for j in 0..paired {
-        let [one, other] = nf4_dots::<S, R, M, 2>(s, [row(j), row(paired + j)], code, xs);
+        let [first, second] = &mut room;
+        let scales = [w.scales.row(s, j, blocks, first), w.scales.row(s, paired + j, blocks, second)];
+        let [one, other] = nf4_dots::<S, R, M, 2>(s, [(row(j), scales[0]), (row(paired + j), scales[1])], code, xs);
         write(j, one);
         write(paired + j, other);
     }
     for j in 2 * paired..rows {
-        let [dots] = nf4_dots::<S, R, M, 1>(s, [row(j)], code, xs);
+        let scales = w.scales.row(s, j, blocks, &mut room[0]);
+        let [dots] = nf4_dots::<S, R, M, 1>(s, [(row(j), scales)], code, xs);
         write(j, dots);
     }
 }
@@ -257,7 +332,6 @@ fn nf4_dots<S: Packed, const R: u8, const M: usize, const W: usize>(
     for b in 0..xs[0].len() {
         for ((packed, scales), acc) in rows.iter().zip(&mut acc) {
             s.prefetch(&packed[b], AHEAD);
-            s.prefetch(&scales[b..], AHEAD / 8);
             let weights = weights::<S, R>(s, &packed[b], code, scales[b]);
             let weights = weights.as_ref();
             for i in 0..M {

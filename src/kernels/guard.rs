@@ -9,7 +9,7 @@ use super::attention::{
 use super::elementwise::{AdamStep, Mask, Masked};
 use super::gemm::{GemmTile, PairKernels, PanelA, Rows, TileC};
 use super::integer::{Codes, Integer, IntegerTile, Order};
-use super::gemv::{MAX_X, Nf4Pairs, Nf4Rows, Round};
+use super::gemv::{MAX_X, NestedScales, Nf4Rows, Nf4Way, Round, Scales};
 use super::tiles::TileMut;
 use super::{Kernels, tables};
 use std::ops::{Deref, DerefMut};
@@ -227,9 +227,9 @@ fn every_kernel_stays_in_bounds() {
         let (mut ordered, mut out) = (floats(n_x * cols), floats(rows * n_x));
         nf4_order(&x, &mut ordered);
         for round in [Round::F32, Round::Bf16, Round::F16, Round::F16ThenBf16] {
-            let w = Nf4Rows { packed: &bytes, scales: &scales, cols, round };
+            let w = Nf4Rows { packed: &bytes, scales: Scales::Each(&scales), cols, round };
             nf4_gemv(w, code, &ordered, &mut out);
-            if let Some(Nf4Pairs { order, gemv }) = nf4_pairs {
+            if let Some(Nf4Way { order, gemv }) = nf4_pairs {
                 let mut words = floats(n_x * cols / 2);
                 order(&x, &mut words);
                 gemv(w, code, &words, &mut out);
@@ -237,7 +237,15 @@ fn every_kernel_stays_in_bounds() {
         }
         let codes = flush.of(&vec![-7_i8; rows * cols]);
         i8_gemv(&codes, &scales, cols, &x, &mut out);
-        integers_stay_in_bounds(integer, Nf4Rows { packed: &bytes, scales: &scales, cols, round: Round::F32 }, &codes, &x, flush);
+        let (groups, nested_codes) = (floats((rows * cols / 64).div_ceil(3)), flush.of(&vec![0xFF_u8; rows * cols / 64]));
+        let map = map.first_chunk().expect("256 values");
+        let nested = NestedScales { codes: &nested_codes, first: 0, absmax: &groups, offset: 0.5, group: 3, map };
+        for round in [Round::F32, Round::Bf16] {
+            let w = Nf4Rows { packed: &bytes, scales: Scales::Nested(nested), cols, round };
+            nf4_order(&x, &mut ordered);
+            nf4_gemv(w, code, &ordered, &mut out);
+            integers_stay_in_bounds(integer, w, &scales, &codes, &x, flush);
+        }
         let x = floats(n_x * n);
         f32_gemv(&floats(rows * n), n, &x, &mut out);
         bf16_gemv(&flush.of(&vec![0x3F80_u16; rows * n]), n, &x, &mut out);
@@ -292,7 +300,14 @@ fn pairs_stay_in_bounds(
     products(tile, n, flush);
 }
 
-fn integers_stay_in_bounds(integer: &Integer, w: Nf4Rows<'_>, codes: &[i8], x: &[f32], flush: Flush) {
+fn integers_stay_in_bounds(
+    integer: &Integer,
+    w: Nf4Rows<'_>,
+    steps: &[f32],
+    codes: &[i8],
+    x: &[f32],
+    flush: Flush,
+) {
     let Integer { encode, nf4_gemv, int8_gemv, tile } = integer;
     let (cols, n, rows) = (w.cols, x.len() / w.cols, codes.len() / w.cols);
     let (mut words, mut scales, mut starts) =
@@ -303,7 +318,7 @@ fn integers_stay_in_bounds(integer: &Integer, w: Nf4Rows<'_>, codes: &[i8], x: &
     let x = Codes { words: &words, scales: &scales, starts: &starts, cols };
     let mut out = flush.floats(rows * n);
     nf4_gemv(w, x, &mut out);
-    int8_gemv(codes, w.scales, x, &mut out);
+    int8_gemv(codes, steps, x, &mut out);
     let Some(IntegerTile { mr, nr, nf4_words, run }) = tile else { return };
     nf4_words(w.packed, &mut flush.floats(rows * cols / 4));
     let (panel, scales) = (flush.floats(cols / 4 * nr), flush.floats(cols / 64 * nr));

@@ -8,7 +8,7 @@
 //! words: an f32 whose bits are four codes. Most such instructions want one operand without a sign; there the weights are
 //! raised by 128, and each sum starts at `-128 · Σ code` of its block ([`Codes::starts`]), which takes that out again.
 
-use super::gemv::{AHEAD, BLOCK, MAX_X, Nf4Rows, Packed};
+use super::gemv::{AHEAD, BLOCK, MAX_NESTED, MAX_X, Nf4Rows, Packed, Scales};
 use super::generic::Simd;
 
 /// Words of a block.
@@ -169,15 +169,15 @@ pub(super) fn encode<const RAISED: i32>(
 trait Weights<S: Bytes>: Copy {
     /// Block `b` of row `j`.
     fn block(self, s: S, j: usize, b: usize) -> S::Block;
-    /// The scales of row `j`.
-    fn scales(&self, j: usize) -> &[f32];
+    /// The scales of row `j`, in `room` if they must be looked up.
+    fn scales<'b>(&'b self, s: S, j: usize, room: &'b mut [f32; MAX_NESTED]) -> &'b [f32];
 }
 
 /// Rows of NF4.
 #[derive(Clone, Copy)]
 struct Nf4<'a> {
     packed: &'a [[u8; BLOCK / 2]],
-    scales: &'a [f32],
+    scales: Scales<'a>,
     blocks: usize,
 }
 
@@ -189,8 +189,8 @@ impl<S: Bytes> Weights<S> for Nf4<'_> {
         s.nf4(packed)
     }
     #[inline(always)]
-    fn scales(&self, j: usize) -> &[f32] {
-        &self.scales[j * self.blocks..][..self.blocks]
+    fn scales<'b>(&'b self, s: S, j: usize, room: &'b mut [f32; MAX_NESTED]) -> &'b [f32] {
+        self.scales.row(s.floats(), j, self.blocks, room)
     }
 }
 
@@ -210,7 +210,7 @@ impl<S: Bytes> Weights<S> for Int8<'_> {
         s.int8(codes)
     }
     #[inline(always)]
-    fn scales(&self, j: usize) -> &[f32] {
+    fn scales<'b>(&'b self, _: S, j: usize, _: &'b mut [f32; MAX_NESTED]) -> &'b [f32] {
         &self.scales[j * self.blocks..][..self.blocks]
     }
 }
@@ -218,9 +218,8 @@ impl<S: Bytes> Weights<S> for Int8<'_> {
 #[inline(always)]
 pub(super) fn nf4_gemv<S: Bytes>(s: S, w: Nf4Rows<'_>, x: Codes<'_>, out: &mut [f32]) {
     let (n, blocks) = (x.check("nf4_gemv"), x.cols / BLOCK);
-    let rows = w.scales.len() / blocks;
-    let fits = w.cols == x.cols && w.packed.len() == rows * x.cols / 2 && w.scales.len() == rows * blocks;
-    assert!(fits && n <= MAX_X && out.len() == rows * n, "nf4_gemv: lengths differ");
+    let rows = w.rows("nf4_gemv");
+    assert!(w.cols == x.cols && n <= MAX_X && out.len() == rows * n, "nf4_gemv: lengths differ");
     let w = Nf4 { packed: w.packed.as_chunks().0, scales: w.scales, blocks };
     groups(s, w, rows, 1.0 / STEPS, x, out);
 }
@@ -271,14 +270,17 @@ fn pass<S: Bytes, W: Weights<S>, const M: usize>(
         }
     };
     // Two rows far apart side by side, for memory to fetch ahead in two places.
-    let paired = rows / 2;
+    let (paired, mut room) = (rows / 2, [[0.0; MAX_NESTED]; 2]);
     for j in 0..paired {
-        let [one, other] = dots::<S, W, M, 2>(s, w, [j, paired + j], x);
+        let [first, second] = &mut room;
+        let scales = [w.scales(s, j, first), w.scales(s, paired + j, second)];
+        let [one, other] = dots::<S, W, M, 2>(s, w, [j, paired + j], scales, x);
         write(j, one);
         write(paired + j, other);
     }
     for j in 2 * paired..rows {
-        let [dots] = dots::<S, W, M, 1>(s, w, [j], x);
+        let scales = w.scales(s, j, &mut room[0]);
+        let [dots] = dots::<S, W, M, 1>(s, w, [j], [scales], x);
         write(j, dots);
     }
 }
@@ -289,6 +291,7 @@ fn dots<S: Bytes, W: Weights<S>, const M: usize, const R: usize>(
     s: S,
     w: W,
     rows: [usize; R],
+    scales: [&[f32]; R],
     x: Codes<'_>,
 ) -> [[f32; M]; R] {
     let (f, blocks) = (s.floats(), x.cols / BLOCK);
@@ -296,7 +299,7 @@ fn dots<S: Bytes, W: Weights<S>, const M: usize, const R: usize>(
         std::array::from_fn(|i| x.words[i * blocks * WORDS..(i + 1) * blocks * WORDS].as_chunks().0);
     let starts: [&[f32]; M] = std::array::from_fn(|i| &x.starts[i * blocks..(i + 1) * blocks]);
     let steps: [&[f32]; M] = std::array::from_fn(|i| &x.scales[i * blocks..(i + 1) * blocks]);
-    let scales: [&[f32]; R] = std::array::from_fn(|r| &w.scales(rows[r])[..blocks]);
+    let scales = scales.map(|scales| &scales[..blocks]);
     let mut acc = [[f.splat(0.0); M]; R];
     for b in 0..blocks {
         for r in 0..R {
@@ -381,7 +384,7 @@ pub(super) fn tile<S: Bytes, const M: usize, const NV: usize>(
 
 /// The specification, for every machine.
 pub(super) mod reference {
-    use super::{BLOCK, CODE_BOOK, Codes, Integer, MAX_X, Nf4Rows, STEPS, encode};
+    use super::{BLOCK, CODE_BOOK, Codes, Integer, MAX_X, Nf4Rows, STEPS, Scales, encode};
 
     pub(in crate::kernels) const TABLE: Integer =
         Integer { encode: encode::<0>, nf4_gemv, int8_gemv, tile: None };
@@ -391,14 +394,14 @@ pub(super) mod reference {
         i32::from(x.words[(i * x.cols + p) / 4].to_bits().to_le_bytes()[p % 4] as i8)
     }
 
-    fn gemv(scales: &[f32], x: &Codes<'_>, factor: f32, out: &mut [f32], weight: impl Fn(usize, usize) -> i32) {
+    fn gemv(scales: Scales<'_>, x: &Codes<'_>, factor: f32, out: &mut [f32], weight: impl Fn(usize, usize) -> i32) {
         let (n, blocks) = (x.check("integer gemv"), x.cols / BLOCK);
         assert!(n <= MAX_X && out.len() * blocks == scales.len() * n, "integer gemv: lengths differ");
         for (at, out) in out.iter_mut().enumerate() {
             let (j, i) = (at / n, at % n);
             let blocks = (0..blocks).map(|b| {
                 let sum: i32 = (b * BLOCK..(b + 1) * BLOCK).map(|p| weight(j, p) * code(x, i, p)).sum();
-                f64::from(sum) * f64::from(x.scales[i * blocks + b]) * f64::from(scales[j * blocks + b])
+                f64::from(sum) * f64::from(x.scales[i * blocks + b]) * f64::from(scales.scale(j * blocks + b))
             });
             *out = (blocks.sum::<f64>() * f64::from(factor)) as f32;
         }
@@ -414,6 +417,6 @@ pub(super) mod reference {
     }
 
     fn int8_gemv(w: &[i8], scales: &[f32], x: Codes<'_>, out: &mut [f32]) {
-        gemv(scales, &x, 1.0, out, |j, p| i32::from(w[j * x.cols + p]));
+        gemv(Scales::Each(scales), &x, 1.0, out, |j, p| i32::from(w[j * x.cols + p]));
     }
 }

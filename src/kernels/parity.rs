@@ -6,7 +6,7 @@ use super::attention::{
 };
 use super::elementwise::{AdamStep, Mask, Masked};
 use super::gemm::{GemmTile, PairKernels, PanelA, Rows, TileC};
-use super::gemv::{Nf4Rows, Round};
+use super::gemv::{NestedScales, Nf4Rows, Round, Scales};
 use super::integer::{Codes, Integer, IntegerTile, Order, STEPS};
 use super::tiles::TileMut;
 use super::{Kernels, available, philox::philox4x32_10, reference, tables};
@@ -478,7 +478,7 @@ fn gemv_weights_are_exact() {
     let reference = reference::table();
     for table in available() {
         for round in ROUNDS {
-            let w = Nf4Rows { packed: &packed, scales: &scales, cols, round };
+            let w = Nf4Rows { packed: &packed, scales: Scales::Each(&scales), cols, round };
             for p in 0..cols {
                 let mut x = vec![0.0; cols];
                 x[p] = 1.0;
@@ -499,14 +499,14 @@ fn gemv() {
     let (rows, reference) = (5, reference::table());
     for table in available() {
         for n_x in [1, 2, 3, 4, 5, 7, 8] {
-            for cols in [64, 128, 576] {
+            for cols in [64, 128, 576, 640] {
                 let x = floats(n_x * cols, 22);
                 let mut ordered = x.clone();
                 (table.nf4_order)(&x, &mut ordered);
                 let (packed, scales) = nf4_rows(rows, cols);
                 let (mut got, mut want) = (vec![7.0; rows * n_x], vec![7.0; rows * n_x]);
                 for round in ROUNDS {
-                    let w = Nf4Rows { packed: &packed, scales: &scales, cols, round };
+                    let w = Nf4Rows { packed: &packed, scales: Scales::Each(&scales), cols, round };
                     (table.nf4_gemv)(w, &code, &ordered, &mut got);
                     (reference.nf4_gemv)(w, &code, &x, &mut want);
                     // f32 sums of up to 576 products.
@@ -518,7 +518,7 @@ fn gemv() {
                     let mut words = vec![0.0; x.len() / 2];
                     (pairs.order)(&rounded, &mut words);
                     for round in [Round::Bf16, Round::F16ThenBf16] {
-                        let w = Nf4Rows { packed: &packed, scales: &scales, cols, round };
+                        let w = Nf4Rows { packed: &packed, scales: Scales::Each(&scales), cols, round };
                         (pairs.gemv)(w, &code, &words, &mut got);
                         (reference.nf4_gemv)(w, &code, &rounded, &mut want);
                         assert_close(&got, &want, 2e-6, &format!("{} pairs {round:?} {cols} x {n_x}", table.isa));
@@ -547,7 +547,7 @@ fn gemv() {
 /// Rows of x in 8 bits: words, scales, starts.
 type Encoded = (Vec<f32>, Vec<f32>, Vec<f32>);
 
-fn codes((words, scales, starts): &Encoded, cols: usize) -> Codes<'_> {
+fn codes_of((words, scales, starts): &Encoded, cols: usize) -> Codes<'_> {
     Codes { words, scales, starts, cols }
 }
 
@@ -607,18 +607,18 @@ fn products_of_codes() {
                     packed.iter_mut().enumerate().for_each(|(i, byte)| *byte = if i % 2 == 0 { 0x0F } else { 0xF0 });
                 }
                 let what = format!("{} {cols} x {n}", table.isa);
-                let w = Nf4Rows { packed: &packed, scales: &scales, cols, round: Round::F32 };
+                let w = Nf4Rows { packed: &packed, scales: Scales::Each(&scales), cols, round: Round::F32 };
                 let first = &x[..n.min(8) * cols];
                 let ours = encoded(integer, first, Order::EvenOdd);
                 let theirs = encoded(&reference, first, Order::EvenOdd);
                 let (mut got, mut want) = (vec![7.0; rows * n.min(8)], vec![7.0; rows * n.min(8)]);
-                (integer.nf4_gemv)(w, codes(&ours, cols), &mut got);
-                (reference.nf4_gemv)(w, codes(&theirs, cols), &mut want);
+                (integer.nf4_gemv)(w, codes_of(&ours, cols), &mut got);
+                (reference.nf4_gemv)(w, codes_of(&theirs, cols), &mut want);
                 assert_close(&got, &want, 2e-6, &format!("{what} nf4"));
                 let w: Vec<i8> = packed.iter().chain(&packed).map(|byte| (*byte as i8).max(-127)).collect();
                 let (ours, theirs) = (encoded(integer, first, Order::Plain), encoded(&reference, first, Order::Plain));
-                (integer.int8_gemv)(&w, &scales, codes(&ours, cols), &mut got);
-                (reference.int8_gemv)(&w, &scales, codes(&theirs, cols), &mut want);
+                (integer.int8_gemv)(&w, &scales, codes_of(&ours, cols), &mut got);
+                (reference.int8_gemv)(&w, &scales, codes_of(&theirs, cols), &mut want);
                 assert_close(&got, &want, 2e-6, &format!("{what} int8"));
                 let Some(tile) = integer.tile else { continue };
                 tile_of_codes(integer, &tile, &packed, &scales, &x, cols, &what);
@@ -651,11 +651,11 @@ fn tile_of_codes(
     }
     let mut got = vec![7.0; n * tile.nr];
     let encoded = encoded(integer, &x[..n * cols], Order::EvenOdd);
-    let x = codes(&encoded, cols);
+    let x = codes_of(&encoded, cols);
     (tile.run)(x, &panel, &steps, &mut got);
     for i in 0..n {
         let mut want = vec![7.0; rows];
-        let w = Nf4Rows { packed, scales, cols, round: Round::F32 };
+        let w = Nf4Rows { packed, scales: Scales::Each(scales), cols, round: Round::F32 };
         (integer.nf4_gemv)(w, x.rows(i..i + 1), &mut want);
         let want: Vec<f32> = (0..tile.nr).map(|j| want[j % rows]).collect();
         assert_close(&got[i * tile.nr..][..tile.nr], &want, 2e-6, &format!("{what} tile row {i}"));
@@ -675,13 +675,46 @@ fn nested_scales_are_exact() {
 }
 
 #[test]
+fn nested_scales_are_looked_up_row_by_row() {
+    let code: [f32; 16] = std::array::from_fn(|i| i as f32 / 7.5 - 1.0);
+    let map: [f32; 256] = std::array::from_fn(|i| (i as f32 / 127.5 - 1.0).powi(3));
+    // Groups of 7 blocks run across rows of 9, and the first row begins inside one.
+    let (rows, cols, first, n_x) = (5, 576, 11, 2);
+    let codes: Vec<u8> = (0..first + rows * cols / 64).map(|i| (i * 37 + 11) as u8).collect();
+    let absmax: Vec<f32> = floats(codes.len().div_ceil(7), 41);
+    let nested = NestedScales { codes: &codes, first, absmax: &absmax, offset: 0.3, group: 7, map: &map };
+    let each: Vec<f32> =
+        (first..codes.len()).map(|i| map[usize::from(codes[i])] * absmax[i / 7] + 0.3).collect();
+    let (packed, x) = (nf4_rows(rows, cols).0, floats(n_x * cols, 42));
+    for table in available() {
+        let both = |scales, round| {
+            let w = Nf4Rows { packed: &packed, scales, cols, round };
+            let mut ordered = x.clone();
+            (table.nf4_order)(&x, &mut ordered);
+            let mut outs = vec![vec![7.0; rows * n_x]; 3];
+            (table.nf4_gemv)(w, &code, &ordered, &mut outs[0]);
+            (table.integer.nf4_gemv)(w, codes_of(&encoded(&table.integer, &x, Order::EvenOdd), cols), &mut outs[1]);
+            if let Some(pairs) = table.nf4_pairs {
+                (pairs.order)(&x, &mut ordered[..x.len() / 2]);
+                (pairs.gemv)(w, &code, &ordered[..x.len() / 2], &mut outs[2]);
+            }
+            outs
+        };
+        for round in ROUNDS {
+            let what = format!("{} {round:?}", table.isa);
+            assert_eq!(both(Scales::Nested(nested), round), both(Scales::Each(&each), round), "{what}");
+        }
+    }
+}
+
+#[test]
 fn a_row_of_x_does_not_see_its_neighbours() {
     let code: [f32; 16] = std::array::from_fn(|i| i as f32 / 7.5 - 1.0);
     let (rows, cols) = (3, 192);
     let (packed, scales) = nf4_rows(rows, cols);
     let x = floats(8 * cols, 25);
     let bf16: Vec<_> = floats(rows * cols, 26).iter().map(|w| half::bf16::from_f32(*w).to_bits()).collect();
-    let w = Nf4Rows { packed: &packed, scales: &scales, cols, round: Round::Bf16 };
+    let w = Nf4Rows { packed: &packed, scales: Scales::Each(&scales), cols, round: Round::Bf16 };
     for table in available() {
         let (mut nf4, mut dense) = (vec![0.0; rows * 8], vec![0.0; rows * 8]);
         (table.nf4_gemv)(w, &code, &x, &mut nf4);

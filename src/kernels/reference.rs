@@ -274,11 +274,12 @@ fn attend_few(t: &Few<'_>, st: &mut Softmax<'_>) {
 }
 
 fn nf4_gemv(w: Nf4Rows<'_>, code: &[f32; 16], x: &[f32], out: &mut [f32]) {
-    let (rows, _) = w.check(x, out);
+    w.check(x, out);
+    let rows = w.rows("nf4_gemv");
     gemv(rows, w.cols, x, out, |at| {
         let byte = w.packed[at / 2];
         let index = if at % 2 == 0 { byte >> 4 } else { byte & 15 };
-        w.round.apply(code[usize::from(index)] * w.scales[at / BLOCK])
+        w.round.apply(code[usize::from(index)] * w.scales.scale(at / BLOCK))
     });
 }
 

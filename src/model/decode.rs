@@ -10,7 +10,8 @@ use crate::error::{Error, Result};
 use crate::kernels::gemv::BLOCK;
 use crate::ops::crew::Crew;
 use crate::ops::gemv::{self, Input};
-use crate::ops::linear::Matrix;
+use crate::ops::integer::takes;
+use crate::ops::linear::{Linear, Matrix};
 use crate::ops::rope::{Angles, Turn};
 use crate::ops::{Buf, Env, attention, embedding};
 use crate::quant::Int8Matrix;
@@ -39,6 +40,27 @@ impl Model {
         Ok(())
     }
 
+    /// Lets generation round the inputs of NF4 layers, and of a head in 8 bits, to `bits`: 8, 64 neighbours to a scale, or
+    /// `None` for inputs as they are. Losses and training never round.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for other bits, and where no layer could take its input so.
+    pub fn set_activation_bits(&mut self, bits: Option<u32>) -> Result<()> {
+        let bad = |value: u32, expected| Err(Error::config("activation_bits", value, expected));
+        let takes = |linear: &Linear| matches!(&linear.matrix, Matrix::Frozen(weight) if takes(weight).is_some());
+        let nobody =
+            || self.int8_head.is_none() && !self.llama.layers.iter().any(|layer| layer.linears().into_iter().any(takes));
+        self.int8_activations = match bits {
+            None => false,
+            Some(8) if nobody() => {
+                return bad(8, "expected None: no layer is NF4 in rows of a multiple of 64 (load_in_4bit=True makes them)");
+            }
+            Some(8) => true,
+            Some(other) => return bad(other, "expected 8 or None"),
+        };
+        Ok(())
+    }
+
     /// Makes the copy of [`set_lm_head_bits`](Self::set_lm_head_bits) anew after the head has changed; drops it where the
     /// head is trained now.
     ///
@@ -53,7 +75,7 @@ impl Model {
     pub fn next_logits(&self, env: &Env<'_>, crew: &Crew, hidden: &[f32]) -> Buf {
         let (width, vocab) = (self.config.hidden_size, self.config.vocab_size);
         let product = |hidden: &[f32]| {
-            let input = Input::new(env.ctx, hidden, hidden.len() / width, width, width);
+            let input = Input::new(env.ctx, hidden, hidden.len() / width, width, width).in_8_bits(env.int8);
             match &self.int8_head {
                 Some(head) => gemv::int8(env.ctx, crew, head, &input),
                 None => gemv::matrix(env, crew, self.llama.head_matrix(), vocab, &input),
@@ -88,7 +110,7 @@ impl Layer {
     fn decode(&self, env: &Env<'_>, crew: &Crew, rope: &Angles, x: &mut [f32], cache: &mut LayerCache) {
         let (ctx, heads, n_tokens) = (env.ctx, self.heads, env.tokens.len());
         let cu_seqlens = &env.tokens.cu_seqlens;
-        let input = |x: &[f32]| Input::new(ctx, x, n_tokens, x.len() / n_tokens, x.len() / n_tokens);
+        let input = |x: &[f32]| Input::new(ctx, x, n_tokens, x.len() / n_tokens, x.len() / n_tokens).in_8_bits(env.int8);
         let h = input(&self.input_norm.forward(env, x).0);
         let [mut q, mut k, v] = gemv::linears(env, crew, [&self.q, &self.k, &self.v], &h);
         rope.rotate(ctx, &mut q, heads.q_width(), Turn::Forward);

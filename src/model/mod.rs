@@ -39,6 +39,8 @@ pub struct Model {
     pub new_tables: bool,
     /// The head in 8 bits, for generation where asked for ([`Model::set_lm_head_bits`]).
     int8_head: Option<Int8Matrix>,
+    /// Whether generation may round inputs of layers to 8 bits ([`Model::set_activation_bits`]).
+    int8_activations: bool,
 }
 
 impl Model {
@@ -71,7 +73,8 @@ impl Model {
         let ctx = Ctx::new(options.precision)?;
         let mut params = ParamStore::default();
         let llama = weights::load(folder, &config, options, &mut params)?;
-        Ok(Self { folder: folder.to_owned(), config, llama, params, ctx, new_tables: false, int8_head: None })
+        let folder = folder.to_owned();
+        Ok(Self { folder, config, llama, params, ctx, new_tables: false, int8_head: None, int8_activations: false })
     }
 
     /// Logits of every token, `[n_tokens, vocab]`.
@@ -117,7 +120,12 @@ impl Model {
 
     /// The environment of a run without dropout.
     pub fn env<'a>(&'a self, tokens: &'a Tokens) -> Env<'a> {
-        Env { ctx: &self.ctx, params: &self.params, tokens, dropout: None }
+        Env::new(&self.ctx, &self.params, tokens)
+    }
+
+    /// The environment of generation.
+    pub fn generation_env<'a>(&'a self, tokens: &'a Tokens) -> Env<'a> {
+        Env { int8: self.int8_activations, ..self.env(tokens) }
     }
 
     /// # Errors

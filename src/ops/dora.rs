@@ -228,7 +228,7 @@ mod tests {
     }
 
     fn factors(ctx: &Ctx, linear: &Linear, params: &ParamStore) -> Arc<Factors> {
-        linear.factors(&Env { ctx, params, tokens: &Tokens::default(), dropout: None }).unwrap()
+        linear.factors(&Env::new(ctx, params, &Tokens::default())).unwrap()
     }
 
     #[test]
@@ -306,7 +306,7 @@ mod tests {
                 let mut linear = layer(ctx, weight, &floats(4 * 64, 10), bias, &mut params);
                 let sequence = vec![0; n];
                 let tokens = Tokens::from_sequences([&sequence[..]]);
-                let env = Env { ctx, params: &params, tokens: &tokens, dropout: None };
+                let env = Env::new(ctx, &params, &tokens);
                 let dropping = Env { dropout: Some(crate::ops::DropoutKey { seed: 1, step: 1 }), ..env };
                 let (got, dropped) = (linear.forward(&env, &x).0, linear.forward(&dropping, &x).0);
                 linear.lora = None;

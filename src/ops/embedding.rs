@@ -82,7 +82,7 @@ mod tests {
         }
         let (ctx, params) = (Ctx::new(Precision::F32).unwrap(), ParamStore::default());
         let mut x = vec![0.0; tokens.len() * HIDDEN];
-        add_noise(&Env { ctx: &ctx, params: &params, tokens: &tokens, dropout: key }, alpha, HIDDEN, &mut x);
+        add_noise(&Env { dropout: key, ..Env::new(&ctx, &params, &tokens) }, alpha, HIDDEN, &mut x);
         x
     }
 

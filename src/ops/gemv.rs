@@ -6,17 +6,19 @@
 
 use super::crew::Crew;
 use super::dora::Factors;
+use super::integer::{self, Encoded};
 use super::linear::{Bias, Linear, Matrix};
 use super::weight::{Precision, Storage, Weight};
 use super::{Buf, Ctx, Env};
-use crate::kernels::gemv::{BLOCK, MAX_X, Nf4Pairs, Nf4Rows, Round};
+use crate::kernels::gemv::{BLOCK, MAX_NESTED, MAX_X, NestedScales, Nf4Rows, Nf4Way, Round, Scales};
+use crate::kernels::integer::{Codes, Order};
 use crate::quant::nf4::{Absmax, CODE_BOOK};
 use crate::quant::{FloatKind, Int8Matrix, Nf4Tensor};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 use std::cell::RefCell;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// Up to this many rows of x, a product reads its weights where they are stored.
 pub const MAX_ROWS: usize = MAX_X;
@@ -30,8 +32,23 @@ pub struct Input {
     cols: usize,
     /// `[n_rows, cols]`, rounded as the precision asks.
     plain: Buf,
-    /// The same in the order of the NF4 kernel; absent where no row is whole blocks.
-    ordered: Option<Buf>,
+    /// Whether products may round x to 8 bits.
+    int8: bool,
+    /// x in the order of the NF4 kernel, once one asks for it.
+    ordered: OnceLock<Buf>,
+    /// x in 8 bits, in each [`Order`].
+    encoded: [OnceLock<Encoded>; 2],
+}
+
+/// How a matrix is multiplied with, and so how x is to be laid out.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    /// With x as it is.
+    Plain,
+    /// NF4 with x in the order of its kernel.
+    Nf4,
+    /// With x in 8 bits.
+    Codes(Order),
 }
 
 impl Input {
@@ -48,28 +65,48 @@ impl Input {
         if ctx.precision == Precision::Bf16 {
             (ctx.kernels.round_bf16)(&mut plain);
         }
-        let ordered = cols.is_multiple_of(BLOCK).then(|| {
-            if let Some(pairs) = pairs(ctx) {
-                let mut ordered = ctx.buf(plain.len() / 2);
-                (pairs.order)(&plain, &mut ordered);
-                ordered
-            } else {
-                let mut ordered = ctx.buf(plain.len());
-                (ctx.kernels.nf4_order)(&plain, &mut ordered);
-                ordered
-            }
-        });
-        Self { n_rows, cols, plain, ordered }
+        Self { n_rows, cols, plain, int8: false, ordered: Default::default(), encoded: Default::default() }
     }
 
     /// Number of rows.
     pub fn n_rows(&self) -> usize {
         self.n_rows
     }
+
+    /// The same, for products of codes if `int8`: with NF4 and 8-bit matrices x is then rounded to 8 bits.
+    #[must_use]
+    pub fn in_8_bits(self, int8: bool) -> Self {
+        Self { int8, ..self }
+    }
+
+    /// Lays x out for a form, once: by the thread that leads, before others would wait for it.
+    fn lay_out(&self, ctx: &Ctx, form: Form) {
+        match form {
+            Form::Plain => (),
+            Form::Nf4 => drop(self.ordered(ctx)),
+            Form::Codes(order) => drop(self.codes(ctx, order)),
+        }
+    }
+
+    fn ordered(&self, ctx: &Ctx) -> &[f32] {
+        self.ordered.get_or_init(|| {
+            let (order, len) = match pairs(ctx) {
+                Some(pairs) => (pairs.order, self.plain.len() / 2),
+                None => (ctx.kernels.nf4_order, self.plain.len()),
+            };
+            let mut ordered = ctx.buf(len);
+            order(&self.plain, &mut ordered);
+            ordered
+        })
+    }
+
+    fn codes(&self, ctx: &Ctx, order: Order) -> Codes<'_> {
+        self.encoded[order as usize].get_or_init(|| Encoded::alone(ctx, &self.plain, self.cols, order)).codes()
+    }
 }
 
 /// The product of bfloat16 pairs, where x is bfloat16 and the CPU has one.
-fn pairs(ctx: &Ctx) -> Option<Nf4Pairs> {
+fn pairs(ctx: &Ctx) -> Option<Nf4Way> {
     ctx.kernels.nf4_pairs.filter(|_| ctx.precision == Precision::Bf16)
 }
 
@@ -116,9 +153,21 @@ impl<'a> Rows<'a> {
         rows.div_ceil(tasks).max(1)
     }
 
+    fn form(self, x: &Input) -> Form {
+        match self {
+            Self::Int8(_) if x.int8 => Form::Codes(Order::Plain),
+            Self::Weight(weight) => match integer::takes(weight) {
+                Some(_) if x.int8 => Form::Codes(Order::EvenOdd),
+                Some(_) => Form::Nf4,
+                None => Form::Plain,
+            },
+            Self::F32(_) | Self::Int8(_) => Form::Plain,
+        }
+    }
+
     /// `out[j, i] = row (first + j) · x_i`, on this thread.
     fn multiply(self, ctx: &Ctx, x: &Input, first: usize, out: &mut [f32], scratch: &mut Scratch) {
-        let rows = first..first + out.len() / x.n_rows;
+        let (rows, form) = (first..first + out.len() / x.n_rows, self.form(x));
         let elements = rows.start * x.cols..rows.end * x.cols;
         let bf16 = ctx.precision == Precision::Bf16;
         let weight = match self {
@@ -129,22 +178,32 @@ impl<'a> Rows<'a> {
             }
             Self::Int8(matrix) => {
                 let scales = &matrix.scales[elements.start / BLOCK..elements.end / BLOCK];
-                return (ctx.kernels.i8_gemv)(&matrix.codes[elements], scales, x.cols, &x.plain, out);
+                let codes = &matrix.codes[elements];
+                return match form {
+                    Form::Codes(order) => (ctx.kernels.integer.int8_gemv)(codes, scales, x.codes(ctx, order), out),
+                    _ => (ctx.kernels.i8_gemv)(codes, scales, x.cols, &x.plain, out),
+                };
             }
             Self::Weight(weight) => weight,
         };
-        match (weight.storage(), &x.ordered) {
+        match (weight.storage(), form) {
             (Storage::F32(data), _) if !bf16 => (ctx.kernels.f32_gemv)(&data[elements], x.cols, &x.plain, out),
             (Storage::Bf16(data), _) => {
                 (ctx.kernels.bf16_gemv)(data[elements].reinterpret_cast(), x.cols, &x.plain, out);
             }
-            (Storage::Nf4(tensor), Some(ordered)) if tensor.block_size.is_multiple_of(BLOCK) => {
+            (Storage::Nf4(tensor), Form::Nf4 | Form::Codes(_)) => {
                 let packed = &tensor.packed[elements.start / 2..elements.end / 2];
                 let blocks = elements.start / BLOCK..elements.end / BLOCK;
-                let scales = block_scales(ctx, tensor, blocks, &mut scratch.scales);
+                let scales = block_scales(ctx, tensor, blocks, x.cols, &mut scratch.scales);
                 let w = Nf4Rows { packed, scales, cols: x.cols, round: round(tensor.dtype, ctx.precision) };
-                let gemv = pairs(ctx).map_or(ctx.kernels.nf4_gemv, |pairs| pairs.gemv);
-                gemv(w, &CODE_BOOK, ordered, out);
+                match form {
+                    Form::Codes(order) => (ctx.kernels.integer.nf4_gemv)(w, x.codes(ctx, order), out),
+                    Form::Nf4 => {
+                        let gemv = pairs(ctx).map_or(ctx.kernels.nf4_gemv, |pairs| pairs.gemv);
+                        gemv(w, &CODE_BOOK, x.ordered(ctx), out);
+                    }
+                    Form::Plain => unreachable!("the outer match"),
+                }
             }
             _ => {
                 let read = |row: usize, to: &mut [f32]| weight.read(ctx.kernels, row * x.cols, to);
@@ -188,20 +247,27 @@ fn block_scales<'a>(
     ctx: &Ctx,
     tensor: &'a Nf4Tensor,
     blocks: Range<usize>,
+    cols: usize,
     scratch: &'a mut Vec<f32>,
-) -> &'a [f32] {
+) -> Scales<'a> {
     match &tensor.absmax {
-        Absmax::Plain(scales) if tensor.block_size == BLOCK => &scales[blocks],
-        absmax if tensor.block_size == BLOCK => {
-            scratch.resize(blocks.len(), 0.0);
-            absmax.read(ctx.kernels, blocks.start, scratch);
-            scratch
+        Absmax::Plain(scales) if tensor.block_size == BLOCK => Scales::Each(&scales[blocks]),
+        Absmax::Nested { codes, absmax, offset, block_size, map }
+            if tensor.block_size == BLOCK && cols / BLOCK <= MAX_NESTED =>
+        {
+            Scales::Nested(NestedScales {
+                codes: &codes[..blocks.end],
+                first: blocks.start,
+                absmax,
+                offset: *offset,
+                group: *block_size,
+                map,
+            })
         }
-        absmax => {
-            let per_scale = tensor.block_size / BLOCK;
-            scratch.clear();
-            scratch.extend(blocks.map(|block| absmax.scale(block / per_scale)));
-            scratch
+        _ => {
+            scratch.resize(blocks.len(), 0.0);
+            tensor.block_scales(ctx.kernels, BLOCK, blocks.start, scratch);
+            Scales::Each(scratch)
         }
     }
 }
@@ -209,6 +275,7 @@ fn block_scales<'a>(
 /// `x · weight[first .. first + count]ᵀ`, `[n_rows, count]`, by the pool's threads outside a crew.
 pub fn weight(ctx: &Ctx, weight: &Weight, first: usize, count: usize, x: &Input) -> Buf {
     let rows = Rows::Weight(weight);
+    x.lay_out(ctx, rows.form(x));
     let step = rows.per_task(count, x.cols, rayon::current_num_threads());
     let mut out = ctx.buf(count * x.n_rows);
     // One part a leaf: at the end of a product no thread waits for more than one part of another.
@@ -247,6 +314,7 @@ fn stacked<const N: usize>(
     finish: impl Fn(usize, usize, &mut [f32], &mut Scratch) + Sync,
 ) -> [Buf; N] {
     let n_rows = x.n_rows;
+    parts.iter().for_each(|(rows, _)| x.lay_out(ctx, rows.form(x)));
     let height = parts.iter().map(|(_, height)| height).sum();
     let step = parts.iter().map(|(rows, _)| rows.per_task(height, x.cols, crew.n_threads())).min().unwrap_or(1);
     let mut out = ctx.buf(height * n_rows);
@@ -376,6 +444,7 @@ pub fn gated(env: &Env<'_>, crew: &Crew, [gate, up]: [&Linear; 2], x: &Input) ->
     let mut out = ctx.buf(gate.outputs * n_rows);
     let additions = Additions::of(env, crew, [gate, up], x);
     let [gate_rows, up_rows] = [gate, up].map(|linear| Rows::of(env, &linear.matrix));
+    [gate_rows, up_rows].iter().for_each(|rows| x.lay_out(ctx, rows.form(x)));
     let step = gate_rows.per_task(gate.outputs, x.cols, crew.n_threads());
     crew.for_chunks(&mut out, step * n_rows, |task, out| {
         SCRATCH.with_borrow_mut(|scratch| {

@@ -9,9 +9,11 @@
 
 use super::dora::{Dora, Factors};
 use super::dropout::Dropout;
+use super::integer::{self, Encoded};
 use super::matmul::{FEW_ROWS, Gemm, Into, Left, Mask, Operand, PackedA, Shape, Term, gemm, gemm_sum};
 use super::{Buf, Env, Grads, ParamId, Weight};
 use crate::kernels::elementwise::Masked;
+use crate::kernels::integer::Order;
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -98,7 +100,8 @@ impl Linear {
 
     /// x: `[n_tokens, in]` -> y: `[n_tokens, out]`.
     pub fn forward(&self, env: &Env<'_>, x: &[f32]) -> (Buf, Saved) {
-        self.forward_packed(env, x, Left::Plain(Operand::rows(x, self.inputs)))
+        let [made] = forward_all(env, [self], x);
+        made
     }
 
     /// What the backward needs, without the output: for a forward that runs again.
@@ -111,8 +114,8 @@ impl Linear {
         Saved { low, direction: None }
     }
 
-    /// The forward with x packed before.
-    fn forward_packed(&self, env: &Env<'_>, x: &[f32], packed: Left<'_>) -> (Buf, Saved) {
+    /// The forward with x packed before, and rounded to 8 bits before where the matrix takes it so.
+    fn forward_packed(&self, env: &Env<'_>, x: &[f32], packed: Left<'_>, codes: Option<&Encoded>) -> (Buf, Saved) {
         let (ctx, n_tokens) = (env.ctx, x.len() / self.inputs);
         let mut y = ctx.buf(n_tokens * self.outputs);
         let bias = match &self.bias {
@@ -126,15 +129,24 @@ impl Linear {
         let into = if bias.is_some() { Into::Add } else { Into::Store };
         let shape = Shape { m: n_tokens, n: self.outputs, alpha: 1.0, into };
         let own = Term::new(self.inputs, packed, self.operand(env, true));
+        let integer = codes.zip(integer::many(env, &self.matrix));
+        if let Some((codes, matrix)) = integer {
+            integer::product(ctx, codes, matrix, into, &mut y);
+        }
         let Some(lora) = &self.lora else {
-            gemm_sum(ctx, shape, &[own], &mut y);
+            if integer.is_none() {
+                gemm_sum(ctx, shape, &[own], &mut y);
+            }
             return (y, Saved { low: None, direction: None });
         };
         let dropped = self.dropped(env, lora, x);
         let low = self.low(env, lora, x, dropped.as_deref(), packed);
         let up = Operand::transposed(env.params.get(lora.b), lora.rank);
         let update = Term::new(lora.rank, Left::Plain(Operand::rows(&low, lora.rank)), up);
-        gemm_sum(ctx, shape, &[own, update], &mut y);
+        match integer {
+            Some(_) => gemm_sum(ctx, Shape { into: Into::Add, ..shape }, &[update], &mut y),
+            None => gemm_sum(ctx, shape, &[own, update], &mut y),
+        }
         let direction = self.factors(env).map(|factors| match &dropped {
             None => factors.scale(ctx, bias, &mut y),
             Some(dropped) => {
@@ -263,9 +275,14 @@ impl Linear {
 /// The forwards of layers that share their input, which is packed once.
 pub fn forward_all<const N: usize>(env: &Env<'_>, linears: [&Linear; N], x: &[f32]) -> [(Buf, Saved); N] {
     let inputs = linears.first().map_or(1, |linear| linear.inputs);
-    let packed = pack(env, x, inputs);
+    let integer = |linear: &Linear| integer::many(env, &linear.matrix).is_some();
+    let codes =
+        linears.iter().any(|linear| integer(linear)).then(|| Encoded::new(env.ctx, x, inputs, Order::EvenOdd));
+    // One layer alone packs for itself.
+    let floats = linears.iter().filter(|linear| !integer(linear) || linear.lora.is_some()).count();
+    let packed = (floats > 1).then(|| pack(env, x, inputs)).flatten();
     let left = packed.as_ref().map_or(Left::Plain(Operand::rows(x, inputs)), Left::Packed);
-    linears.map(|linear| linear.forward_packed(env, x, left))
+    linears.map(|linear| linear.forward_packed(env, x, left, codes.as_ref()))
 }
 
 /// The gradients that a magnitude makes of dy; all are dy without one.

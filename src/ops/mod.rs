@@ -13,6 +13,7 @@ pub mod dropout;
 pub mod embedding;
 pub mod gemv;
 pub mod head;
+pub mod integer;
 pub mod linear;
 pub mod matmul;
 mod pack;
@@ -133,6 +134,15 @@ pub struct Env<'a> {
     pub tokens: &'a Tokens,
     /// `None` outside training: no dropout.
     pub dropout: Option<DropoutKey>,
+    /// Whether frozen NF4 layers may take their input in 8 bits; never in training.
+    pub int8: bool,
+}
+
+impl<'a> Env<'a> {
+    /// One without dropout, and without rounding to 8 bits.
+    pub fn new(ctx: &'a Ctx, params: &'a ParamStore, tokens: &'a Tokens) -> Self {
+        Self { ctx, params, tokens, dropout: None, int8: false }
+    }
 }
 
 /// Rows of a parallel elementwise loop that one task takes: enough work to be worth a task.

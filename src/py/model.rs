@@ -259,6 +259,11 @@ impl Model {
         enter(py, || with_pool(|| self.write()?.core.set_lm_head_bits(bits)))
     }
 
+    /// Bits of the layers' inputs in generation: 8, or None for inputs as they are.
+    fn set_activation_bits(&self, bits: Option<u32>) -> PyResult<()> {
+        Ok(self.write()?.core.set_activation_bits(bits)?)
+    }
+
     /// Whether every tensor is trained.
     #[getter]
     fn is_fully_trained(&self) -> PyResult<bool> {

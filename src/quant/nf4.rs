@@ -343,6 +343,21 @@ impl Nf4Tensor {
         self.absmax.scale(block)
     }
 
+    /// The scales of blocks of `size` weights, from block `first` on; the tensor's own blocks are a multiple of that.
+    ///
+    /// # Panics
+    /// If there are fewer than `out.len()`, or the sizes do not divide.
+    pub fn block_scales(&self, kernels: &Kernels, size: usize, first: usize, out: &mut [f32]) {
+        if self.block_size == size {
+            return self.absmax.read(kernels, first, out);
+        }
+        assert!(self.block_size.is_multiple_of(size), "nf4: blocks of {} cut into {size}", self.block_size);
+        let per_scale = self.block_size / size;
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = self.absmax.scale((first + i) / per_scale);
+        }
+    }
+
     /// The scales of all blocks.
     pub fn scales(&self) -> Vec<f32> {
         (0..self.absmax.len()).map(|block| self.absmax.scale(block)).collect()

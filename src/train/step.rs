@@ -70,7 +70,7 @@ fn run(
     model.check_ids(&batch.tokens.ids)?;
     model.check_targets(batch.targets)?;
     let llama = &model.llama;
-    let env = Env { ctx: &model.ctx, params: &model.params, tokens: batch.tokens, dropout: options.dropout };
+    let env = Env { dropout: options.dropout, ..model.env(batch.tokens) };
     let rope = llama.rope.angles(&batch.tokens.positions);
     let embed_trained = matches!(llama.embed, Matrix::Trained(_));
     let n_layers = llama.layers.len();

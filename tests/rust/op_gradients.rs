@@ -74,7 +74,7 @@ fn rms_norm() {
             let id = params.add("w".into(), vec![hidden], w.clone(), false);
             let norm = RmsNorm { gain: Gain::Trained(id), eps: 1e-5 };
             let tokens = Tokens::default();
-            let env = Env { ctx, params: &params, tokens: &tokens, dropout: None };
+            let env = Env::new(ctx, &params, &tokens);
             let (y, saved) = norm.forward(&env, &x);
             let (mut dx, mut grads) = (vec![0.0; x.len()], Grads::zeros(&params));
             norm.backward(&env, &x, &saved, &dy, &mut dx, &mut grads);
@@ -264,7 +264,7 @@ fn check_lora_linear(ctx: &Ctx, what: &str, n: usize, linear: &Linear, plain: &[
     let sequence: Vec<u32> = vec![0; n];
     let tokens = Tokens::from_sequences([&sequence[..]]);
     for dropout in [None, Some(DropoutKey { seed: 1, step: 2 })] {
-        let env = Env { ctx, params, tokens: &tokens, dropout };
+        let env = Env { dropout, ..Env::new(ctx, params, &tokens) };
         let (y, saved) = linear.forward(&env, &x);
         let (mut dx, mut grads) = (vec![0.0; x.len()], Grads::zeros(params));
         linear.backward(&env, &x, saved, &dy, Some(&mut dx), &mut grads);
@@ -317,7 +317,7 @@ fn head_and_loss_with_ignored_targets() {
         let mut params = ParamStore::default();
         let id = params.add("w".into(), vec![vocab, hidden], w.clone(), true);
         let tokens = Tokens::default();
-        let env = Env { ctx, params: &params, tokens: &tokens, dropout: None };
+        let env = Env::new(ctx, &params, &tokens);
         let mut grads = Grads::zeros(&params);
         let weight = 1.0 / trained as f32;
         let (sum, dh) = head::loss_and_grad(&env, &Matrix::Trained(id), vocab, &h, &targets, weight, &mut grads);

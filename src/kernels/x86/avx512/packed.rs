@@ -1,7 +1,7 @@
 //! Packed weights for AVX-512: a block's table is one register, looked up with `vpermps`, or with `vpermw` as pairs of bfloat16.
 
 use super::Avx512;
-use crate::kernels::gemv::{AHEAD, BLOCK, Nf4Gemv, Nf4Pairs, Nf4Rows, Packed, Round};
+use crate::kernels::gemv::{AHEAD, BLOCK, MAX_NESTED, Nf4Gemv, Nf4Rows, Nf4Way, Packed, Round};
 use crate::kernels::generic::Simd;
 use std::arch::x86_64::*;
 
@@ -112,11 +112,11 @@ impl Packed for Avx512 {
 /// it looks up are pairs that `vdpbf16ps` takes as they are.
 ///
 /// The instructions take numbers below the smallest normal one, 1.2e-38, for zero.
-pub(in crate::kernels::x86) fn nf4_pairs() -> Option<Nf4Pairs> {
+pub(in crate::kernels::x86) fn nf4_pairs() -> Option<Nf4Way> {
     Avx512::detect()?;
     // SAFETY: AVX512-BF16 is detected below before this function is handed out, the rest by `detect`.
     let gemv: Nf4Gemv = |w, code, x, out| unsafe { pairs(Avx512(()), w, code, x, out) };
-    is_x86_feature_detected!("avx512bf16").then_some(Nf4Pairs { order: pair_order, gemv })
+    is_x86_feature_detected!("avx512bf16").then_some(Nf4Way { order: pair_order, gemv })
 }
 
 /// The 64 weights of a block as bfloat16: in word `i` of register `r` the weights `ORDER[32 r + i]` and, above it,
@@ -180,12 +180,13 @@ fn pairs_pass<const M: usize>(
     let half = matches!(w.round, Round::F16 | Round::F16ThenBf16);
     let xs: [&[[f32; BLOCK / 2]]; M] =
         std::array::from_fn(|i| x[(first + i) * words..(first + i + 1) * words].as_chunks::<{ BLOCK / 2 }>().0);
-    let rows = w.packed.as_chunks::<{ BLOCK / 2 }>().0.chunks_exact(blocks).zip(w.scales.chunks_exact(blocks));
-    for ((bytes, scales), out) in rows.zip(out.chunks_exact_mut(n_x)) {
+    let rows = w.packed.as_chunks::<{ BLOCK / 2 }>().0.chunks_exact(blocks);
+    let mut room = [0.0; MAX_NESTED];
+    for (j, (bytes, out)) in rows.zip(out.chunks_exact_mut(n_x)).enumerate() {
+        let scales = w.scales.row(s, j, blocks, &mut room);
         let mut acc = [[s.splat(0.0); 2]; M];
         for (b, (bytes, scale)) in bytes.iter().zip(scales).enumerate() {
             s.prefetch(bytes, AHEAD);
-            s.prefetch(std::slice::from_ref(scale), AHEAD / 8);
             let values = scaled(s, code, *scale);
             let values = if half { round_f16(s, values) } else { values };
             let weights = look_up_pairs(s, bytes, values);
