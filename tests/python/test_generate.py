@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -274,3 +275,25 @@ def test_a_head_in_8_bits_serves_generation_alone(model: Model) -> None:
     for bits in (4, True, 8.5):
         with pytest.raises(ConfigError, match="lm_head_bits"):
             FastLanguageModel.for_inference(model, lm_head_bits=bits)  # type: ignore[arg-type]
+
+
+def test_activations_in_8_bits_serve_generation_alone(tmp_path: Path) -> None:
+    folder = tiny.write_model(tmp_path)
+    model, _ = FastLanguageModel.from_pretrained(str(folder), 64, dtype="float32", load_in_4bit=True)
+    exact = np.array(model([PROMPT]).logits)
+    assert FastLanguageModel.for_inference(model, activation_bits=8) is model
+    assert np.array_equal(model([PROMPT]).logits, exact)
+    assert model.generate([PROMPT] * 3, max_new_tokens=8, **NEVER).shape == (3, 12)
+    FastLanguageModel.for_inference(model, lm_head_bits=8, activation_bits=8)
+    assert model.generate([PROMPT], max_new_tokens=8, **NEVER).shape == (1, 12)
+    FastLanguageModel.for_training(model)
+    assert np.array_equal(model([PROMPT]).logits, exact)
+    for bits in (4, True, 8.5):
+        with pytest.raises(ConfigError, match="activation_bits"):
+            FastLanguageModel.for_inference(model, activation_bits=bits)  # type: ignore[arg-type]
+
+
+def test_activations_in_8_bits_need_a_layer_that_takes_them(model: Model) -> None:
+    with pytest.raises(ConfigError, match="activation_bits = 8: expected None: no layer is NF4"):
+        FastLanguageModel.for_inference(model, activation_bits=8)
+    assert model.generate([PROMPT], max_new_tokens=2, **NEVER).shape == (1, 6)

@@ -3,6 +3,8 @@
 use crate::llama_golden::{golden, load, model_folder};
 use crate::shared_data::shared;
 use rustune::Result;
+use rustune::config::generate::Sampling;
+use rustune::generate::sampling::{Draw, Sampler};
 use rustune::generate::{Chooser, decode};
 use rustune::io::safetensors::TensorFile;
 use rustune::lora::{Init, Placement, inject};
@@ -15,6 +17,8 @@ use std::path::Path;
 struct Forced {
     sequences: Vec<Vec<u32>>,
     seen: Vec<Vec<Vec<f32>>>,
+    /// Whether sequences end when their tokens do, and not one after the other.
+    until_end: bool,
 }
 
 impl Chooser for Forced {
@@ -24,15 +28,14 @@ impl Chooser for Forced {
     }
 
     fn accept(&mut self, seq: usize, _: u32, new_ids: &[u32]) -> Result<bool> {
-        // Sequences end one after the other.
-        Ok(new_ids.len() >= 3 + seq)
+        Ok(!self.until_end && new_ids.len() >= 3 + seq)
     }
 }
 
 /// Logits after the prompts and after each forced token.
 pub(crate) fn forced(model: &Model, sequences: &[Vec<u32>], prompt_len: impl Fn(usize) -> usize) -> Vec<Vec<Vec<f32>>> {
     let prompts: Vec<Vec<u32>> = sequences.iter().enumerate().map(|(i, s)| s[..prompt_len(i)].to_vec()).collect();
-    let mut chooser = Forced { sequences: sequences.to_vec(), seen: vec![Vec::new(); sequences.len()] };
+    let mut chooser = Forced { sequences: sequences.to_vec(), seen: vec![Vec::new(); sequences.len()], until_end: false };
     decode(model, &prompts, 14, &mut chooser, &|| Ok(())).unwrap();
     chooser.seen
 }
@@ -115,13 +118,22 @@ fn a_long_prompt_goes_in_chunks() {
     }
 }
 
-/// Mean negative log-likelihood of `ids[1..]`, and the largest difference of a logit, with the head as it is and in 8 bits.
-fn heads(model: &mut Model, ids: &[u32]) -> (f64, f64, f32) {
-    let nll = |logits: &[f32], target: u32| {
+/// Mean negative log-likelihood of `ids[1..]`, of logits of each but the last;  logits: `[n, vocab]`.
+fn nll<'a>(logits: impl Iterator<Item = &'a [f32]>, ids: &[u32]) -> f64 {
+    let each = logits.zip(&ids[1..]).map(|(logits, &target)| {
         let max = logits.iter().fold(f32::MIN, |m, &v| m.max(v));
         let sum: f64 = logits.iter().map(|&v| f64::from(v - max).exp()).sum();
         sum.ln() + f64::from(max - logits[target as usize])
-    };
+    });
+    each.sum::<f64>() / (ids.len() - 1) as f64
+}
+
+fn largest_difference(one: &[f32], other: &[f32]) -> f32 {
+    one.iter().zip(other).fold(0.0_f32, |m, (a, b)| m.max((a - b).abs()))
+}
+
+/// The loss with the head as it is and in 8 bits, and the largest difference of a logit.
+fn heads(model: &mut Model, ids: &[u32]) -> (f64, f64, f32) {
     let tokens = Tokens::from_sequences([ids]);
     let run = |model: &Model| {
         let env = model.env(&tokens);
@@ -132,25 +144,115 @@ fn heads(model: &mut Model, ids: &[u32]) -> (f64, f64, f32) {
     let coarse = run(model);
     model.set_lm_head_bits(None).unwrap();
     assert_eq!(run(model), exact, "the head as it is comes back");
-    let vocab = model.config.vocab_size;
-    let mean = |logits: &[f32]| {
-        let each = logits.chunks_exact(vocab).zip(&ids[1..]).map(|(logits, &id)| nll(logits, id));
-        each.sum::<f64>() / (ids.len() - 1) as f64
-    };
-    let difference = exact.iter().zip(&coarse).fold(0.0_f32, |m, (a, b)| m.max((a - b).abs()));
-    (mean(&exact), mean(&coarse), difference)
+    let mean = |logits: &[f32]| nll(logits.chunks_exact(model.config.vocab_size), ids);
+    (mean(&exact), mean(&coarse), largest_difference(&exact, &coarse))
+}
+
+/// The shared model, trained on stories, and a text of them; `None` where shared data is missing.
+fn stories(quantize: Option<Quantize>) -> Option<(Model, Vec<u32>)> {
+    let folder = shared("models/stories260K-hf", 1)?;
+    let json: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(folder.join("golden.json")).unwrap()).unwrap();
+    let ids = json["score_ids"].as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect();
+    let options = LoadOptions { precision: Precision::F32, quantize, full_finetuning: false };
+    Some((Model::load(&folder, &options).unwrap(), ids))
+}
+
+/// Samples from the model, by its own probabilities.
+struct Sampled(Sampler);
+
+impl Chooser for Sampled {
+    fn choose(&mut self, seq: usize, ids: &[u32], _: usize, logits: &mut [f32]) -> u32 {
+        self.0.choose(logits, ids, Draw { sequence: seq as u32, position: ids.len() as u32 })
+    }
+
+    fn accept(&mut self, _: usize, _: u32, _: &[u32]) -> Result<bool> {
+        Ok(false)
+    }
+}
+
+/// The text and 400 tokens that the model adds.
+fn continued(model: &Model, ids: &[u32]) -> Vec<u32> {
+    let sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
+    let mut chooser = Sampled(Sampler::new(Some(sampling), 1.0, 5));
+    let new = decode(model, &[ids.to_vec()], 400, &mut chooser, &|| Ok(())).unwrap();
+    [ids, &new[0]].concat()
+}
+
+/// Logits of all tokens by the path of prompts, and those after the first 40 by the path of single tokens.
+fn both_paths(model: &Model, ids: &[u32]) -> (Vec<f32>, Vec<f32>) {
+    let tokens = Tokens::from_sequences([ids]);
+    let env = model.generation_env(&tokens);
+    let whole = with_crew(|crew| model.next_logits(&env, crew, &model.llama.forward(&env, None)).to_vec());
+    let single = forced_all(model, ids, 40);
+    (whole, single)
+}
+
+/// The logits after each of `ids[first - 1..]`, fed one by one.
+fn forced_all(model: &Model, ids: &[u32], first: usize) -> Vec<f32> {
+    let mut chooser = Forced { sequences: vec![ids.to_vec()], seen: vec![Vec::new()], until_end: true };
+    decode(model, &[ids[..first].to_vec()], ids.len() - first, &mut chooser, &|| Ok(())).unwrap();
+    chooser.seen.concat().concat()
+}
+
+#[test]
+fn activations_in_8_bits_hardly_move_the_loss() {
+    let ids: Vec<u32> = (0..200).map(|t| (t * 7 + t * t) % 256).collect();
+    let mut models = vec![("shipped", adapted(Precision::F32, true), ids)];
+    let quantize = Some(Quantize::Nf4 { block_size: 64, double_quant: true });
+    models.extend(stories(quantize).map(|(model, ids)| {
+        let ids = continued(&model, &ids);
+        ("stories260K", model, ids)
+    }));
+    for (name, mut model, ids) in models {
+        let vocab = model.config.vocab_size;
+        let (exact, exact_single) = both_paths(&model, &ids);
+        assert!(largest_difference(&exact[39 * vocab..], &exact_single) < 1e-4, "{name}: both paths");
+        model.set_activation_bits(Some(8)).unwrap();
+        let (coarse, coarse_single) = both_paths(&model, &ids);
+        // What is not generation never rounds.
+        let tokens = Tokens::from_sequences([&ids[..]]);
+        assert_eq!(model.logits(&tokens).unwrap(), {
+            model.set_activation_bits(None).unwrap();
+            model.logits(&tokens).unwrap()
+        });
+        assert_eq!(both_paths(&model, &ids), (exact.clone(), exact_single.clone()), "{name}: floats come back");
+        let mean = |logits: &[f32]| nll(logits.chunks_exact(vocab), &ids);
+        let mean_single = |logits: &[f32]| nll(logits.chunks_exact(vocab), &ids[39..]);
+        for (path, exact, coarse, difference) in [
+            ("prompt", mean(&exact), mean(&coarse), largest_difference(&exact, &coarse)),
+            (
+                "tokens",
+                mean_single(&exact_single),
+                mean_single(&coarse_single),
+                largest_difference(&exact_single, &coarse_single),
+            ),
+        ] {
+            #[allow(clippy::print_stdout, reason = "the effect on the loss is a figure worth reading")]
+            {
+                println!(
+                    "{name}, {path}: NLL {exact:.5}, activations in 8 bits {coarse:.5}; largest change of a logit {difference:.4}"
+                );
+            }
+            // A table without a product of many rows in 8 bits takes prompts as floats.
+            assert!(difference > 0.0 || path == "prompt", "{name}, {path}: 8 bits were not used");
+            assert!((exact - coarse).abs() < 2e-2, "{name}, {path}: {exact} against {coarse}");
+        }
+    }
+    let mut whole = load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("python/rustune/quickstart/model"));
+    for (bits, expected) in [(8, "no layer is NF4"), (4, "expected 8 or None")] {
+        let error = whole.set_activation_bits(Some(bits)).unwrap_err().to_string();
+        assert!(error.contains("activation_bits") && error.contains(expected), "{error}");
+    }
+    whole.set_lm_head_bits(Some(8)).unwrap();
+    whole.set_activation_bits(Some(8)).unwrap(); // the head takes them
 }
 
 #[test]
 fn a_head_in_8_bits_hardly_moves_the_loss() {
     let ids: Vec<u32> = (0..200).map(|t| (t * 7 + t * t) % 256).collect();
     let mut models = vec![("shipped", adapted(Precision::F32, false), ids)];
-    if let Some(folder) = shared("models/stories260K-hf", 1) {
-        let json: serde_json::Value =
-            serde_json::from_str(&std::fs::read_to_string(folder.join("golden.json")).unwrap()).unwrap();
-        let ids = json["score_ids"].as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect();
-        models.push(("stories260K", load(&folder), ids));
-    }
+    models.extend(stories(None).map(|(model, ids)| ("stories260K", model, ids)));
     for (name, mut model, ids) in models {
         let (exact, coarse, difference) = heads(&mut model, &ids);
         #[allow(clippy::print_stdout, reason = "the effect on the loss is a figure worth reading")]
