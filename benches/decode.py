@@ -2,9 +2,10 @@
 
     python benches/decode.py [--smoke] [--peer-python PYTHON]
 
-Prints one table: tokens a second of one sequence (head as it is, and in 8 bits) and of a batch, bytes of weights that
-a token reads, what share of the bandwidth bound that is, and prefill. The peer runs when PYTHON has `xllamacpp` and
-`gguf`; it decodes a Q4_0 GGUF of the same shape. All weights are random; both use the same number of threads.
+Prints one table: tokens a second of one sequence and of a batch, bytes of weights that a token reads, what share of the
+bandwidth bound that is, and prefill; as it is, with the head in 8 bits, and with activations in 8 bits too, as those of
+llama.cpp are. The peer runs when PYTHON has `xllamacpp` and `gguf`; it decodes a Q4_0 GGUF of the same shape. All
+weights are random; both use the same number of threads.
 """
 
 from __future__ import annotations
@@ -55,10 +56,18 @@ def ours(folder: Path, args: argparse.Namespace) -> list[tuple[str, float, float
     table = 2.0 * vocab * hidden
     rows = [("decode, 1 sequence", decode(1), weights)]
     rows += [(f"decode, {batch} sequences", decode(batch), weights) for batch in (4, 8)]
+    small = weights - table + vocab * hidden * (1 + 4 / 64)
+
+    def prefill() -> float:
+        return args.prompt / best(args.repeat, generate(args.prompt, 1))
+
+    rows.append((f"prefill of {args.prompt}", prefill(), 0.0))
     model.for_inference(lm_head_bits=8)
-    rows.append(("decode, 1 sequence, 8-bit head", decode(1), weights - table + vocab * hidden * (1 + 4 / 64)))
-    model.for_inference()
-    rows.append((f"prefill of {args.prompt}", args.prompt / best(args.repeat, generate(args.prompt, 1)), 0.0))
+    rows.append(("decode, 1 sequence, 8-bit head", decode(1), small))
+    model.for_inference(lm_head_bits=8, activation_bits=8)
+    rows.append(("decode, 1 sequence, all in 8 bits", decode(1), small))
+    rows += [(f"decode, {batch} sequences, all in 8 bits", decode(batch), small) for batch in (4, 8)]
+    rows.append((f"prefill of {args.prompt}, all in 8 bits", prefill(), 0.0))
     return rows
 
 
@@ -87,16 +96,18 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
 
     folder = bench_model.make(args.folder, args.shape)
-    bandwidth = json.loads(_native.measure_peak("float32"))["read_bytes"]
+    # Before and after: other guests of the machine come and go.
+    before = json.loads(_native.measure_peak("float32"))["read_bytes"]
     rows = ours(folder, args)
+    bandwidth = max(before, json.loads(_native.measure_peak("float32"))["read_bytes"])
     print(f"rustune {rustune.__version__}, {_native.info()}")
-    print(f"{'':34}{'tok/s':>9}{'MB/step':>9}{'of bound':>10}")
-    print(f"{'memory read, GB/s':34}{bandwidth / 1e9:9.1f}")
+    print(f"{'':38}{'tok/s':>9}{'MB/step':>9}{'of bound':>10}")
+    print(f"{'memory read, GB/s':38}{bandwidth / 1e9:9.1f}")
     for what, speed, nbytes in rows:
         batch = int(what.split(", ")[1].split()[0]) if what.startswith("decode") else 1
         share = f"{speed / batch * nbytes / bandwidth:10.0%}" if nbytes else ""
         size = f"{nbytes / 1e6:9.0f}" if nbytes else ""
-        print(f"{'ours, ' + what:34}{speed:9.1f}{size}{share}")
+        print(f"{'ours, ' + what:38}{speed:9.1f}{size}{share}")
     if not args.peer_python:
         print("llama.cpp: left out (give --peer-python)", file=sys.stderr)
         return
@@ -105,13 +116,14 @@ def main() -> None:
         measured = peer(args, table)
         decode, prefill, nbytes = (measured[key] for key in ("decode_tok_per_s", "prefill_tok_per_s", "bytes"))
         name = f"llama.cpp Q4_0, table {table}"
-        print(f"{name:34}{decode:9.1f}{nbytes / 1e6:9.0f}{decode * nbytes / bandwidth:10.0%}")
-        print(f"{name + ', prefill':34}{prefill:9.1f}")
-        print(
-            f"  ours / llama.cpp: decode {speeds['decode, 1 sequence'] / decode:.2f},"
-            f" with the 8-bit head {speeds['decode, 1 sequence, 8-bit head'] / decode:.2f},"
-            f" prefill {speeds[f'prefill of {args.prompt}'] / prefill:.2f}"
-        )
+        print(f"{name:38}{decode:9.1f}{nbytes / 1e6:9.0f}{decode * nbytes / bandwidth:10.0%}")
+        print(f"{name + ', prefill':38}{prefill:9.1f}")
+        for kind, theirs, ways in (
+            ("decode, 1 sequence", decode, ("", ", 8-bit head", ", all in 8 bits")),
+            (f"prefill of {args.prompt}", prefill, ("", ", all in 8 bits")),
+        ):
+            for way in ways:
+                print(f"  ours / llama.cpp, {kind + way}: {speeds[kind + way] / theirs:.2f}")
 
 
 if __name__ == "__main__":

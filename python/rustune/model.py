@@ -549,10 +549,10 @@ class Model:
             lm_head_bits: 8 generates with a copy of the LM head in 8 bits, 64 weights to a scale: half the bytes of a
                 bfloat16 head, which is half of what a token of a small model reads. None takes the head as it is.
                 Losses, logits and training never use the copy.
-            activation_bits: 8 lets generation round the inputs of 4-bit layers, and of a head in 8 bits, to 8 bits, 64
-                neighbours to a scale, as llama.cpp does. None takes them as they are. It is what makes a CPU with AVX2
-                alone decode, and one with VNNI read a prompt, several times as fast; `docs/performance.md` has the
-                effect on perplexity. Losses, logits and training never round.
+            activation_bits: 8 lets generation round to 8 bits the inputs of layers in 4 or 8 bits and of a head in 8
+                bits, 64 neighbours to a scale, much as llama.cpp does. None takes them as they are. A CPU with AVX2
+                alone decodes, and one with VNNI reads a prompt, more than twice as fast; `docs/performance.md` has the
+                effect on the loss. Losses, logits and training never round.
 
         Returns:
             The model.

@@ -357,15 +357,14 @@ class FastLanguageModel:
         return model
 
     @staticmethod
-    def for_inference(
-        model: Model, *, lm_head_bits: int | None = None, activation_bits: int | None = None
-    ) -> Model:
+    def for_inference(model: Model, *, lm_head_bits: int | None = None, activation_bits: int | None = None) -> Model:
         """Makes a model ready for generating.
 
         Args:
             model: The model.
             lm_head_bits: 8 generates with the LM head in 8 bits; None with the head as it is.
-            activation_bits: 8 lets generation round the inputs of 4-bit layers to 8 bits; None takes them as they are.
+            activation_bits: 8 lets generation round the inputs of layers in 4 or 8 bits to 8 bits; None takes them as
+                they are.
 
         Returns:
             The same model.

@@ -70,6 +70,8 @@ pub struct IntegerTile {
     pub nr: usize,
     /// Blocks of NF4 to words that the tile takes;  packed: `[n · 32]`, words: `[n · 16]`.
     pub nf4_words: fn(packed: &[u8], words: &mut [f32]),
+    /// Blocks of 8-bit weights to words that the tile takes;  codes: `[n · 64]`, words: `[n · 16]`.
+    pub int8_words: fn(codes: &[i8], words: &mut [f32]),
     /// `out[i, j] = Σ_p w[p, j] · x[i, p]`;  w: `[cols / 4, nr]` words, scales: `[cols / 64, nr]`, out: `[n, nr]`.
     pub run: fn(x: Codes<'_>, w: &[f32], scales: &[f32], out: &mut [f32]),
 }
@@ -131,7 +133,8 @@ pub(super) trait Bytes: Copy {
 /// One block: its codes in order of places, and its scale.
 #[inline(always)]
 fn encode_block(x: &[f32; BLOCK]) -> ([i8; BLOCK], f32) {
-    let largest = x.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
+    // Bits of magnitudes are ordered like magnitudes, and NaN is the largest: one in x makes the scale NaN.
+    let largest = f32::from_bits(x.iter().fold(0, |m, v| m.max(v.abs().to_bits())));
     let inverse = if largest > 0.0 { LARGEST / largest } else { 0.0 };
     // An infinite inverse (of a denormal) times zero is no number, whose lowest byte is 0 as well.
     (x.map(|v| (v * inverse + ROUNDER).to_bits() as i8), largest / LARGEST)
@@ -220,6 +223,7 @@ pub(super) fn nf4_gemv<S: Bytes>(s: S, w: Nf4Rows<'_>, x: Codes<'_>, out: &mut [
     let (n, blocks) = (x.check("nf4_gemv"), x.cols / BLOCK);
     let rows = w.rows("nf4_gemv");
     assert!(w.cols == x.cols && n <= MAX_X && out.len() == rows * n, "nf4_gemv: lengths differ");
+    assert!(blocks <= MAX_NESTED, "nf4_gemv: {} columns", x.cols);
     let w = Nf4 { packed: w.packed.as_chunks().0, scales: w.scales, blocks };
     groups(s, w, rows, 1.0 / STEPS, x, out);
 }
@@ -230,6 +234,7 @@ pub(super) fn int8_gemv<S: Bytes>(s: S, w: &[i8], scales: &[f32], x: Codes<'_>, 
     let rows = scales.len() / blocks;
     let fits = w.len() == rows * x.cols && scales.len() == rows * blocks;
     assert!(fits && n <= MAX_X && out.len() == rows * n, "int8_gemv: lengths differ");
+    assert!(blocks <= MAX_NESTED, "int8_gemv: {} columns", x.cols);
     groups(s, Int8 { codes: w.as_chunks().0, scales, blocks }, rows, 1.0, x, out);
 }
 
@@ -270,18 +275,35 @@ fn pass<S: Bytes, W: Weights<S>, const M: usize>(
         }
     };
     // Two rows far apart side by side, for memory to fetch ahead in two places.
-    let (paired, mut room) = (rows / 2, [[0.0; MAX_NESTED]; 2]);
+    let (paired, mut room) = (rows / 2, [0.0; MAX_NESTED]);
+    let mut factors = [[[0.0; MAX_NESTED]; M]; 2];
     for j in 0..paired {
-        let [first, second] = &mut room;
-        let scales = [w.scales(s, j, first), w.scales(s, paired + j, second)];
-        let [one, other] = dots::<S, W, M, 2>(s, w, [j, paired + j], scales, x);
+        for (row, factors) in [j, paired + j].into_iter().zip(&mut factors) {
+            factors_of(s.floats(), w.scales(s, row, &mut room), &x, factors);
+        }
+        let [one, other] = dots::<S, W, M, 2>(s, w, [j, paired + j], &factors, x);
         write(j, one);
         write(paired + j, other);
     }
     for j in 2 * paired..rows {
-        let scales = w.scales(s, j, &mut room[0]);
-        let [dots] = dots::<S, W, M, 1>(s, w, [j], [scales], x);
+        factors_of(s.floats(), w.scales(s, j, &mut room), &x, &mut factors[0]);
+        let [dots] = dots::<S, W, M, 1>(s, w, [j], factors.first_chunk().expect("two rows"), x);
         write(j, dots);
+    }
+}
+
+/// What each block's sum is to be multiplied with: its scale in the row of w times that in each row of x.
+#[inline(always)]
+fn factors_of<F: Packed, const M: usize>(f: F, scales: &[f32], x: &Codes<'_>, out: &mut [[f32; MAX_NESTED]; M]) {
+    let blocks = scales.len();
+    for (out, steps) in out.iter_mut().zip(x.scales.chunks_exact(blocks)) {
+        let (mut scales, mut steps) = (scales.chunks_exact(F::LANES), steps.chunks_exact(F::LANES));
+        let mut outs = out[..blocks].chunks_exact_mut(F::LANES);
+        for ((scales, steps), out) in (&mut scales).zip(&mut steps).zip(&mut outs) {
+            f.store(f.mul(f.load(scales), f.load(steps)), out);
+        }
+        let (scales, steps) = (f.load_tail(scales.remainder()), f.load_tail(steps.remainder()));
+        f.store_tail(f.mul(scales, steps), outs.into_remainder());
     }
 }
 
@@ -291,28 +313,23 @@ fn dots<S: Bytes, W: Weights<S>, const M: usize, const R: usize>(
     s: S,
     w: W,
     rows: [usize; R],
-    scales: [&[f32]; R],
+    factors: &[[[f32; MAX_NESTED]; M]; R],
     x: Codes<'_>,
 ) -> [[f32; M]; R] {
     let (f, blocks) = (s.floats(), x.cols / BLOCK);
     let words: [&[[f32; WORDS]]; M] =
         std::array::from_fn(|i| x.words[i * blocks * WORDS..(i + 1) * blocks * WORDS].as_chunks().0);
     let starts: [&[f32]; M] = std::array::from_fn(|i| &x.starts[i * blocks..(i + 1) * blocks]);
-    let steps: [&[f32]; M] = std::array::from_fn(|i| &x.scales[i * blocks..(i + 1) * blocks]);
-    let scales = scales.map(|scales| &scales[..blocks]);
     let mut acc = [[f.splat(0.0); M]; R];
     for b in 0..blocks {
         for r in 0..R {
             let weights = w.block(s, rows[r], b);
-            let weights = weights.as_ref();
-            let scale = f.splat(scales[r][b]);
             for i in 0..M {
                 let mut sums = s.first(&starts[i][b]);
-                for (v, &weights) in weights.iter().enumerate() {
+                for (v, &weights) in weights.as_ref().iter().enumerate() {
                     sums = s.dot4(sums, weights, s.load(&words[i][b][v * <S::F as Simd>::LANES..]));
                 }
-                let step = f.splat(steps[i][b]);
-                acc[r][i] = f.fma(f.mul(s.to_f32(sums), step), scale, acc[r][i]);
+                acc[r][i] = f.fma(s.to_f32(sums), f.splat(factors[r][i][b]), acc[r][i]);
             }
         }
     }
@@ -332,6 +349,18 @@ pub(super) fn nf4_words<S: Bytes>(s: S, packed: &[u8], words: &mut [f32]) {
     assert_eq!(packed.len(), words.len(), "nf4_words: lengths differ");
     for (packed, words) in packed.iter().zip(words) {
         for (weights, words) in s.nf4(packed).as_ref().iter().zip(words.chunks_exact_mut(<S::F as Simd>::LANES)) {
+            s.store(*weights, words);
+        }
+    }
+}
+
+/// [`IntegerTile::int8_words`].
+#[inline(always)]
+pub(super) fn int8_words<S: Bytes>(s: S, codes: &[i8], words: &mut [f32]) {
+    let (codes, words) = (codes.as_chunks::<BLOCK>().0, words.as_chunks_mut::<WORDS>().0);
+    assert_eq!(codes.len(), words.len(), "int8_words: lengths differ");
+    for (codes, words) in codes.iter().zip(words) {
+        for (weights, words) in s.int8(codes).as_ref().iter().zip(words.chunks_exact_mut(<S::F as Simd>::LANES)) {
             s.store(*weights, words);
         }
     }

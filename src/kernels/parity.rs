@@ -583,6 +583,22 @@ fn codes_are_exact() {
 }
 
 #[test]
+fn what_is_no_number_is_not_lost_in_8_bits() {
+    for table in available() {
+        for bad in [f32::NAN, -f32::NAN, f32::INFINITY] {
+            let mut x = floats(128, 34);
+            x[70] = bad;
+            let encoded = encoded(&table.integer, &x, Order::EvenOdd);
+            let (packed, scales) = nf4_rows(2, 128);
+            let w = Nf4Rows { packed: &packed, scales: Scales::Each(&scales), cols: 128, round: Round::F32 };
+            let mut out = [0.0; 2];
+            (table.integer.nf4_gemv)(w, codes_of(&encoded, 128), &mut out);
+            assert!(out.iter().all(|out| !out.is_finite()), "{} {bad}: {out:?}", table.isa);
+        }
+    }
+}
+
+#[test]
 fn a_number_comes_back_within_half_a_step() {
     let integer = reference::table().integer;
     let x = floats(64 * 5, 32);

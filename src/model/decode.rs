@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::kernels::gemv::BLOCK;
 use crate::ops::crew::Crew;
 use crate::ops::gemv::{self, Input};
-use crate::ops::integer::takes;
+use crate::ops::integer::Quantized;
 use crate::ops::linear::{Linear, Matrix};
 use crate::ops::rope::{Angles, Turn};
 use crate::ops::{Buf, Env, attention, embedding};
@@ -40,20 +40,20 @@ impl Model {
         Ok(())
     }
 
-    /// Lets generation round the inputs of NF4 layers, and of a head in 8 bits, to `bits`: 8, 64 neighbours to a scale, or
+    /// Lets generation round the inputs of layers in 4 or 8 bits, and of a head in 8 bits, to `bits`: 8, 64 neighbours to a scale, or
     /// `None` for inputs as they are. Losses and training never round.
     ///
     /// # Errors
     /// [`Error::Config`] for other bits, and where no layer could take its input so.
     pub fn set_activation_bits(&mut self, bits: Option<u32>) -> Result<()> {
         let bad = |value: u32, expected| Err(Error::config("activation_bits", value, expected));
-        let takes = |linear: &Linear| matches!(&linear.matrix, Matrix::Frozen(weight) if takes(weight).is_some());
+        let takes = |linear: &Linear| matches!(&linear.matrix, Matrix::Frozen(weight) if Quantized::of(weight).is_some());
         let nobody =
             || self.int8_head.is_none() && !self.llama.layers.iter().any(|layer| layer.linears().into_iter().any(takes));
         self.int8_activations = match bits {
             None => false,
             Some(8) if nobody() => {
-                return bad(8, "expected None: no layer is NF4 in rows of a multiple of 64 (load_in_4bit=True makes them)");
+                return bad(8, "expected None: no layer is in 4 or 8 bits with rows of a multiple of 64 (load_in_4bit=True makes them)");
             }
             Some(8) => true,
             Some(other) => return bad(other, "expected 8 or None"),

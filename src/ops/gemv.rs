@@ -6,11 +6,12 @@
 
 use super::crew::Crew;
 use super::dora::Factors;
-use super::integer::{self, Encoded};
+use super::integer::{Encoded, Quantized};
 use super::linear::{Bias, Linear, Matrix};
 use super::weight::{Precision, Storage, Weight};
 use super::{Buf, Ctx, Env};
 use crate::kernels::gemv::{BLOCK, MAX_NESTED, MAX_X, NestedScales, Nf4Rows, Nf4Way, Round, Scales};
+use crate::kernels::int8::STEP;
 use crate::kernels::integer::{Codes, Order};
 use crate::quant::nf4::{Absmax, CODE_BOOK};
 use crate::quant::{FloatKind, Int8Matrix, Nf4Tensor};
@@ -155,11 +156,11 @@ impl<'a> Rows<'a> {
 
     fn form(self, x: &Input) -> Form {
         match self {
-            Self::Int8(_) if x.int8 => Form::Codes(Order::Plain),
-            Self::Weight(weight) => match integer::takes(weight) {
-                Some(_) if x.int8 => Form::Codes(Order::EvenOdd),
-                Some(_) => Form::Nf4,
-                None => Form::Plain,
+            Self::Int8(_) if x.int8 && x.cols <= MAX_NESTED * BLOCK => Form::Codes(Order::Plain),
+            Self::Weight(weight) => match Quantized::of(weight) {
+                Some(matrix) if x.int8 && x.cols <= MAX_NESTED * BLOCK => Form::Codes(matrix.order()),
+                Some(Quantized::Nf4(_)) => Form::Nf4,
+                Some(Quantized::Int8(_)) | None => Form::Plain,
             },
             Self::F32(_) | Self::Int8(_) => Form::Plain,
         }
@@ -190,6 +191,16 @@ impl<'a> Rows<'a> {
             (Storage::F32(data), _) if !bf16 => (ctx.kernels.f32_gemv)(&data[elements], x.cols, &x.plain, out),
             (Storage::Bf16(data), _) => {
                 (ctx.kernels.bf16_gemv)(data[elements].reinterpret_cast(), x.cols, &x.plain, out);
+            }
+            (Storage::Int8(matrix), form) if x.cols.is_multiple_of(BLOCK) && (!bf16 || form != Form::Plain) => {
+                let (codes, scales) = (&matrix.codes[elements], &mut scratch.scales);
+                scales.clear();
+                let steps = matrix.absmax[rows].iter().map(|absmax| absmax * STEP);
+                scales.extend(steps.flat_map(|step| std::iter::repeat_n(step, x.cols / BLOCK)));
+                match form {
+                    Form::Codes(order) => (ctx.kernels.integer.int8_gemv)(codes, scales, x.codes(ctx, order), out),
+                    _ => (ctx.kernels.i8_gemv)(codes, scales, x.cols, &x.plain, out),
+                }
             }
             (Storage::Nf4(tensor), Form::Nf4 | Form::Codes(_)) => {
                 let packed = &tensor.packed[elements.start / 2..elements.end / 2];
@@ -470,6 +481,7 @@ mod tests {
     use super::*;
     use crate::ops::crew::with_crew;
     use crate::ops::tape::test_floats as floats;
+    use crate::quant::RowwiseInt8;
     use half::bf16;
 
     /// The weight as the GEMM path sees it: read, then rounded.
@@ -488,6 +500,11 @@ mod tests {
             ("f32".to_owned(), Weight::f32(values.clone(), rows, cols).unwrap()),
             ("bf16".to_owned(), Weight::bf16(values.iter().map(|v| bf16::from_f32(*v)).collect(), rows, cols).unwrap()),
         ];
+        let int8 = RowwiseInt8::quantize_from(rows, cols, |start, out| {
+            out.copy_from_slice(&values[start..start + out.len()]);
+            Ok(())
+        });
+        made.push(("int8".to_owned(), Weight::int8(int8.unwrap())));
         for kind in [FloatKind::F32, FloatKind::Bf16, FloatKind::F16] {
             for (block, nested) in [(64, false), (64, true), (32, false), (128, false), (256, true)] {
                 let tensor = Nf4Tensor::quantize(&values, &[rows, cols], kind, block, nested).unwrap();

@@ -1,4 +1,4 @@
-//! Many rows of x in 8 bits times a frozen NF4 matrix: what reading a prompt consists of, where 8 bits are allowed.
+//! Many rows of x in 8 bits times a frozen matrix in 4 or 8 bits: what reading a prompt consists of, where 8 bits are allowed.
 //!
 //! Each task takes a panel of the matrix, a few dozen of its rows, dequantizes it to words of four codes (as many bytes as
 //! weights), and multiplies it with all rows of x. A row's result does not depend on its neighbours or on the threads.
@@ -13,9 +13,11 @@ use crate::kernels::gemv::BLOCK;
 use crate::kernels::integer::{Codes, IntegerTile, Order, STEPS, WORDS};
 use crate::kernels::lines::Lines;
 use crate::kernels::tiles::{TileMut, bounds, split_grid};
-use crate::quant::Nf4Tensor;
+use crate::kernels::int8::STEP;
+use crate::quant::{Nf4Tensor, RowwiseInt8};
 use rayon::prelude::*;
 use std::cell::RefCell;
+use std::ops::Range;
 
 /// Blocks of 64 that a task rounds to 8 bits.
 const ENCODE_BLOCKS: usize = 256;
@@ -61,20 +63,71 @@ impl Encoded {
     }
 }
 
-/// Whether products with this matrix may take x in 8 bits: it is NF4, its rows are whole blocks, and nobody trains.
-pub fn takes(weight: &Weight) -> Option<&Nf4Tensor> {
-    match weight.storage() {
-        Storage::Nf4(tensor) if weight.cols().is_multiple_of(BLOCK) && tensor.block_size.is_multiple_of(BLOCK) => {
-            Some(tensor)
+/// A matrix whose products may take x in 8 bits.
+#[derive(Clone, Copy)]
+pub enum Quantized<'a> {
+    /// Blocks of a multiple of 64.
+    Nf4(&'a Nf4Tensor),
+    /// A scale a row.
+    Int8(&'a RowwiseInt8),
+}
+
+impl<'a> Quantized<'a> {
+    /// The weight as such a matrix, if its rows are whole blocks of 64.
+    pub fn of(weight: &'a Weight) -> Option<Self> {
+        match weight.storage() {
+            _ if !weight.cols().is_multiple_of(BLOCK) => None,
+            Storage::Nf4(tensor) if tensor.block_size.is_multiple_of(BLOCK) => Some(Self::Nf4(tensor)),
+            Storage::Int8(matrix) => Some(Self::Int8(matrix)),
+            Storage::F32(_) | Storage::Bf16(_) | Storage::Nf4(_) => None,
         }
-        _ => None,
+    }
+
+    /// The order in which its kernels want codes.
+    pub fn order(self) -> Order {
+        match self {
+            Self::Nf4(_) => Order::EvenOdd,
+            Self::Int8(_) => Order::Plain,
+        }
+    }
+
+    /// Blocks `blocks` as words of the tile.
+    fn words(self, tile: &IntegerTile, blocks: Range<usize>, words: &mut [f32]) {
+        match self {
+            Self::Nf4(tensor) => {
+                (tile.nf4_words)(&tensor.packed[blocks.start * BLOCK / 2..blocks.end * BLOCK / 2], words);
+            }
+            Self::Int8(matrix) => (tile.int8_words)(&matrix.codes[blocks.start * BLOCK..blocks.end * BLOCK], words),
+        }
+    }
+
+    /// What the products of blocks from `first` on are to be multiplied with;  out: those of one row.
+    fn scales(self, ctx: &Ctx, first: usize, out: &mut [f32]) {
+        match self {
+            Self::Nf4(tensor) => {
+                tensor.block_scales(ctx.kernels, BLOCK, first, out);
+                out.iter_mut().for_each(|scale| *scale /= STEPS);
+            }
+            Self::Int8(matrix) => out.fill(matrix.absmax[first * BLOCK / matrix.cols] * STEP),
+        }
     }
 }
 
-/// [`takes`], where products of many rows in 8 bits are asked for and faster than others.
-pub fn many<'a>(env: &Env<'_>, matrix: &'a Matrix) -> Option<(&'a Weight, IntegerTile)> {
+/// The matrix, where products of many rows in 8 bits are asked for and faster than others.
+pub fn many<'a>(env: &Env<'_>, matrix: &'a Matrix) -> Option<Many<'a>> {
     let (Matrix::Frozen(weight), true) = (matrix, env.int8) else { return None };
-    takes(weight).and(env.ctx.kernels.integer.tile).map(|tile| (weight, tile))
+    let (tile, matrix) = (env.ctx.kernels.integer.tile?, Quantized::of(weight)?);
+    Some(Many { tile, matrix, outputs: weight.rows(), inputs: weight.cols() })
+}
+
+/// A matrix `[outputs, inputs]` and the tile that multiplies it.
+#[derive(Clone, Copy)]
+pub struct Many<'a> {
+    tile: IntegerTile,
+    /// How it is stored.
+    pub matrix: Quantized<'a>,
+    outputs: usize,
+    inputs: usize,
 }
 
 /// Scratch of one task.
@@ -91,41 +144,32 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// `y (+)= x · Wᵀ` on all threads;  x in [`Order::EvenOdd`], `[n, in]`, y: `[n, out]`.
+/// `y (+)= x · Wᵀ` on all threads;  x in the matrix's order, `[n, in]`, y: `[n, out]`.
 ///
 /// # Panics
-/// If the shapes do not fit, or the matrix is none that [`takes`] knows.
-pub fn product(ctx: &Ctx, x: &Encoded, (weight, tile): (&Weight, IntegerTile), into: Into, y: &mut [f32]) {
-    let (n, outputs) = (x.scales.len() * BLOCK / x.cols, weight.rows());
-    assert!(weight.cols() == x.cols && y.len() == n * outputs, "integer product: shapes differ");
-    let Some(tensor) = takes(weight) else { panic!("integer product: the matrix is not NF4") };
-    let tiles = split_grid(y, outputs, &[0, n], &bounds(outputs, tile.nr));
+/// If the shapes do not fit.
+pub fn product(ctx: &Ctx, x: &Encoded, many: Many<'_>, into: Into, y: &mut [f32]) {
+    let n = x.scales.len() * BLOCK / x.cols;
+    assert!(many.inputs == x.cols && y.len() == n * many.outputs, "integer product: shapes differ");
+    let tiles = split_grid(y, many.outputs, &[0, n], &bounds(many.outputs, many.tile.nr));
     // One panel a leaf: at the end no thread waits for more than one panel of another.
     tiles.into_par_iter().with_max_len(1).for_each(|part| {
-        SCRATCH.with_borrow_mut(|scratch| panel(ctx, tensor, x.codes(), &tile, into, part, scratch));
+        SCRATCH.with_borrow_mut(|scratch| panel(ctx, &many, x.codes(), into, part, scratch));
     });
 }
 
 /// The columns of one panel.
-fn panel(
-    ctx: &Ctx,
-    tensor: &Nf4Tensor,
-    x: Codes<'_>,
-    tile: &IntegerTile,
-    into: Into,
-    mut out: TileMut<'_>,
-    scratch: &mut Scratch,
-) {
-    let IntegerTile { mr, nr, nf4_words, run } = *tile;
-    let (blocks, first, count) = (x.cols / BLOCK, out.col0, out.cols());
+fn panel(ctx: &Ctx, many: &Many<'_>, x: Codes<'_>, into: Into, mut out: TileMut<'_>, scratch: &mut Scratch) {
+    let (tile, blocks) = (&many.tile, x.cols / BLOCK);
+    let (mr, nr, first, count) = (tile.mr, tile.nr, out.col0, out.cols());
     let Scratch { words, panel, row_scales, scales, tile: piece } = scratch;
     let panel = sized(panel, blocks * WORDS * nr);
     for chunk in (0..blocks).step_by(CHUNK) {
         let some = CHUNK.min(blocks - chunk);
         let words = sized(words, count * some * WORDS);
         for (j, words) in words.chunks_exact_mut(some * WORDS).enumerate() {
-            let at = ((first + j) * blocks + chunk) * BLOCK / 2;
-            nf4_words(&tensor.packed[at..at + some * BLOCK / 2], words);
+            let at = (first + j) * blocks + chunk;
+            many.matrix.words(tile, at..at + some, words);
         }
         let rows = Rows { data: words, stride: some * WORDS, count, depth: some * WORDS };
         (ctx.kernels.transpose)(rows, &mut panel[chunk * WORDS * nr..(chunk + some) * WORDS * nr], nr, 0);
@@ -134,15 +178,15 @@ fn panel(
     scales.fill(0.0);
     let row_scales = sized(row_scales, blocks);
     for j in 0..count {
-        tensor.block_scales(ctx.kernels, BLOCK, (first + j) * blocks, row_scales);
+        many.matrix.scales(ctx, (first + j) * blocks, row_scales);
         for (scales, scale) in scales.chunks_exact_mut(nr).zip(&*row_scales) {
-            scales[j] = scale / STEPS;
+            scales[j] = *scale;
         }
     }
     for i in (0..out.rows()).step_by(mr) {
         let height = mr.min(out.rows() - i);
         let piece = sized(piece, height * nr);
-        run(x.rows(i..i + height), panel, scales, piece);
+        (tile.run)(x.rows(i..i + height), panel, scales, piece);
         for (r, sums) in piece.chunks_exact(nr).enumerate() {
             let row = out.row(i + r);
             match into {
@@ -164,12 +208,24 @@ mod tests {
     use crate::ops::{ParamStore, Precision, Tokens};
     use crate::quant::FloatKind;
 
-    fn linear(rows: usize, cols: usize, block: usize, nested: bool, bias: bool) -> Linear {
+    /// In NF4 with blocks of `block` weights, or in 8 bits where that is `None`.
+    fn linear(rows: usize, cols: usize, block: Option<usize>, bias: bool) -> Linear {
         let values: Vec<f32> = floats(rows * cols, 5).iter().map(|v| v * 0.1).collect();
-        let tensor = Nf4Tensor::quantize(&values, &[rows, cols], FloatKind::F32, block, nested).unwrap();
+        let weight = match block {
+            Some(block) => {
+                let tensor = Nf4Tensor::quantize(&values, &[rows, cols], FloatKind::F32, block, block == 64);
+                Weight::nf4(tensor.unwrap()).unwrap()
+            }
+            None => Weight::int8(
+                RowwiseInt8::quantize_from(rows, cols, |start, out| {
+                    out.copy_from_slice(&values[start..start + out.len()]);
+                    Ok(())
+                })
+                .unwrap(),
+            ),
+        };
         let bias = if bias { Bias::Frozen(floats(rows, 6)) } else { Bias::None };
-        let matrix = Matrix::Frozen(Weight::nf4(tensor).unwrap());
-        Linear { inputs: cols, outputs: rows, matrix, bias, lora: None }
+        Linear { inputs: cols, outputs: rows, matrix: Matrix::Frozen(weight), bias, lora: None }
     }
 
     #[test]
@@ -181,15 +237,19 @@ mod tests {
             let exact = Env::new(&ctx, &params, &tokens);
             let env = Env { int8: true, ..exact };
             // Outputs that fill no panel, rows that fill no tile, blocks of 128 that run across rows.
-            for (rows, cols, block, nested, bias) in
-                [(70, 192, 64, true, false), (33, 640, 64, false, true), (5, 64, 128, true, true)]
-            {
-                let layer = linear(rows, cols, block, nested, bias);
+            for (rows, cols, block, bias) in [
+                (70, 192, Some(64), false),
+                (33, 640, Some(128), true),
+                (5, 64, Some(128), true),
+                (70, 192, None, true),
+                (9, 576, None, false),
+            ] {
+                let layer = linear(rows, cols, block, bias);
                 let n = 29;
                 let x = floats(n * cols, 7);
                 left_out += usize::from(many(&env, &layer.matrix).is_none());
                 let [(got, _)] = forward_all(&env, [&layer], &x);
-                let what = format!("{} {rows} x {cols}", kernels.isa);
+                let what = format!("{} {block:?} {rows} x {cols}", kernels.isa);
                 let [(want, _)] = forward_all(&exact, [&layer], &x);
                 let size = want.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
                 let worst = got.iter().zip(&*want).fold(0.0_f32, |m, (g, w)| m.max((g - w).abs()));
@@ -217,7 +277,7 @@ mod tests {
         let (params, tokens) = (ParamStore::default(), Tokens::default());
         let env = Env { int8: true, ..Env::new(&ctx, &params, &tokens) };
         let (rows, cols, n) = (100, 256, 40);
-        let (layer, x) = (linear(rows, cols, 64, true, false), floats(n * cols, 8));
+        let (layer, x) = (linear(rows, cols, Some(64), false), floats(n * cols, 8));
         let run = |threads: usize, x: &[f32]| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             pool.install(|| layer.forward(&env, x).0.to_vec())

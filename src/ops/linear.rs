@@ -115,7 +115,7 @@ impl Linear {
     }
 
     /// The forward with x packed before, and rounded to 8 bits before where the matrix takes it so.
-    fn forward_packed(&self, env: &Env<'_>, x: &[f32], packed: Left<'_>, codes: Option<&Encoded>) -> (Buf, Saved) {
+    fn forward_packed(&self, env: &Env<'_>, x: &[f32], packed: Left<'_>, codes: &[Option<Encoded>; 2]) -> (Buf, Saved) {
         let (ctx, n_tokens) = (env.ctx, x.len() / self.inputs);
         let mut y = ctx.buf(n_tokens * self.outputs);
         let bias = match &self.bias {
@@ -129,9 +129,9 @@ impl Linear {
         let into = if bias.is_some() { Into::Add } else { Into::Store };
         let shape = Shape { m: n_tokens, n: self.outputs, alpha: 1.0, into };
         let own = Term::new(self.inputs, packed, self.operand(env, true));
-        let integer = codes.zip(integer::many(env, &self.matrix));
-        if let Some((codes, matrix)) = integer {
-            integer::product(ctx, codes, matrix, into, &mut y);
+        let integer = integer::many(env, &self.matrix);
+        if let (Some(many), Some(codes)) = (integer, integer.and_then(|many| codes[many.matrix.order() as usize].as_ref())) {
+            integer::product(ctx, codes, many, into, &mut y);
         }
         let Some(lora) = &self.lora else {
             if integer.is_none() {
@@ -275,14 +275,14 @@ impl Linear {
 /// The forwards of layers that share their input, which is packed once.
 pub fn forward_all<const N: usize>(env: &Env<'_>, linears: [&Linear; N], x: &[f32]) -> [(Buf, Saved); N] {
     let inputs = linears.first().map_or(1, |linear| linear.inputs);
-    let integer = |linear: &Linear| integer::many(env, &linear.matrix).is_some();
-    let codes =
-        linears.iter().any(|linear| integer(linear)).then(|| Encoded::new(env.ctx, x, inputs, Order::EvenOdd));
+    let orders = linears.map(|linear| integer::many(env, &linear.matrix).map(|many| many.matrix.order()));
+    let codes = [Order::Plain, Order::EvenOdd]
+        .map(|order| orders.contains(&Some(order)).then(|| Encoded::new(env.ctx, x, inputs, order)));
     // One layer alone packs for itself.
-    let floats = linears.iter().filter(|linear| !integer(linear) || linear.lora.is_some()).count();
+    let floats = linears.iter().zip(orders).filter(|(linear, order)| order.is_none() || linear.lora.is_some()).count();
     let packed = (floats > 1).then(|| pack(env, x, inputs)).flatten();
     let left = packed.as_ref().map_or(Left::Plain(Operand::rows(x, inputs)), Left::Packed);
-    linears.map(|linear| linear.forward_packed(env, x, left, codes.as_ref()))
+    linears.map(|linear| linear.forward_packed(env, x, left, &codes))
 }
 
 /// The gradients that a magnitude makes of dy; all are dy without one.

@@ -134,7 +134,7 @@ pub struct Env<'a> {
     pub tokens: &'a Tokens,
     /// `None` outside training: no dropout.
     pub dropout: Option<DropoutKey>,
-    /// Whether frozen NF4 layers may take their input in 8 bits; never in training.
+    /// Whether frozen layers in 4 or 8 bits may take their input in 8 bits; never in training.
     pub int8: bool,
 }
 

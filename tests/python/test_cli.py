@@ -238,6 +238,8 @@ def test_generate(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     assert cli.main([*arguments, "--raw", "--system", "x", "Hello"]) == 0
     assert cli.main([*arguments, ""]) == 1
     assert "prompt" in capsys.readouterr().err
+    assert cli.main([*arguments, "--int8", "Hello"]) == 0, "a head alone takes activations in 8 bits"
+    assert cli.main(["generate", str(folder), "--max-new-tokens", "4", "--int8", "Hello"]) == 0
 
 
 def test_text_appears_in_whole_words(folder: Path) -> None:

@@ -294,6 +294,6 @@ def test_activations_in_8_bits_serve_generation_alone(tmp_path: Path) -> None:
 
 
 def test_activations_in_8_bits_need_a_layer_that_takes_them(model: Model) -> None:
-    with pytest.raises(ConfigError, match="activation_bits = 8: expected None: no layer is NF4"):
+    with pytest.raises(ConfigError, match="activation_bits = 8: expected None: no layer is in 4 or 8 bits"):
         FastLanguageModel.for_inference(model, activation_bits=8)
     assert model.generate([PROMPT], max_new_tokens=2, **NEVER).shape == (1, 6)

@@ -240,7 +240,7 @@ fn activations_in_8_bits_hardly_move_the_loss() {
         }
     }
     let mut whole = load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("python/rustune/quickstart/model"));
-    for (bits, expected) in [(8, "no layer is NF4"), (4, "expected 8 or None")] {
+    for (bits, expected) in [(8, "no layer is in 4 or 8 bits"), (4, "expected 8 or None")] {
         let error = whole.set_activation_bits(Some(bits)).unwrap_err().to_string();
         assert!(error.contains("activation_bits") && error.contains(expected), "{error}");
     }

@@ -26,6 +26,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     parser.add_argument("--max-seq-length", type=int, help="longest conversation in tokens")
     parser.add_argument("--16bit", dest="sixteen", action="store_true", help="do not load it in 4 bits")
+    parser.add_argument(
+        "--int8", action="store_true", help="round activations and the LM head to 8 bits: faster, hardly different"
+    )
 
 
 def load(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -47,7 +50,8 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
     )
     if tokenizer is None:
         raise TokenizerError(f"{options.model}: has no tokenizer files, so no text can be made")
-    return FastLanguageModel.for_inference(model), tokenizer
+    bits = 8 if options.int8 else None
+    return FastLanguageModel.for_inference(model, lm_head_bits=bits, activation_bits=bits), tokenizer
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:

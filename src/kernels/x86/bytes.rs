@@ -218,6 +218,10 @@ macro_rules! instantiate_tile {
                 integer::nf4_words(s, packed, words);
             }
             #[target_feature(enable = $features)]
+            fn int8_words(s: $token, codes: &[i8], words: &mut [f32]) {
+                integer::int8_words(s, codes, words);
+            }
+            #[target_feature(enable = $features)]
             fn run(s: $token, x: Codes<'_>, w: &[f32], scales: &[f32], out: &mut [f32]) {
                 let nr = $nv * <<$token as Bytes>::F as Simd>::LANES;
                 match out.len() / nr {
@@ -231,6 +235,8 @@ macro_rules! instantiate_tile {
                 nr: $nv * <<$token as Bytes>::F as Simd>::LANES,
                 // SAFETY: only a `table` with the token's proof hands the tile out.
                 nf4_words: |packed, words| unsafe { nf4_words($make, packed, words) },
+                // SAFETY: as above.
+                int8_words: |codes, words| unsafe { int8_words($make, codes, words) },
                 // SAFETY: as above.
                 run: |x, w, scales, out| unsafe { run($make, x, w, scales, out) },
             };
