@@ -85,7 +85,13 @@ impl Scales<'_> {
 
     /// The scales of row `j`, looked up in `room` where they are nested.
     #[inline(always)]
-    pub(super) fn row<'b, S: Packed>(&'b self, s: S, j: usize, blocks: usize, room: &'b mut [f32; MAX_NESTED]) -> &'b [f32] {
+    pub(super) fn row<'b, S: Packed>(
+        &'b self,
+        s: S,
+        j: usize,
+        blocks: usize,
+        room: &'b mut [f32; MAX_NESTED],
+    ) -> &'b [f32] {
         let nested = match self {
             Self::Each(scales) => return &scales[j * blocks..][..blocks],
             Self::Nested(nested) => nested,
@@ -96,7 +102,14 @@ impl Scales<'_> {
             let len = (nested.group - at % nested.group).min(end - at);
             let codes = &nested.codes[at..at + len];
             s.prefetch(codes, AHEAD / 4);
-            nested_scales(s, codes, nested.map, nested.absmax[at / nested.group], nested.offset, &mut room[done..done + len]);
+            nested_scales(
+                s,
+                codes,
+                nested.map,
+                nested.absmax[at / nested.group],
+                nested.offset,
+                &mut room[done..done + len],
+            );
             (at, done) = (at + len, done + len);
         }
         &room[..blocks]
@@ -144,7 +157,6 @@ pub struct Nf4Way {
     /// As [`super::Kernels::nf4_gemv`] with x from `order`.
     pub gemv: Nf4Gemv,
 }
-
 
 impl Nf4Rows<'_> {
     /// Number of rows; panics if the parts do not fit each other.
@@ -217,14 +229,7 @@ pub(super) fn nf4_order<S: Packed>(_: S, x: &[f32], out: &mut [f32]) {
 }
 
 #[inline(always)]
-pub(super) fn nested_scales<S: Packed>(
-    s: S,
-    codes: &[u8],
-    map: &[f32; 256],
-    scale: f32,
-    offset: f32,
-    out: &mut [f32],
-) {
+pub(super) fn nested_scales<S: Packed>(s: S, codes: &[u8], map: &[f32; 256], scale: f32, offset: f32, out: &mut [f32]) {
     assert_eq!(codes.len(), out.len(), "nested_scales: lengths differ");
     let (scale, offset) = (s.splat(scale), s.splat(offset));
     let (mut whole, mut outs) = (codes.chunks_exact(S::LANES), out.chunks_exact_mut(S::LANES));

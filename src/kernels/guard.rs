@@ -8,8 +8,8 @@ use super::attention::{
 };
 use super::elementwise::{AdamStep, Mask, Masked};
 use super::gemm::{GemmTile, PairKernels, PanelA, Rows, TileC};
-use super::integer::{Codes, Integer, IntegerTile, Order};
 use super::gemv::{MAX_X, NestedScales, Nf4Rows, Nf4Way, Round, Scales};
+use super::integer::{Codes, Integer, IntegerTile, Order};
 use super::tiles::TileMut;
 use super::{Kernels, tables};
 use std::ops::{Deref, DerefMut};
@@ -237,7 +237,8 @@ fn every_kernel_stays_in_bounds() {
         }
         let codes = flush.of(&vec![-7_i8; rows * cols]);
         i8_gemv(&codes, &scales, cols, &x, &mut out);
-        let (groups, nested_codes) = (floats((rows * cols / 64).div_ceil(3)), flush.of(&vec![0xFF_u8; rows * cols / 64]));
+        let (groups, nested_codes) =
+            (floats((rows * cols / 64).div_ceil(3)), flush.of(&vec![0xFF_u8; rows * cols / 64]));
         let map = map.first_chunk().expect("256 values");
         let nested = NestedScales { codes: &nested_codes, first: 0, absmax: &groups, offset: 0.5, group: 3, map };
         for round in [Round::F32, Round::Bf16] {
@@ -300,14 +301,7 @@ fn pairs_stay_in_bounds(
     products(tile, n, flush);
 }
 
-fn integers_stay_in_bounds(
-    integer: &Integer,
-    w: Nf4Rows<'_>,
-    steps: &[f32],
-    codes: &[i8],
-    x: &[f32],
-    flush: Flush,
-) {
+fn integers_stay_in_bounds(integer: &Integer, w: Nf4Rows<'_>, steps: &[f32], codes: &[i8], x: &[f32], flush: Flush) {
     let Integer { encode, nf4_gemv, int8_gemv, tile } = integer;
     let (cols, n, rows) = (w.cols, x.len() / w.cols, codes.len() / w.cols);
     let (mut words, mut scales, mut starts) =

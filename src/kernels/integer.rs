@@ -47,11 +47,14 @@ pub struct Codes<'a> {
     pub cols: usize,
 }
 
+/// `(x, order, words, scales, starts)` of [`Integer::encode`].
+pub type Encode = fn(x: &[f32], order: Order, words: &mut [f32], scales: &mut [f32], starts: &mut [f32]);
+
 /// One instruction set's products of bytes.
 #[derive(Clone, Copy)]
 pub struct Integer {
-    /// `(x, order, words, scales, starts)`: rows of x to codes;  x: `[n · 64]`, words: `[n · 16]`, scales, starts: `[n]`.
-    pub encode: fn(x: &[f32], order: Order, words: &mut [f32], scales: &mut [f32], starts: &mut [f32]),
+    /// Rows of x to codes;  x: `[n · 64]`, words: `[n · 16]`, scales, starts: `[n]`.
+    pub encode: Encode,
     /// `out[j, i] = Σ_p w[j, p] · x[i, p]`, whatever the weights are to be rounded to;  x: [`Order::EvenOdd`], at most
     /// [`MAX_X`] rows, out: `[rows, n]`.
     pub nf4_gemv: fn(w: Nf4Rows<'_>, x: Codes<'_>, out: &mut [f32]),
@@ -121,9 +124,9 @@ pub(super) trait Bytes: Copy {
     fn load(self, x: &[f32]) -> Self::B;
     fn store(self, b: Self::B, out: &mut [f32]);
     /// The word in every lane.
-    fn splat(self, word: &f32) -> Self::B;
+    fn splat(self, word: f32) -> Self::B;
     /// The word in the first lane, zero in the others.
-    fn first(self, word: &f32) -> Self::B;
+    fn first(self, word: f32) -> Self::B;
     /// `sums + w · x` in every lane, four products each;  w: raised weights, x: codes.
     fn dot4(self, sums: Self::B, w: Self::B, x: Self::B) -> Self::B;
     /// Whole numbers as floats.
@@ -223,7 +226,6 @@ pub(super) fn nf4_gemv<S: Bytes>(s: S, w: Nf4Rows<'_>, x: Codes<'_>, out: &mut [
     let (n, blocks) = (x.check("nf4_gemv"), x.cols / BLOCK);
     let rows = w.rows("nf4_gemv");
     assert!(w.cols == x.cols && n <= MAX_X && out.len() == rows * n, "nf4_gemv: lengths differ");
-    assert!(blocks <= MAX_NESTED, "nf4_gemv: {} columns", x.cols);
     let w = Nf4 { packed: w.packed.as_chunks().0, scales: w.scales, blocks };
     groups(s, w, rows, 1.0 / STEPS, x, out);
 }
@@ -234,7 +236,6 @@ pub(super) fn int8_gemv<S: Bytes>(s: S, w: &[i8], scales: &[f32], x: Codes<'_>, 
     let rows = scales.len() / blocks;
     let fits = w.len() == rows * x.cols && scales.len() == rows * blocks;
     assert!(fits && n <= MAX_X && out.len() == rows * n, "int8_gemv: lengths differ");
-    assert!(blocks <= MAX_NESTED, "int8_gemv: {} columns", x.cols);
     groups(s, Int8 { codes: w.as_chunks().0, scales, blocks }, rows, 1.0, x, out);
 }
 
@@ -275,35 +276,18 @@ fn pass<S: Bytes, W: Weights<S>, const M: usize>(
         }
     };
     // Two rows far apart side by side, for memory to fetch ahead in two places.
-    let (paired, mut room) = (rows / 2, [0.0; MAX_NESTED]);
-    let mut factors = [[[0.0; MAX_NESTED]; M]; 2];
+    let (paired, mut room) = (rows / 2, [[0.0; MAX_NESTED]; 2]);
     for j in 0..paired {
-        for (row, factors) in [j, paired + j].into_iter().zip(&mut factors) {
-            factors_of(s.floats(), w.scales(s, row, &mut room), &x, factors);
-        }
-        let [one, other] = dots::<S, W, M, 2>(s, w, [j, paired + j], &factors, x);
+        let [first, second] = &mut room;
+        let scales = [w.scales(s, j, first), w.scales(s, paired + j, second)];
+        let [one, other] = dots::<S, W, M, 2>(s, w, [j, paired + j], scales, x);
         write(j, one);
         write(paired + j, other);
     }
     for j in 2 * paired..rows {
-        factors_of(s.floats(), w.scales(s, j, &mut room), &x, &mut factors[0]);
-        let [dots] = dots::<S, W, M, 1>(s, w, [j], factors.first_chunk().expect("two rows"), x);
+        let scales = w.scales(s, j, &mut room[0]);
+        let [dots] = dots::<S, W, M, 1>(s, w, [j], [scales], x);
         write(j, dots);
-    }
-}
-
-/// What each block's sum is to be multiplied with: its scale in the row of w times that in each row of x.
-#[inline(always)]
-fn factors_of<F: Packed, const M: usize>(f: F, scales: &[f32], x: &Codes<'_>, out: &mut [[f32; MAX_NESTED]; M]) {
-    let blocks = scales.len();
-    for (out, steps) in out.iter_mut().zip(x.scales.chunks_exact(blocks)) {
-        let (mut scales, mut steps) = (scales.chunks_exact(F::LANES), steps.chunks_exact(F::LANES));
-        let mut outs = out[..blocks].chunks_exact_mut(F::LANES);
-        for ((scales, steps), out) in (&mut scales).zip(&mut steps).zip(&mut outs) {
-            f.store(f.mul(f.load(scales), f.load(steps)), out);
-        }
-        let (scales, steps) = (f.load_tail(scales.remainder()), f.load_tail(steps.remainder()));
-        f.store_tail(f.mul(scales, steps), outs.into_remainder());
     }
 }
 
@@ -313,23 +297,28 @@ fn dots<S: Bytes, W: Weights<S>, const M: usize, const R: usize>(
     s: S,
     w: W,
     rows: [usize; R],
-    factors: &[[[f32; MAX_NESTED]; M]; R],
+    scales: [&[f32]; R],
     x: Codes<'_>,
 ) -> [[f32; M]; R] {
     let (f, blocks) = (s.floats(), x.cols / BLOCK);
     let words: [&[[f32; WORDS]]; M] =
         std::array::from_fn(|i| x.words[i * blocks * WORDS..(i + 1) * blocks * WORDS].as_chunks().0);
     let starts: [&[f32]; M] = std::array::from_fn(|i| &x.starts[i * blocks..(i + 1) * blocks]);
+    let steps: [&[f32]; M] = std::array::from_fn(|i| &x.scales[i * blocks..(i + 1) * blocks]);
+    let scales = scales.map(|scales| &scales[..blocks]);
     let mut acc = [[f.splat(0.0); M]; R];
     for b in 0..blocks {
         for r in 0..R {
             let weights = w.block(s, rows[r], b);
+            let weights = weights.as_ref();
+            let scale = f.splat(scales[r][b]);
             for i in 0..M {
-                let mut sums = s.first(&starts[i][b]);
-                for (v, &weights) in weights.as_ref().iter().enumerate() {
+                let mut sums = s.first(starts[i][b]);
+                for (v, &weights) in weights.iter().enumerate() {
                     sums = s.dot4(sums, weights, s.load(&words[i][b][v * <S::F as Simd>::LANES..]));
                 }
-                acc[r][i] = f.fma(s.to_f32(sums), f.splat(factors[r][i][b]), acc[r][i]);
+                let step = f.splat(steps[i][b]);
+                acc[r][i] = f.fma(f.mul(s.to_f32(sums), step), scale, acc[r][i]);
             }
         }
     }
@@ -383,9 +372,9 @@ pub(super) fn tile<S: Bytes, const M: usize, const NV: usize>(
         let words: [&[f32; WORDS]; M] = std::array::from_fn(|i| &x.words.as_chunks().0[i * blocks + b]);
         let panel = &w[b * WORDS * nr..][..WORDS * nr];
         // Loops and no closures, which might be compiled without the instruction set.
-        let mut sums = [[s.splat(&0.0); NV]; M];
+        let mut sums = [[s.splat(0.0); NV]; M];
         for (i, sums) in sums.iter_mut().enumerate() {
-            *sums = [s.splat(&x.starts[i * blocks + b]); NV];
+            *sums = [s.splat(x.starts[i * blocks + b]); NV];
         }
         for (p, panel) in panel.chunks_exact(nr).enumerate() {
             let mut weights = [s.load(panel); NV];
@@ -393,7 +382,7 @@ pub(super) fn tile<S: Bytes, const M: usize, const NV: usize>(
                 *weights = s.load(&panel[v * lanes..]);
             }
             for (sums, words) in sums.iter_mut().zip(words) {
-                let codes = s.splat(&words[p]);
+                let codes = s.splat(words[p]);
                 for v in 0..NV {
                     sums[v] = s.dot4(sums[v], weights[v], codes);
                 }
@@ -415,8 +404,7 @@ pub(super) fn tile<S: Bytes, const M: usize, const NV: usize>(
 pub(super) mod reference {
     use super::{BLOCK, CODE_BOOK, Codes, Integer, MAX_X, Nf4Rows, STEPS, Scales, encode};
 
-    pub(in crate::kernels) const TABLE: Integer =
-        Integer { encode: encode::<0>, nf4_gemv, int8_gemv, tile: None };
+    pub(in crate::kernels) const TABLE: Integer = Integer { encode: encode::<0>, nf4_gemv, int8_gemv, tile: None };
 
     /// The code at place `p` of row `i`.
     fn code(x: &Codes<'_>, i: usize, p: usize) -> i32 {

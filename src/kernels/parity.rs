@@ -553,7 +553,8 @@ fn codes_of((words, scales, starts): &Encoded, cols: usize) -> Codes<'_> {
 
 /// Rows of x as `integer` encodes them.
 fn encoded(integer: &Integer, x: &[f32], order: Order) -> Encoded {
-    let (mut words, mut scales, mut starts) = (vec![0.0; x.len() / 4], vec![0.0; x.len() / 64], vec![0.0; x.len() / 64]);
+    let (mut words, mut scales, mut starts) =
+        (vec![0.0; x.len() / 4], vec![0.0; x.len() / 64], vec![0.0; x.len() / 64]);
     (integer.encode)(x, order, &mut words, &mut scales, &mut starts);
     (words, scales, starts)
 }
@@ -699,8 +700,7 @@ fn nested_scales_are_looked_up_row_by_row() {
     let codes: Vec<u8> = (0..first + rows * cols / 64).map(|i| (i * 37 + 11) as u8).collect();
     let absmax: Vec<f32> = floats(codes.len().div_ceil(7), 41);
     let nested = NestedScales { codes: &codes, first, absmax: &absmax, offset: 0.3, group: 7, map: &map };
-    let each: Vec<f32> =
-        (first..codes.len()).map(|i| map[usize::from(codes[i])] * absmax[i / 7] + 0.3).collect();
+    let each: Vec<f32> = (first..codes.len()).map(|i| map[usize::from(codes[i])] * absmax[i / 7] + 0.3).collect();
     let (packed, x) = (nf4_rows(rows, cols).0, floats(n_x * cols, 42));
     for table in available() {
         let both = |scales, round| {

@@ -47,13 +47,18 @@ impl Model {
     /// [`Error::Config`] for other bits, and where no layer could take its input so.
     pub fn set_activation_bits(&mut self, bits: Option<u32>) -> Result<()> {
         let bad = |value: u32, expected| Err(Error::config("activation_bits", value, expected));
-        let takes = |linear: &Linear| matches!(&linear.matrix, Matrix::Frozen(weight) if Quantized::of(weight).is_some());
-        let nobody =
-            || self.int8_head.is_none() && !self.llama.layers.iter().any(|layer| layer.linears().into_iter().any(takes));
+        let takes =
+            |linear: &Linear| matches!(&linear.matrix, Matrix::Frozen(weight) if Quantized::of(weight).is_some());
+        let nobody = || {
+            self.int8_head.is_none() && !self.llama.layers.iter().any(|layer| layer.linears().into_iter().any(takes))
+        };
         self.int8_activations = match bits {
             None => false,
             Some(8) if nobody() => {
-                return bad(8, "expected None: no layer is in 4 or 8 bits with rows of a multiple of 64 (load_in_4bit=True makes them)");
+                return bad(
+                    8,
+                    "expected None: no layer is in 4 or 8 bits with rows of a multiple of 64 (load_in_4bit=True makes them)",
+                );
             }
             Some(8) => true,
             Some(other) => return bad(other, "expected 8 or None"),
@@ -110,7 +115,8 @@ impl Layer {
     fn decode(&self, env: &Env<'_>, crew: &Crew, rope: &Angles, x: &mut [f32], cache: &mut LayerCache) {
         let (ctx, heads, n_tokens) = (env.ctx, self.heads, env.tokens.len());
         let cu_seqlens = &env.tokens.cu_seqlens;
-        let input = |x: &[f32]| Input::new(ctx, x, n_tokens, x.len() / n_tokens, x.len() / n_tokens).in_8_bits(env.int8);
+        let input =
+            |x: &[f32]| Input::new(ctx, x, n_tokens, x.len() / n_tokens, x.len() / n_tokens).in_8_bits(env.int8);
         let h = input(&self.input_norm.forward(env, x).0);
         let [mut q, mut k, v] = gemv::linears(env, crew, [&self.q, &self.k, &self.v], &h);
         rope.rotate(ctx, &mut q, heads.q_width(), Turn::Forward);

@@ -106,7 +106,16 @@ pub(crate) fn random_model(s: TestShape) -> Model {
         rope: Rope::new(s.heads.head_dim, 10_000.0, &RopeScaling::None),
     };
     let config = ModelConfig::read(folder.path()).unwrap();
-    Model { folder: PathBuf::new(), config, llama, params, ctx, new_tables: false, int8_head: None, int8_activations: false }
+    Model {
+        folder: PathBuf::new(),
+        config,
+        llama,
+        params,
+        ctx,
+        new_tables: false,
+        int8_head: None,
+        int8_activations: false,
+    }
 }
 
 /// Sequences of these lengths with ids below `vocab`, and their shifted targets.

@@ -66,7 +66,7 @@ impl Input {
         if ctx.precision == Precision::Bf16 {
             (ctx.kernels.round_bf16)(&mut plain);
         }
-        Self { n_rows, cols, plain, int8: false, ordered: Default::default(), encoded: Default::default() }
+        Self { n_rows, cols, plain, int8: false, ordered: OnceLock::new(), encoded: [const { OnceLock::new() }; 2] }
     }
 
     /// Number of rows.
@@ -156,9 +156,9 @@ impl<'a> Rows<'a> {
 
     fn form(self, x: &Input) -> Form {
         match self {
-            Self::Int8(_) if x.int8 && x.cols <= MAX_NESTED * BLOCK => Form::Codes(Order::Plain),
+            Self::Int8(_) if x.int8 => Form::Codes(Order::Plain),
             Self::Weight(weight) => match Quantized::of(weight) {
-                Some(matrix) if x.int8 && x.cols <= MAX_NESTED * BLOCK => Form::Codes(matrix.order()),
+                Some(matrix) if x.int8 => Form::Codes(matrix.order()),
                 Some(Quantized::Nf4(_)) => Form::Nf4,
                 Some(Quantized::Int8(_)) | None => Form::Plain,
             },
@@ -325,7 +325,9 @@ fn stacked<const N: usize>(
     finish: impl Fn(usize, usize, &mut [f32], &mut Scratch) + Sync,
 ) -> [Buf; N] {
     let n_rows = x.n_rows;
-    parts.iter().for_each(|(rows, _)| x.lay_out(ctx, rows.form(x)));
+    for (rows, _) in &parts {
+        x.lay_out(ctx, rows.form(x));
+    }
     let height = parts.iter().map(|(_, height)| height).sum();
     let step = parts.iter().map(|(rows, _)| rows.per_task(height, x.cols, crew.n_threads())).min().unwrap_or(1);
     let mut out = ctx.buf(height * n_rows);
@@ -455,7 +457,9 @@ pub fn gated(env: &Env<'_>, crew: &Crew, [gate, up]: [&Linear; 2], x: &Input) ->
     let mut out = ctx.buf(gate.outputs * n_rows);
     let additions = Additions::of(env, crew, [gate, up], x);
     let [gate_rows, up_rows] = [gate, up].map(|linear| Rows::of(env, &linear.matrix));
-    [gate_rows, up_rows].iter().for_each(|rows| x.lay_out(ctx, rows.form(x)));
+    for rows in [gate_rows, up_rows] {
+        x.lay_out(ctx, rows.form(x));
+    }
     let step = gate_rows.per_task(gate.outputs, x.cols, crew.n_threads());
     crew.for_chunks(&mut out, step * n_rows, |task, out| {
         SCRATCH.with_borrow_mut(|scratch| {

@@ -10,10 +10,10 @@ use super::weight::{Storage, Weight};
 use super::{Buf, Ctx, Env};
 use crate::kernels::gemm::Rows;
 use crate::kernels::gemv::BLOCK;
+use crate::kernels::int8::STEP;
 use crate::kernels::integer::{Codes, IntegerTile, Order, STEPS, WORDS};
 use crate::kernels::lines::Lines;
 use crate::kernels::tiles::{TileMut, bounds, split_grid};
-use crate::kernels::int8::STEP;
 use crate::quant::{Nf4Tensor, RowwiseInt8};
 use rayon::prelude::*;
 use std::cell::RefCell;
@@ -38,9 +38,10 @@ impl Encoded {
         let mut encoded = Self::room(ctx, x.len(), cols);
         let Self { words, scales, starts, .. } = &mut encoded;
         let parts = words.par_chunks_mut(ENCODE_BLOCKS * WORDS).zip(scales.par_chunks_mut(ENCODE_BLOCKS));
-        parts.zip(starts.par_chunks_mut(ENCODE_BLOCKS)).zip(x.par_chunks(ENCODE_BLOCKS * BLOCK)).for_each(
-            |(((words, scales), starts), x)| (ctx.kernels.integer.encode)(x, order, words, scales, starts),
-        );
+        parts
+            .zip(starts.par_chunks_mut(ENCODE_BLOCKS))
+            .zip(x.par_chunks(ENCODE_BLOCKS * BLOCK))
+            .for_each(|(((words, scales), starts), x)| (ctx.kernels.integer.encode)(x, order, words, scales, starts));
         encoded
     }
 
@@ -106,7 +107,9 @@ impl<'a> Quantized<'a> {
         match self {
             Self::Nf4(tensor) => {
                 tensor.block_scales(ctx.kernels, BLOCK, first, out);
-                out.iter_mut().for_each(|scale| *scale /= STEPS);
+                for scale in out {
+                    *scale /= STEPS;
+                }
             }
             Self::Int8(matrix) => out.fill(matrix.absmax[first * BLOCK / matrix.cols] * STEP),
         }

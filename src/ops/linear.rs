@@ -129,8 +129,9 @@ impl Linear {
         let into = if bias.is_some() { Into::Add } else { Into::Store };
         let shape = Shape { m: n_tokens, n: self.outputs, alpha: 1.0, into };
         let own = Term::new(self.inputs, packed, self.operand(env, true));
-        let integer = integer::many(env, &self.matrix);
-        if let (Some(many), Some(codes)) = (integer, integer.and_then(|many| codes[many.matrix.order() as usize].as_ref())) {
+        let integer = integer::many(env, &self.matrix)
+            .and_then(|many| codes[many.matrix.order() as usize].as_ref().map(|codes| (codes, many)));
+        if let Some((codes, many)) = integer {
             integer::product(ctx, codes, many, into, &mut y);
         }
         let Some(lora) = &self.lora else {

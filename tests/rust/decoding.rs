@@ -35,7 +35,8 @@ impl Chooser for Forced {
 /// Logits after the prompts and after each forced token.
 pub(crate) fn forced(model: &Model, sequences: &[Vec<u32>], prompt_len: impl Fn(usize) -> usize) -> Vec<Vec<Vec<f32>>> {
     let prompts: Vec<Vec<u32>> = sequences.iter().enumerate().map(|(i, s)| s[..prompt_len(i)].to_vec()).collect();
-    let mut chooser = Forced { sequences: sequences.to_vec(), seen: vec![Vec::new(); sequences.len()], until_end: false };
+    let mut chooser =
+        Forced { sequences: sequences.to_vec(), seen: vec![Vec::new(); sequences.len()], until_end: false };
     decode(model, &prompts, 14, &mut chooser, &|| Ok(())).unwrap();
     chooser.seen
 }

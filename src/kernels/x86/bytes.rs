@@ -78,11 +78,11 @@ impl Bytes for Vnni512 {
         intrinsic!(_mm512_storeu_si512(out.as_mut_ptr().cast(), b));
     }
     #[inline(always)]
-    fn splat(self, word: &f32) -> __m512i {
+    fn splat(self, word: f32) -> __m512i {
         intrinsic!(_mm512_set1_epi32(word.to_bits() as i32))
     }
     #[inline(always)]
-    fn first(self, word: &f32) -> __m512i {
+    fn first(self, word: f32) -> __m512i {
         intrinsic!(_mm512_zextsi128_si512(_mm_cvtsi32_si128(word.to_bits() as i32)))
     }
     #[inline(always)]
@@ -134,11 +134,11 @@ macro_rules! bytes256 {
             intrinsic!(_mm256_storeu_si256(out.as_mut_ptr().cast(), b));
         }
         #[inline(always)]
-        fn splat(self, word: &f32) -> __m256i {
+        fn splat(self, word: f32) -> __m256i {
             intrinsic!(_mm256_set1_epi32(word.to_bits() as i32))
         }
         #[inline(always)]
-        fn first(self, word: &f32) -> __m256i {
+        fn first(self, word: f32) -> __m256i {
             intrinsic!(_mm256_zextsi128_si256(_mm_cvtsi32_si128(word.to_bits() as i32)))
         }
         #[inline(always)]
@@ -250,7 +250,11 @@ instantiate_tile!(
 );
 instantiate_tile!(tile256, Vnni256, Vnni256(Avx2(())), "avxvnni,avx2,fma,f16c", 2, 6: 1 2 3 4 5 6);
 instantiate_bytes!(
-    vnni512, Vnni512, Vnni512(Avx512(())), "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma", Some(tile512::TILE)
+    vnni512,
+    Vnni512,
+    Vnni512(Avx512(())),
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma",
+    Some(tile512::TILE)
 );
 instantiate_bytes!(vnni256, Vnni256, Vnni256(Avx2(())), "avxvnni,avx2,fma,f16c", Some(tile256::TILE));
 instantiate_bytes!(plain, Avx2, Avx2(()), "avx2,fma,f16c", None);

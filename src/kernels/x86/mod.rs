@@ -170,6 +170,8 @@ pub(super) fn tables() -> impl Iterator<Item = Kernels> {
     let wide = |table: Kernels| Kernels { integer: bytes::wide().unwrap_or(table.integer), ..table };
     // AMX multiplies bfloat16 faster than VNNI bytes.
     let tile = |table: &Kernels| table.integer.tile.filter(|_| table.isa != "amx");
-    let tables = tables.map(wide).map(move |table| Kernels { integer: Integer { tile: tile(&table), ..table.integer }, ..table });
+    let tables = tables
+        .map(wide)
+        .map(move |table| Kernels { integer: Integer { tile: tile(&table), ..table.integer }, ..table });
     tables.chain(bytes::table()).chain(avx2::table())
 }
