@@ -313,7 +313,7 @@ fn integers_stay_in_bounds(integer: &Integer, w: Nf4Rows<'_>, steps: &[f32], cod
     let mut out = flush.floats(rows * n);
     nf4_gemv(w, x, &mut out);
     int8_gemv(codes, steps, x, &mut out);
-    let Some(IntegerTile { mr, nr, nf4_words, int8_words, run }) = tile else { return };
+    let Some(IntegerTile { mr, nr, beats_pairs: _, nf4_words, int8_words, run }) = tile else { return };
     nf4_words(w.packed, &mut flush.floats(rows * cols / 4));
     int8_words(codes, &mut flush.floats(rows * cols / 4));
     let (panel, scales) = (flush.floats(cols / 4 * nr), flush.floats(cols / 64 * nr));

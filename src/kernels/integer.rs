@@ -60,7 +60,7 @@ pub struct Integer {
     pub nf4_gemv: fn(w: Nf4Rows<'_>, x: Codes<'_>, out: &mut [f32]),
     /// `out[j, i] = Σ_p scales[j, p / 64] · w[j, p] · x[i, p]`;  x: [`Order::Plain`].
     pub int8_gemv: fn(w: &[i8], scales: &[f32], x: Codes<'_>, out: &mut [f32]),
-    /// The product of many rows, where it is faster than that of floats.
+    /// The product of many rows, where it is faster than that of f32.
     pub tile: Option<IntegerTile>,
 }
 
@@ -71,6 +71,8 @@ pub struct IntegerTile {
     pub mr: usize,
     /// Columns of a panel: rows of the weight.
     pub nr: usize,
+    /// Whether it is faster than the product of bf16 pairs too.
+    pub beats_pairs: bool,
     /// Blocks of NF4 to words that the tile takes;  packed: `[n · 32]`, words: `[n · 16]`.
     pub nf4_words: fn(packed: &[u8], words: &mut [f32]),
     /// Blocks of 8-bit weights to words that the tile takes;  codes: `[n · 64]`, words: `[n · 16]`.

@@ -6,7 +6,7 @@
 use super::linear::Matrix;
 use super::matmul::Into;
 use super::pack::sized;
-use super::weight::{Storage, Weight};
+use super::weight::{Precision, Storage, Weight};
 use super::{Buf, Ctx, Env};
 use crate::kernels::gemm::Rows;
 use crate::kernels::gemv::BLOCK;
@@ -120,6 +120,10 @@ impl<'a> Quantized<'a> {
 pub fn many<'a>(env: &Env<'_>, matrix: &'a Matrix) -> Option<Many<'a>> {
     let (Matrix::Frozen(weight), true) = (matrix, env.int8) else { return None };
     let (tile, matrix) = (env.ctx.kernels.integer.tile?, Quantized::of(weight)?);
+    let pairs = env.ctx.precision == Precision::Bf16 && env.ctx.kernels.pairs.is_some();
+    if pairs && !tile.beats_pairs {
+        return None;
+    }
     Some(Many { tile, matrix, outputs: weight.rows(), inputs: weight.cols() })
 }
 
@@ -208,7 +212,7 @@ mod tests {
     use crate::ops::gemv::{self, Input};
     use crate::ops::linear::{Bias, Linear, forward_all};
     use crate::ops::tape::test_floats as floats;
-    use crate::ops::{ParamStore, Precision, Tokens};
+    use crate::ops::{ParamStore, Tokens};
     use crate::quant::FloatKind;
 
     /// In NF4 with blocks of `block` weights, or in 8 bits where that is `None`.

@@ -233,6 +233,7 @@ macro_rules! instantiate_tile {
             pub(super) const TILE: IntegerTile = IntegerTile {
                 mr: $mr,
                 nr: $nv * <<$token as Bytes>::F as Simd>::LANES,
+                beats_pairs: true,
                 // SAFETY: only a `table` with the token's proof hands the tile out.
                 nf4_words: |packed, words| unsafe { nf4_words($make, packed, words) },
                 // SAFETY: as above.

@@ -159,7 +159,7 @@ mod avx512bf16;
 mod bytes;
 
 use super::Kernels;
-use super::integer::Integer;
+use super::integer::{Integer, IntegerTile};
 
 /// The tables this CPU and operating system can run, best first.
 pub(super) fn tables() -> impl Iterator<Item = Kernels> {
@@ -169,7 +169,7 @@ pub(super) fn tables() -> impl Iterator<Item = Kernels> {
     let tables = tables.map(|table| Kernels { nf4_pairs: table.pairs.and(avx512::nf4_pairs()), ..table });
     let wide = |table: Kernels| Kernels { integer: bytes::wide().unwrap_or(table.integer), ..table };
     // AMX multiplies bfloat16 faster than VNNI bytes.
-    let tile = |table: &Kernels| table.integer.tile.filter(|_| table.isa != "amx");
+    let tile = |table: &Kernels| Some(IntegerTile { beats_pairs: table.isa != "amx", ..table.integer.tile? });
     let tables = tables
         .map(wide)
         .map(move |table| Kernels { integer: Integer { tile: tile(&table), ..table.integer }, ..table });
