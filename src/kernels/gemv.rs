@@ -149,12 +149,12 @@ pub type LookUpScales = fn(codes: &[u8], map: &[f32; 256], scale: f32, offset: f
 /// Rows of W, the code book, x in order, out.
 pub type Nf4Gemv = fn(w: Nf4Rows<'_>, code: &[f32; 16], x: &[f32], out: &mut [f32]);
 
-/// A faster way for some products, which wants x in an order of its own.
+/// The same product where x is bfloat16 and the CPU multiplies pairs of them; the weights are then rounded to bfloat16.
 #[derive(Clone, Copy)]
-pub struct Nf4Way {
-    /// x as `gemv` reads it.
+pub struct Nf4Pairs {
+    /// x, all of it bfloat16, as the kernel reads it: two numbers a word;  x: `[n · 64]`, out: `[n · 32]`.
     pub order: fn(x: &[f32], out: &mut [f32]),
-    /// As [`super::Kernels::nf4_gemv`] with x from `order`.
+    /// As [`super::Kernels::nf4_gemv`] with x from `order`: `[n_x, cols / 2]`.
     pub gemv: Nf4Gemv,
 }
 

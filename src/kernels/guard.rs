@@ -8,7 +8,7 @@ use super::attention::{
 };
 use super::elementwise::{AdamStep, Mask, Masked};
 use super::gemm::{GemmTile, PairKernels, PanelA, Rows, TileC};
-use super::gemv::{MAX_X, NestedScales, Nf4Rows, Nf4Way, Round, Scales};
+use super::gemv::{MAX_X, NestedScales, Nf4Pairs, Nf4Rows, Round, Scales};
 use super::integer::{Codes, Integer, IntegerTile, Order};
 use super::tiles::TileMut;
 use super::{Kernels, tables};
@@ -229,7 +229,7 @@ fn every_kernel_stays_in_bounds() {
         for round in [Round::F32, Round::Bf16, Round::F16, Round::F16ThenBf16] {
             let w = Nf4Rows { packed: &bytes, scales: Scales::Each(&scales), cols, round };
             nf4_gemv(w, code, &ordered, &mut out);
-            if let Some(Nf4Way { order, gemv }) = nf4_pairs {
+            if let Some(Nf4Pairs { order, gemv }) = nf4_pairs {
                 let mut words = floats(n_x * cols / 2);
                 order(&x, &mut words);
                 gemv(w, code, &words, &mut out);

@@ -91,9 +91,8 @@ pub struct Kernels {
     pub nf4_order: fn(x: &[f32], out: &mut [f32]),
     /// `out[j, i] = Σ_p w[j, p] · x[i, p]`, `w = round(code[index] · scale)`, x brought into order by `nf4_order`.
     pub nf4_gemv: gemv::Nf4Gemv,
-    /// The same for x that is bfloat16, two numbers a word, where there is a faster way: the weights are then rounded to
-    /// bfloat16 as well.  x: `[n · 64]`, in order: `[n · 32]`.
-    pub nf4_pairs: Option<gemv::Nf4Way>,
+    /// The same for x that is bfloat16, where there is a faster way.
+    pub nf4_pairs: Option<gemv::Nf4Pairs>,
     /// Scales that are codes: `out[i] = map[codes[i]] · scale + offset`, rounded twice.
     pub nested_scales: gemv::LookUpScales,
     /// `out[j, i] = Σ_p w[j, p] · x[i, p]`;  w: bits of bf16, `[rows, cols]`.

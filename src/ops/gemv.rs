@@ -10,7 +10,7 @@ use super::integer::{Encoded, Quantized};
 use super::linear::{Bias, Linear, Matrix};
 use super::weight::{Precision, Storage, Weight};
 use super::{Buf, Ctx, Env};
-use crate::kernels::gemv::{BLOCK, MAX_NESTED, MAX_X, NestedScales, Nf4Rows, Nf4Way, Round, Scales};
+use crate::kernels::gemv::{BLOCK, MAX_NESTED, MAX_X, NestedScales, Nf4Pairs, Nf4Rows, Round, Scales};
 use crate::kernels::int8::STEP;
 use crate::kernels::integer::{Codes, Order};
 use crate::quant::nf4::{Absmax, CODE_BOOK};
@@ -107,7 +107,7 @@ impl Input {
 }
 
 /// The product of bfloat16 pairs, where x is bfloat16 and the CPU has one.
-fn pairs(ctx: &Ctx) -> Option<Nf4Way> {
+fn pairs(ctx: &Ctx) -> Option<Nf4Pairs> {
     ctx.kernels.nf4_pairs.filter(|_| ctx.precision == Precision::Bf16)
 }
 
@@ -179,11 +179,7 @@ impl<'a> Rows<'a> {
             }
             Self::Int8(matrix) => {
                 let scales = &matrix.scales[elements.start / BLOCK..elements.end / BLOCK];
-                let codes = &matrix.codes[elements];
-                return match form {
-                    Form::Codes(order) => (ctx.kernels.integer.int8_gemv)(codes, scales, x.codes(ctx, order), out),
-                    _ => (ctx.kernels.i8_gemv)(codes, scales, x.cols, &x.plain, out),
-                };
+                return int8_rows(ctx, &matrix.codes[elements], scales, x, form, out);
             }
             Self::Weight(weight) => weight,
         };
@@ -193,14 +189,11 @@ impl<'a> Rows<'a> {
                 (ctx.kernels.bf16_gemv)(data[elements].reinterpret_cast(), x.cols, &x.plain, out);
             }
             (Storage::Int8(matrix), form) if x.cols.is_multiple_of(BLOCK) && (!bf16 || form != Form::Plain) => {
-                let (codes, scales) = (&matrix.codes[elements], &mut scratch.scales);
+                let scales = &mut scratch.scales;
                 scales.clear();
                 let steps = matrix.absmax[rows].iter().map(|absmax| absmax * STEP);
                 scales.extend(steps.flat_map(|step| std::iter::repeat_n(step, x.cols / BLOCK)));
-                match form {
-                    Form::Codes(order) => (ctx.kernels.integer.int8_gemv)(codes, scales, x.codes(ctx, order), out),
-                    _ => (ctx.kernels.i8_gemv)(codes, scales, x.cols, &x.plain, out),
-                }
+                int8_rows(ctx, &matrix.codes[elements], scales, x, form, out);
             }
             (Storage::Nf4(tensor), Form::Nf4 | Form::Codes(_)) => {
                 let packed = &tensor.packed[elements.start / 2..elements.end / 2];
@@ -221,6 +214,14 @@ impl<'a> Rows<'a> {
                 by_rows(ctx, x, rows, out, &mut scratch.row, read);
             }
         }
+    }
+}
+
+/// Rows in 8 bits against x, in 8 bits too if the form says so.
+fn int8_rows(ctx: &Ctx, codes: &[i8], scales: &[f32], x: &Input, form: Form, out: &mut [f32]) {
+    match form {
+        Form::Codes(order) => (ctx.kernels.integer.int8_gemv)(codes, scales, x.codes(ctx, order), out),
+        Form::Plain | Form::Nf4 => (ctx.kernels.i8_gemv)(codes, scales, x.cols, &x.plain, out),
     }
 }
 

@@ -236,6 +236,15 @@ mod tests {
     }
 
     #[test]
+    fn the_code_book_lies_as_near_to_that_of_nf4_as_is_said() {
+        let codes = crate::kernels::integer::CODE_BOOK.map(|code| f32::from(code) / STEPS);
+        let errors = codes.iter().zip(&crate::quant::nf4::CODE_BOOK).map(|(code, exact)| (code - exact).abs());
+        assert!(errors.clone().all(|error| error <= 0.5001 / STEPS), "each is the nearest whole number");
+        let mean = (errors.map(|error| error * error).sum::<f32>() / 16.0).sqrt();
+        assert!((0.001_71..0.001_72).contains(&mean), "{mean}");
+    }
+
+    #[test]
     fn many_rows_give_what_few_rows_give_and_almost_what_floats_give() {
         let mut left_out = 0;
         for kernels in crate::kernels::available() {

@@ -237,6 +237,7 @@ fn activations_in_8_bits_hardly_move_the_loss() {
             }
             // A table without a product of many rows in 8 bits takes prompts as floats.
             assert!(difference > 0.0 || path == "prompt", "{name}, {path}: 8 bits were not used");
+            // The stories move by 0.002; the shipped model, lost in random ids, by 0.1 % of a loss of 17.
             assert!((exact - coarse).abs() < 2e-2, "{name}, {path}: {exact} against {coarse}");
         }
     }

@@ -166,12 +166,11 @@ pub(super) fn tables() -> impl Iterator<Item = Kernels> {
     let (fast, slow): (Vec<_>, Vec<_>) =
         avx512bf16::table().into_iter().partition(|table| table.pairs.is_some_and(|pairs| pairs.fast));
     let tables = amx::table().into_iter().chain(fast).chain(avx512::table()).chain(slow);
-    let tables = tables.map(|table| Kernels { nf4_pairs: table.pairs.and(avx512::nf4_pairs()), ..table });
-    let wide = |table: Kernels| Kernels { integer: bytes::wide().unwrap_or(table.integer), ..table };
-    // AMX multiplies bfloat16 faster than VNNI bytes.
-    let tile = |table: &Kernels| Some(IntegerTile { beats_pairs: table.isa != "amx", ..table.integer.tile? });
-    let tables = tables
-        .map(wide)
-        .map(move |table| Kernels { integer: Integer { tile: tile(&table), ..table.integer }, ..table });
+    let tables = tables.map(|table| {
+        let integer = bytes::wide().unwrap_or(table.integer);
+        // AMX multiplies bfloat16 faster than VNNI bytes.
+        let tile = integer.tile.map(|tile| IntegerTile { beats_pairs: table.isa != "amx", ..tile });
+        Kernels { nf4_pairs: table.pairs.and(avx512::nf4_pairs()), integer: Integer { tile, ..integer }, ..table }
+    });
     tables.chain(bytes::table()).chain(avx2::table())
 }

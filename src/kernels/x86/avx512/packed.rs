@@ -1,7 +1,7 @@
 //! Packed weights for AVX-512: a block's table is one register, looked up with `vpermps`, or with `vpermw` as pairs of bfloat16.
 
 use super::Avx512;
-use crate::kernels::gemv::{AHEAD, BLOCK, MAX_NESTED, Nf4Gemv, Nf4Rows, Nf4Way, Packed, Round};
+use crate::kernels::gemv::{AHEAD, BLOCK, MAX_NESTED, Nf4Gemv, Nf4Pairs, Nf4Rows, Packed, Round};
 use crate::kernels::generic::Simd;
 use std::arch::x86_64::*;
 
@@ -112,11 +112,11 @@ impl Packed for Avx512 {
 /// it looks up are pairs that `vdpbf16ps` takes as they are.
 ///
 /// The instructions take numbers below the smallest normal one, 1.2e-38, for zero.
-pub(in crate::kernels::x86) fn nf4_pairs() -> Option<Nf4Way> {
+pub(in crate::kernels::x86) fn nf4_pairs() -> Option<Nf4Pairs> {
     Avx512::detect()?;
     // SAFETY: AVX512-BF16 is detected below before this function is handed out, the rest by `detect`.
     let gemv: Nf4Gemv = |w, code, x, out| unsafe { pairs(Avx512(()), w, code, x, out) };
-    is_x86_feature_detected!("avx512bf16").then_some(Nf4Way { order: pair_order, gemv })
+    is_x86_feature_detected!("avx512bf16").then_some(Nf4Pairs { order: pair_order, gemv })
 }
 
 /// The 64 weights of a block as bfloat16: in word `i` of register `r` the weights `ORDER[32 r + i]` and, above it,
