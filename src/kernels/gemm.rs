@@ -192,6 +192,15 @@ fn transpose_block<S: Simd>(s: S, rows: Rows<'_>, out: &mut [f32], width: usize,
     let Rows { data, stride, count, depth } = rows;
     assert!(count <= S::LANES && depth <= S::LANES, "transpose: a block of {count} x {depth}");
     let mut square = s.square(s.splat(0.0));
+    if count == S::LANES && depth == S::LANES {
+        for (i, vector) in square.as_mut().iter_mut().enumerate() {
+            *vector = s.load(&data[i * stride..]);
+        }
+        for (p, column) in s.transpose(square).as_ref().iter().enumerate() {
+            s.store(*column, &mut out[p * width..]);
+        }
+        return;
+    }
     for (i, vector) in square.as_mut().iter_mut().enumerate() {
         if i < count {
             let row = &data[i * stride..];
@@ -216,6 +225,15 @@ pub(super) fn copy_rows<S: Simd>(s: S, rows: Rows<'_>, out: &mut [f32], width: u
     let Rows { data, stride, count, depth } = rows;
     assert!(count == 0 || (count - 1) * stride + depth <= data.len(), "copy_rows: rows leave the data");
     assert!(depth <= width && out.len() >= count * width, "copy_rows: rows leave the panel");
+    if depth.is_multiple_of(S::LANES) {
+        for (p, out) in out.chunks_exact_mut(width).take(count).enumerate() {
+            let vectors = data[p * stride..][..depth].chunks_exact(S::LANES);
+            for (out, src) in out.chunks_exact_mut(S::LANES).zip(vectors) {
+                s.store(s.load(src), out);
+            }
+        }
+        return;
+    }
     for p in 0..count {
         let (src, out) = (&data[p * stride..], &mut out[p * width..]);
         for i in (0..depth).step_by(S::LANES) {

@@ -10,6 +10,29 @@ struct Line([f32; LINE]);
 /// Floats in a cache line.
 pub const LINE: usize = 16;
 
+/// Bytes in a cache line.
+const BYTES: usize = 4 * LINE;
+
+/// Asks for the cache lines of `data`, to be read soon: nothing is read, and nothing waits.
+///
+/// Memory fetches ahead by itself only along a page of 4 KiB; pieces of rows that lie further apart than that arrive one by
+/// one, at a tenth of a microsecond each, unless they have been asked for.
+#[inline]
+pub fn prefetch<T>(data: &[T]) {
+    let start = data.as_ptr().cast::<i8>();
+    let first = start.addr() % BYTES;
+    for line in (0..first + size_of_val(data)).step_by(BYTES) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a prefetch reads nothing and never faults, wherever it points.
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T0>(start.wrapping_sub(first).wrapping_add(line));
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = line;
+    }
+}
+
 /// A growable buffer of f32 that starts on a cache line.
 #[derive(Default)]
 pub struct Lines {

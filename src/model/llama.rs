@@ -10,8 +10,7 @@ use crate::ops::linear::{self, Linear, Matrix};
 use crate::ops::matmul::Into;
 use crate::ops::rms_norm::{self, RmsNorm};
 use crate::ops::rope::{Angles, Rope, Turn};
-use crate::ops::{Buf, Ctx, Env, Grads, embedding, head, rows_per_task, swiglu};
-use rayon::prelude::*;
+use crate::ops::{Buf, Env, Grads, add, embedding, head, swiglu};
 use std::ops::Range;
 
 /// The decoder.
@@ -380,10 +379,4 @@ impl Llama {
         let layers = self.layers.iter().flat_map(Layer::linears).map(|linear| matrix(&linear.matrix));
         matrix(&self.embed) + self.head.as_ref().map_or(0, matrix) + layers.sum::<usize>()
     }
-}
-
-/// `y += x`.
-fn add(ctx: &Ctx, y: &mut [f32], x: &[f32]) {
-    let task = rows_per_task(1);
-    y.par_chunks_mut(task).zip(x.par_chunks(task)).for_each(|(y, x)| (ctx.kernels.axpy)(1.0, x, y));
 }

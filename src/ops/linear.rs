@@ -11,8 +11,9 @@ use super::dora::{Dora, Factors};
 use super::dropout::Dropout;
 use super::integer::{self, Encoded};
 use super::matmul::{FEW_ROWS, Gemm, Into, Left, Mask, Operand, PackedA, Shape, Term, gemm, gemm_sum};
-use super::{Buf, Env, Grads, ParamId, Weight};
+use super::{Buf, Ctx, Env, Grads, ParamId, Weight, add};
 use crate::kernels::elementwise::Masked;
+use crate::kernels::gemm::Rows;
 use crate::kernels::integer::Order;
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -227,20 +228,20 @@ impl Linear {
         }
         let (Some(lora), Some(low)) = (&self.lora, &part.low) else { return None };
         let (rank, dz) = (lora.rank, part.dz());
-        // dB += dzᵀ (scale · u)
-        let (a, b) = (Operand::transposed(dz, n_out), Operand::rows(low, rank));
-        let g = Gemm { m: n_out, n: rank, k: n_tokens, a, b, alpha: 1.0, into: Into::Add };
-        gemm(ctx, &g, grads.get_mut(lora.b));
+        // dB += (uᵀ dz)ᵀ: the product reads dz as it lies
+        let mut across = ctx.buf(rank * n_out);
+        let (a, b) = (Operand::transposed(low, rank), Operand::rows(dz, n_out));
+        gemm(ctx, &Gemm { m: rank, n: n_out, k: n_tokens, a, b, alpha: 1.0, into: Into::Store }, &mut across);
+        add_transposed(ctx, &across, rank, grads.get_mut(lora.b));
         // du = scale · dz B
         let mut dlow = ctx.buf(n_tokens * rank);
         let left = if part.scaled.dropped.is_none() { part.left() } else { Left::Plain(Operand::rows(dz, n_out)) };
         let up = Term::new(n_out, left, Operand::rows(env.params.get(lora.b), rank));
         gemm_sum(ctx, Shape { m: n_tokens, n: rank, alpha: lora.scale, into: Into::Store }, &[up], &mut dlow);
-        // dA += duᵀ D(x)
-        let dropped = self.dropped(env, lora, x);
-        let (a, b) = (Operand::transposed(&dlow, rank), Operand::rows(dropped.as_deref().unwrap_or(x), n_in));
-        let g = Gemm { m: rank, n: n_in, k: n_tokens, a, b, alpha: 1.0, into: Into::Add };
-        gemm(ctx, &g, grads.get_mut(lora.a));
+        // dA += duᵀ D(x), of layers that share x together
+        if let Some(dropped) = self.dropped(env, lora, x) {
+            down_gradients(ctx, &[(lora, &dlow)], &dropped, n_in, grads);
+        }
         Some(dlow)
     }
 
@@ -339,8 +340,13 @@ pub fn backward_all<const N: usize>(
         part
     });
     let dlow = parts.each_ref().map(|part| part.linear.own_gradients(env, x, part, grads));
-    let Some((dx, into)) = dx else { return };
     let inputs = parts.first().map_or(1, |part| part.linear.inputs);
+    let undropped = parts.iter().zip(&dlow).filter_map(|(part, dlow)| {
+        let lora = part.linear.lora.as_ref()?;
+        part.linear.dropout(env, lora).is_none().then_some((lora, dlow.as_ref()?))
+    });
+    down_gradients(env.ctx, &undropped.collect::<Vec<_>>(), x, inputs, grads);
+    let Some((dx, into)) = dx else { return };
     let masks = parts.each_ref().map(|part| part.linear.mask(env));
     // dx (+)= Σ dy W + D(du A), with a magnitude and dropout Σ dy W + D((dz - dy) W + du A)
     let mut terms = Vec::with_capacity(3 * N);
@@ -357,6 +363,43 @@ pub fn backward_all<const N: usize>(
         }
     }
     gemm_sum(env.ctx, Shape { m: x.len() / inputs, n: inputs, alpha: 1.0, into }, &terms, dx);
+}
+
+/// `dA += duᵀ x` of layers with the same x, whose rows are read once;  x: `[n_tokens, width]`, du: `[n_tokens, rank]`.
+fn down_gradients(ctx: &Ctx, parts: &[(&Lora, &Buf)], x: &[f32], width: usize, grads: &mut Grads) {
+    let (n_tokens, ranks) = (x.len() / width, parts.iter().map(|(lora, _)| lora.rank).sum::<usize>());
+    if ranks == 0 {
+        return;
+    }
+    let mut side_by_side = ctx.buf(n_tokens * ranks);
+    for (t, row) in side_by_side.chunks_exact_mut(ranks).enumerate() {
+        let mut at = 0;
+        for (lora, du) in parts {
+            row[at..at + lora.rank].copy_from_slice(&du[t * lora.rank..][..lora.rank]);
+            at += lora.rank;
+        }
+    }
+    let mut da = ctx.buf(ranks * width);
+    let (a, b) = (Operand::transposed(&side_by_side, ranks), Operand::rows(x, width));
+    gemm(ctx, &Gemm { m: ranks, n: width, k: n_tokens, a, b, alpha: 1.0, into: Into::Store }, &mut da);
+    let mut rest = &da[..];
+    for (lora, _) in parts {
+        let (own, others) = rest.split_at(lora.rank * width);
+        add(ctx, grads.get_mut(lora.a), own);
+        rest = others;
+    }
+}
+
+/// `y += xᵀ`;  x: `[rows, n]`, y: `[n, rows]`.
+fn add_transposed(ctx: &Ctx, x: &[f32], rows: usize, y: &mut [f32]) {
+    const COLUMNS: usize = 64;
+    let n = y.len() / rows;
+    y.par_chunks_mut(COLUMNS * rows).enumerate().for_each(|(task, y)| {
+        let data = &x[task * COLUMNS..];
+        let mut turned = ctx.buf(y.len());
+        (ctx.kernels.transpose)(Rows { data, stride: n, count: rows, depth: y.len() / rows }, &mut turned, rows, 0);
+        (ctx.kernels.axpy)(1.0, &turned, y);
+    });
 }
 
 /// A left operand for several products, or `None` where rows are too few to be packed.

@@ -6,7 +6,7 @@
 //! The sum runs term after term and block after block, for every element alike: the result does not depend on the number
 //! of threads or on how C is cut. Few rows against a frozen weight take the dot-product path instead.
 
-use super::pack::{Form, KC, pack_b, pack_panel, sized};
+use super::pack::{Form, KC, Piece, pack_b, pack_down, pack_panel, sized};
 use super::weight::{Precision, Weight};
 use super::{Buf, Ctx, gemv};
 use crate::kernels::gemm::{GemmTile, TileC};
@@ -320,12 +320,25 @@ impl PackedA {
         let mr = form.tile.mr;
         let panels = m.div_ceil(mr);
         let mut data = ctx.buf(panels * mr * form.blocks(k).map(|(_, ks)| form.depth(ks.len())).sum::<usize>());
+        // Where k runs down the rows of memory, a task takes pieces of rows that are worth a visit.
+        let together = match operand {
+            Operand::Dense { row_stride: 1, data, col_stride } if col_stride != 1 => Some((data, col_stride)),
+            _ => None,
+        };
+        let group = if together.is_some() { (NC / mr).max(1) } else { 1 };
         data.par_chunks_mut(KC * panels * mr).zip(form.blocks(k).collect::<Vec<_>>()).for_each(|(out, (_, ks))| {
             let depth = form.depth(ks.len());
-            out.par_chunks_mut(depth * mr).enumerate().for_each(|(panel, out)| {
-                let rows = panel * mr..m.min((panel + 1) * mr);
+            out.par_chunks_mut(depth * mr * group).enumerate().for_each(|(task, out)| {
+                let rows = task * group * mr..m.min((task + 1) * group * mr);
                 SCRATCH.with_borrow_mut(|scratch| {
-                    pack_panel(ctx, &form, operand, rows, ks.clone(), form.tile.panel_a, out, &mut scratch.rows);
+                    let (layout, words) = (form.tile.panel_a, &mut scratch.rows);
+                    match together {
+                        Some((data, stride)) => {
+                            let piece = Piece { data, stride, columns: rows, ks: ks.clone() };
+                            pack_down(ctx, &form, &piece, layout, out, mr, words);
+                        }
+                        None => pack_panel(ctx, &form, operand, rows, ks.clone(), layout, out, words),
+                    }
                 });
             });
         });

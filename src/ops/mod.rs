@@ -32,6 +32,7 @@ pub use pool::{Buf, Pool};
 pub use weight::{Precision, Weight};
 
 use crate::kernels::Kernels;
+use rayon::prelude::*;
 use std::sync::Arc;
 
 /// What every op needs beside its operands.
@@ -148,4 +149,10 @@ impl<'a> Env<'a> {
 /// Rows of a parallel elementwise loop that one task takes: enough work to be worth a task.
 pub(crate) fn rows_per_task(width: usize) -> usize {
     (16_384 / width.max(1)).max(1)
+}
+
+/// `y += x`.
+pub(crate) fn add(ctx: &Ctx, y: &mut [f32], x: &[f32]) {
+    let task = rows_per_task(1);
+    y.par_chunks_mut(task).zip(x.par_chunks(task)).for_each(|(y, x)| (ctx.kernels.axpy)(1.0, x, y));
 }

@@ -7,13 +7,45 @@ use super::Ctx;
 use super::matmul::Operand;
 use super::weight::{Precision, Weight};
 use crate::kernels::gemm::{GemmTile, PairKernels, PanelA, Rows};
-use crate::kernels::lines::{LINE, Lines, halves, halves_mut};
+use crate::kernels::lines::{LINE, Lines, halves, halves_mut, prefetch};
 use std::ops::Range;
 
 /// Words of k in a packed block: with 32 columns of B, 32 KiB.
 pub(super) const KC: usize = 256;
 /// Rows of a weight that are read before they are dealt out.
 const ROWS: usize = 16;
+/// How far ahead pieces of rows are asked for: about what memory delivers while it finds the first of them.
+const AHEAD_BYTES: usize = 2048;
+/// And not more rows than this.
+const AHEAD_ROWS: usize = 8;
+
+/// Rows to ask for ahead, where a piece of a row has so many bytes.
+fn rows_ahead(bytes: usize) -> usize {
+    (AHEAD_BYTES / bytes.max(1)).clamp(1, AHEAD_ROWS)
+}
+
+/// Pieces of the rows of a weight, `[row][start .. start + len]`, read row by row.
+#[derive(Clone, Copy)]
+struct Pieces<'a> {
+    weight: &'a Weight,
+    start: usize,
+    len: usize,
+    ahead: usize,
+}
+
+impl<'a> Pieces<'a> {
+    fn new(weight: &'a Weight, start: usize, len: usize) -> Self {
+        let ahead = rows_ahead(len * weight.nbytes() / (weight.rows() * weight.cols()).max(1));
+        Self { weight, start, len, ahead }
+    }
+
+    /// Where the piece of a row begins in the matrix. Asks for that of a row which will be wanted soon.
+    fn of(&self, row: usize) -> usize {
+        let at = |row: usize| row * self.weight.cols() + self.start;
+        self.weight.prefetch(at(row + self.ahead), self.len);
+        at(row)
+    }
+}
 
 /// The product in use.
 #[derive(Clone, Copy)]
@@ -76,7 +108,8 @@ pub(super) fn pack_panel(
     let depth = form.depth(ks.len());
     let (count, width) = (rows.len(), out.len() / depth);
     let used = ks.len().div_ceil(form.k_per_word());
-    if count < width || used < depth {
+    let down = matches!(a, Operand::Dense { row_stride: 1, col_stride, .. } if col_stride != 1);
+    if !down && (count < width || used < depth) {
         out.fill(0.0);
     }
     match a {
@@ -87,16 +120,20 @@ pub(super) fn pack_panel(
         }
         Operand::Dense { col_stride: 1, .. } | Operand::Weight(..) => {
             let words = sized(words, count * used);
-            for (row, out) in rows.zip(words.chunks_exact_mut(used)) {
-                match a {
-                    Operand::Dense { data, row_stride, .. } => {
+            let outs = words.chunks_exact_mut(used);
+            match a {
+                Operand::Dense { data, row_stride, .. } => {
+                    for (row, out) in rows.zip(outs) {
                         form.pack_row(ctx, &data[row * row_stride + ks.start..][..ks.len()], out);
                     }
-                    Operand::Weight(weight, first) => {
-                        form.read_row(ctx, weight, (first + row) * weight.cols() + ks.start, ks.len(), out);
-                    }
-                    Operand::WeightT(..) => unreachable!("the outer match"),
                 }
+                Operand::Weight(weight, first) => {
+                    let pieces = Pieces::new(weight, ks.start, ks.len());
+                    for (row, out) in rows.zip(outs) {
+                        form.read_row(ctx, weight, pieces.of(first + row), ks.len(), out);
+                    }
+                }
+                Operand::WeightT(..) => unreachable!("the outer match"),
             }
             match layout {
                 PanelA::Columns => {
@@ -111,38 +148,96 @@ pub(super) fn pack_panel(
                 }
             }
         }
-        // k runs down the rows of memory: a row of memory, or two, is a row of the panel.
         Operand::Dense { row_stride: 1, data, col_stride } => {
-            let row = |k: usize| &data[rows.start + k * col_stride..][..count];
-            match layout {
-                PanelA::Columns if form.pairs.is_none() => {
-                    let data = &data[rows.start + ks.start * col_stride..];
-                    let block = Rows { data, stride: col_stride, count: ks.len(), depth: count };
-                    (ctx.kernels.copy_rows)(block, out, width);
-                    form.round(ctx, out);
-                }
-                PanelA::Columns => {
-                    for (out, k) in out.chunks_exact_mut(width).zip(ks.clone().step_by(form.k_per_word())) {
-                        form.join(ctx, row, k, ks.end, &mut out[..count]);
-                    }
-                }
-                PanelA::Rows => {
-                    let words = sized(words, LINE * count);
-                    let mut k = ks.start;
-                    for out in out.chunks_exact_mut(LINE * width) {
-                        let lines = (ks.end - k).div_ceil(form.k_per_word()).min(LINE);
-                        for line in words.chunks_exact_mut(count).take(lines) {
-                            form.join(ctx, row, k, ks.end, line);
-                            k += form.k_per_word();
-                        }
-                        let block = Rows { data: words, stride: count, count: lines, depth: count };
-                        (ctx.kernels.transpose)(block, out, LINE, 0);
-                    }
-                }
-            }
+            let piece = Piece { data, stride: col_stride, columns: rows, ks };
+            pack_down(ctx, form, &piece, layout, out, width, words);
         }
         Operand::Dense { .. } => panic!("gemm: one stride of a dense operand is 1"),
         Operand::WeightT(weight, first) => pack_weight_rows(ctx, form, weight, first, rows, ks, out, width, words),
+    }
+}
+
+/// A rectangle of a dense matrix whose k runs down the rows: `data[k · stride ..][columns]` for each k of `ks`.
+pub(super) struct Piece<'a> {
+    pub(super) data: &'a [f32],
+    pub(super) stride: usize,
+    pub(super) columns: Range<usize>,
+    pub(super) ks: Range<usize>,
+}
+
+impl Piece<'_> {
+    fn row(&self, k: usize) -> &[f32] {
+        &self.data[k * self.stride..][self.columns.clone()]
+    }
+
+    /// Asks for a row, if there is one.
+    fn ask(&self, k: usize) {
+        if k < self.ks.end {
+            prefetch(self.row(k));
+        }
+    }
+}
+
+/// A piece as panels of `width` columns, zeros beyond: a row of memory, or two, is a row of each panel. Whole rows of the piece
+/// are read, so that memory is read along its lines, and dealt out to the panels.
+pub(super) fn pack_down(
+    ctx: &Ctx,
+    form: &Form,
+    piece: &Piece<'_>,
+    layout: PanelA,
+    out: &mut [f32],
+    width: usize,
+    words: &mut Lines,
+) {
+    let Piece { ks, .. } = piece;
+    let (count, depth, step) = (piece.columns.len(), form.depth(ks.len()), form.k_per_word());
+    let panel_len = depth * width;
+    if !count.is_multiple_of(width) || ks.len().div_ceil(step) < depth {
+        out.fill(0.0);
+    }
+    let panels = || (0..count).step_by(width).map(|column| column..count.min(column + width)).enumerate();
+    let ahead = rows_ahead(4 * count);
+    match layout {
+        PanelA::Columns if form.pairs.is_none() => {
+            for k in ks.clone().step_by(ahead) {
+                let end = ks.end.min(k + ahead);
+                (end..end + ahead).for_each(|k| piece.ask(k));
+                let data = &piece.data[k * piece.stride + piece.columns.start..];
+                for (panel, columns) in panels() {
+                    let data = &data[columns.start..];
+                    let block = Rows { data, stride: piece.stride, count: end - k, depth: columns.len() };
+                    (ctx.kernels.copy_rows)(block, &mut out[panel * panel_len + (k - ks.start) * width..], width);
+                }
+            }
+            form.round(ctx, out);
+        }
+        PanelA::Columns => {
+            for (p, k) in ks.clone().step_by(step).enumerate() {
+                (k..k + step).for_each(|k| piece.ask(k + ahead));
+                for (panel, columns) in panels() {
+                    let out = &mut out[panel * panel_len + p * width..][..columns.len()];
+                    form.join(ctx, |k| &piece.row(k)[columns.clone()], k, ks.end, out);
+                }
+            }
+        }
+        PanelA::Rows => {
+            let words = sized(words, LINE * count);
+            let mut k = ks.start;
+            for chunk in 0..depth / LINE {
+                let lines = (ks.end - k).div_ceil(step).min(LINE);
+                for line in words.chunks_exact_mut(count).take(lines) {
+                    (k..k + step).for_each(|k| piece.ask(k + ahead));
+                    form.join(ctx, |k| piece.row(k), k, ks.end, line);
+                    k += step;
+                }
+                for (panel, columns) in panels() {
+                    let data = &words[columns.start..];
+                    let block = Rows { data, stride: count, count: lines, depth: columns.len() };
+                    let out = &mut out[panel * panel_len + chunk * LINE * width..][..LINE * width];
+                    (ctx.kernels.transpose)(block, out, LINE, 0);
+                }
+            }
+        }
     }
 }
 
@@ -161,15 +256,15 @@ fn pack_weight_rows(
 ) {
     let panel_len = form.depth(ks.len()) * width;
     let count = columns.len();
-    let start = |k: usize| (first + k) * weight.cols() + columns.start;
+    let pieces = Pieces::new(weight, columns.start, count);
     if let Some(pairs) = &form.pairs {
         // Two rows of halves, the second zero where k ends.
         let half_rows = sized(words, 2 * count.next_multiple_of(2));
         let (low, high) = half_rows.split_at_mut(count.next_multiple_of(2));
         for (p, k) in ks.clone().step_by(2).enumerate() {
-            weight.read_bf16(pairs, start(k), &mut halves_mut(low)[..count]);
+            weight.read_bf16(pairs, pieces.of(first + k), &mut halves_mut(low)[..count]);
             if k + 1 < ks.end {
-                weight.read_bf16(pairs, start(k + 1), &mut halves_mut(high)[..count]);
+                weight.read_bf16(pairs, pieces.of(first + k + 1), &mut halves_mut(high)[..count]);
             } else {
                 high.fill(0.0);
             }
@@ -185,12 +280,12 @@ fn pack_weight_rows(
     for (p, k) in ks.clone().step_by(ROWS).enumerate() {
         let block = &mut block[..ROWS.min(ks.end - k) * count];
         for (row, k) in block.chunks_exact_mut(count).zip(k..) {
-            weight.read(ctx.kernels, start(k), row);
+            weight.read(ctx.kernels, pieces.of(first + k), row);
         }
         form.round(ctx, block);
-        for (panel, first) in (0..count).step_by(width).enumerate() {
-            let depth = width.min(count - first);
-            let rows = Rows { data: &block[first..], stride: count, count: block.len() / count, depth };
+        for (panel, column) in (0..count).step_by(width).enumerate() {
+            let depth = width.min(count - column);
+            let rows = Rows { data: &block[column..], stride: count, count: block.len() / count, depth };
             (ctx.kernels.copy_rows)(rows, &mut out[panel * panel_len + p * ROWS * width..], width);
         }
     }
@@ -264,6 +359,12 @@ pub(super) fn pack_b(
             out.fill(0.0);
         }
         return pack_weight_rows(ctx, form, weight, first, js, ks, out, nr, words);
+    }
+    if let Operand::Dense { data, row_stride, col_stride: 1 } = b
+        && row_stride != 1
+    {
+        let piece = Piece { data, stride: row_stride, columns: js, ks };
+        return pack_down(ctx, form, &piece, PanelA::Columns, out, nr, words);
     }
     for (panel, out) in out.chunks_exact_mut(panel_len).enumerate() {
         let first = js.start + panel * nr;

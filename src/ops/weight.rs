@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::kernels::gemm::PairKernels;
+use crate::kernels::lines::prefetch;
 use crate::quant::nf4::{CODE_BOOK, scaled_code_book};
 use crate::quant::{FloatKind, Nf4Tensor, RowwiseInt8};
 use half::bf16;
@@ -118,6 +119,22 @@ impl Weight {
                 each_run(tensor, start, out, |bytes, scales, code, out| {
                     (kernels.nf4_blocks)(bytes, scales, tensor.block_size, code, round, out);
                 });
+            }
+        }
+    }
+
+    /// Asks for the memory of elements `start .. start + len`, as far as the matrix goes.
+    #[inline]
+    pub fn prefetch(&self, start: usize, len: usize) {
+        let end = (start + len).min(self.rows * self.cols);
+        let start = start.min(end);
+        match &self.data {
+            Storage::F32(data) => prefetch(&data[start..end]),
+            Storage::Bf16(data) => prefetch(&data[start..end]),
+            Storage::Int8(matrix) => prefetch(&matrix.codes[start..end]),
+            Storage::Nf4(tensor) => {
+                prefetch(&tensor.packed[start / 2..end / 2]);
+                tensor.absmax.prefetch(start / tensor.block_size..end.div_ceil(tensor.block_size));
             }
         }
     }
@@ -245,9 +262,7 @@ fn each_run<T: Copy>(
         } else {
             let mut scales = [0.0; SCALES];
             let scales = &mut scales[..len.div_ceil(block_size)];
-            for (i, scale) in scales.iter_mut().enumerate() {
-                *scale = tensor.block_scale(block + i);
-            }
+            tensor.absmax.read_few(block, scales);
             dequantize(bytes, scales, &CODE_BOOK, part);
         }
         done += len;

@@ -13,8 +13,10 @@ use super::dynamic_map::{DynamicMap, MAP_LEN};
 use crate::error::{Error, Result};
 use crate::io::os;
 use crate::kernels::Kernels;
+use crate::kernels::lines::prefetch;
 use crate::kernels::quantize::{CHUNK, MIN_ABSMAX};
 use std::cell::RefCell;
+use std::ops::Range;
 
 /// The 16 values of NF4, ascending: quantiles of a normal distribution scaled to [-1, 1], with an exact zero.
 pub const CODE_BOOK: [f32; 16] = [
@@ -173,18 +175,47 @@ impl Absmax {
     ///
     /// # Panics
     /// If there are fewer than `out.len()`.
-    pub fn read(&self, kernels: &Kernels, mut first: usize, mut out: &mut [f32]) {
+    pub fn read(&self, kernels: &Kernels, first: usize, out: &mut [f32]) {
+        self.look_up(first, out, kernels.nested_scales);
+    }
+
+    /// As [`Absmax::read`], for so few that a kernel would not pay.
+    #[inline]
+    pub fn read_few(&self, first: usize, out: &mut [f32]) {
+        self.look_up(first, out, |codes, map, scale, offset, out| {
+            for (out, code) in out.iter_mut().zip(codes) {
+                *out = map[usize::from(*code)] * scale + offset;
+            }
+        });
+    }
+
+    /// Calls `nested(codes, map, scale, offset, out)` for each run of codes that share a scale.
+    #[inline]
+    fn look_up(
+        &self,
+        mut first: usize,
+        mut out: &mut [f32],
+        nested: impl Fn(&[u8], &[f32; MAP_LEN], f32, f32, &mut [f32]),
+    ) {
         match self {
             Self::Plain(scales) => out.copy_from_slice(&scales[first..first + out.len()]),
             Self::Nested { codes, absmax, offset, block_size, map } => {
                 while !out.is_empty() {
                     let len = (block_size - first % block_size).min(out.len());
                     let (part, rest) = std::mem::take(&mut out).split_at_mut(len);
-                    let scale = absmax[first / block_size];
-                    (kernels.nested_scales)(&codes[first..first + len], map, scale, *offset, part);
+                    nested(&codes[first..first + len], map, absmax[first / block_size], *offset, part);
                     (first, out) = (first + len, rest);
                 }
             }
+        }
+    }
+
+    /// Asks for the memory of the scales of some blocks.
+    #[inline]
+    pub fn prefetch(&self, blocks: Range<usize>) {
+        match self {
+            Self::Plain(scales) => prefetch(&scales[blocks]),
+            Self::Nested { codes, .. } => prefetch(&codes[blocks]),
         }
     }
 

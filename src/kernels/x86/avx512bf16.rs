@@ -139,12 +139,17 @@ fn join_halves(token: Avx512Bf16, low: &[u16], high: &[u16], out: &mut [f32]) {
     }
 }
 
-/// 16 bytes become 16 words of (high nibble, low nibble); one `vpermw` looks 32 elements up in the block's own table.
+/// 16 bytes, each twice in a word of its own; a shift brings one nibble of each to the low end of its half, and one `vpermw`
+/// looks 32 elements up in the block's own table.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
 fn nf4(token: Avx512Bf16, packed: &[u8], scales: &[f32], block: usize, code: &[f32; 16], out: &mut [u16]) {
     check_nf4(packed.len(), scales.len(), block, out.len());
     let s = token.0;
     let code = s.load(code);
+    // Each lane of 128 bits has all 16 bytes and takes its four.
+    let twice: [u8; 64] = std::array::from_fn(|i| if i % 2 == 0 { (i / 4) as u8 } else { 0x80 });
+    // SAFETY: the array is as wide as the vector.
+    let (twice, by) = unsafe { (_mm512_loadu_si512(twice.as_ptr().cast()), _mm512_set1_epi32(4)) };
     for ((out, bytes), scale) in out.chunks_mut(block).zip(packed.chunks(block / 2)).zip(scales) {
         let scaled = s.mul(code, s.splat(*scale));
         // Entries 16 .. 32 repeat the first 16: the bit above a nibble does not matter.
@@ -153,8 +158,8 @@ fn nf4(token: Avx512Bf16, packed: &[u8], scales: &[f32], block: usize, code: &[f
         for (out, bytes) in (&mut outs).zip(bytes.chunks_exact(16)) {
             // SAFETY: 16 bytes are read and 32 halves written.
             unsafe {
-                let wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.as_ptr().cast()));
-                let index = _mm512_or_si512(_mm512_srli_epi32::<4>(wide), _mm512_slli_epi32::<16>(wide));
+                let bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(bytes.as_ptr().cast()));
+                let index = _mm512_srlv_epi16(_mm512_shuffle_epi8(bytes, twice), by);
                 _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_permutexvar_epi16(index, table));
             }
         }
