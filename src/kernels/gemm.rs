@@ -169,9 +169,9 @@ fn one_tile<S: Simd, const MR: usize, const NV: usize>(
 /// `out[p, first + r] = rows[r][p]`;  out: `[depth, width]`, columns before `first` are left alone, those behind the last
 /// row's are left alone or zero.
 #[inline(always)]
-pub(super) fn transpose<S: Simd>(s: S, rows: Rows<'_>, out: &mut [f32], width: usize, first: usize) {
+pub(super) fn transpose<S: Simd>(s: S, rows: &Rows<'_>, out: &mut [f32], width: usize, first: usize) {
     rows.check(out, width, first);
-    let Rows { data, stride, count, depth } = rows;
+    let Rows { data, stride, count, depth } = *rows;
     for r0 in (0..count).step_by(S::LANES) {
         let block_rows = S::LANES.min(count - r0);
         for p0 in (0..depth).step_by(S::LANES) {
@@ -221,8 +221,8 @@ fn transpose_block<S: Simd>(s: S, rows: Rows<'_>, out: &mut [f32], width: usize,
 
 /// `out[p, i] = rows[p][i]`;  out: `[count, width]`, the other columns are left alone.
 #[inline(always)]
-pub(super) fn copy_rows<S: Simd>(s: S, rows: Rows<'_>, out: &mut [f32], width: usize) {
-    let Rows { data, stride, count, depth } = rows;
+pub(super) fn copy_rows<S: Simd>(s: S, rows: &Rows<'_>, out: &mut [f32], width: usize) {
+    let Rows { data, stride, count, depth } = *rows;
     assert!(count == 0 || (count - 1) * stride + depth <= data.len(), "copy_rows: rows leave the data");
     assert!(depth <= width && out.len() >= count * width, "copy_rows: rows leave the panel");
     if depth.is_multiple_of(S::LANES) {
@@ -344,7 +344,7 @@ pub(super) mod reference {
         });
     }
 
-    pub(in crate::kernels) fn transpose(rows: Rows<'_>, out: &mut [f32], width: usize, first: usize) {
+    pub(in crate::kernels) fn transpose(rows: &Rows<'_>, out: &mut [f32], width: usize, first: usize) {
         rows.check(out, width, first);
         for r in 0..rows.count {
             for p in 0..rows.depth {
@@ -353,7 +353,7 @@ pub(super) mod reference {
         }
     }
 
-    pub(in crate::kernels) fn copy_rows(rows: Rows<'_>, out: &mut [f32], width: usize) {
+    pub(in crate::kernels) fn copy_rows(rows: &Rows<'_>, out: &mut [f32], width: usize) {
         for p in 0..rows.count {
             out[p * width..][..rows.depth].copy_from_slice(&rows.data[p * rows.stride..][..rows.depth]);
         }

@@ -194,10 +194,10 @@ fn every_kernel_stays_in_bounds() {
         let (count, width) = (n.min(20), 23);
         let data = floats(count * n);
         let rows = Rows { data: &data, stride: n, count, depth: n };
-        transpose(rows, &mut floats(n * width), width, width - count);
-        transpose(rows, &mut floats(n * count), count, 0);
+        transpose(&rows, &mut floats(n * width), width, width - count);
+        transpose(&rows, &mut floats(n * count), count, 0);
         for width in [n, n + 3] {
-            copy_rows(rows, &mut floats(count * width), width);
+            copy_rows(&rows, &mut floats(count * width), width);
         }
         products(tile, n, flush);
         attention_stays_in_bounds(attention, n, flush);

@@ -46,9 +46,9 @@ pub struct Kernels {
     pub pairs: Option<PairKernels>,
     /// `out[p, first + r] = rows[r][p]` on words;  out: `[depth, width]`, columns before `first` are left alone, those behind
     /// the last row's are left alone or zero.
-    pub transpose: fn(rows: Rows<'_>, out: &mut [f32], width: usize, first: usize),
+    pub transpose: fn(rows: &Rows<'_>, out: &mut [f32], width: usize, first: usize),
     /// `out[p, i] = rows[p][i]` on words;  out: `[count, width]`, the other columns are left alone.
-    pub copy_rows: fn(rows: Rows<'_>, out: &mut [f32], width: usize),
+    pub copy_rows: fn(rows: &Rows<'_>, out: &mut [f32], width: usize),
     /// Whole blocks of NF4: `out[i] = code[index i] · scales[i / block]`, rounded to bf16 if `round`;
     /// packed: `[ceil(n / 2)]`, first element in the high nibble.
     pub nf4_blocks: gemm::Nf4Blocks,

@@ -115,16 +115,16 @@ fn packing_is_exact() {
             for (width, first) in [(width, first), (count, 0), (count + 20, 0)] {
                 let old = floats(depth * width, 21);
                 let (mut got, mut want) = (old.clone(), old.clone());
-                (table.transpose)(rows, &mut got, width, first);
-                (twin.transpose)(rows, &mut want, width, first);
+                (table.transpose)(&rows, &mut got, width, first);
+                (twin.transpose)(&rows, &mut want, width, first);
                 let behind = |x: usize| x % width >= first + count && got[x] == 0.0;
                 assert!((0..got.len()).all(|x| got[x] == want[x] || behind(x)), "transpose {what} in {width}");
                 assert!(got[..first].iter().eq(&old[..first]), "transpose {what} in {width}: before the first column");
             }
             for width in [depth, depth + 3] {
                 let (mut got, mut want) = (floats(count * width, 21), floats(count * width, 21));
-                (table.copy_rows)(rows, &mut got, width);
-                (twin.copy_rows)(rows, &mut want, width);
+                (table.copy_rows)(&rows, &mut got, width);
+                (twin.copy_rows)(&rows, &mut want, width);
                 assert_eq!(got, want, "copy_rows {what} in {width}");
             }
         }

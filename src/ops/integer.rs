@@ -179,7 +179,7 @@ fn panel(ctx: &Ctx, many: &Many<'_>, x: Codes<'_>, into: Into, mut out: TileMut<
             many.matrix.words(tile, at..at + some, words);
         }
         let rows = Rows { data: words, stride: some * WORDS, count, depth: some * WORDS };
-        (ctx.kernels.transpose)(rows, &mut panel[chunk * WORDS * nr..(chunk + some) * WORDS * nr], nr, 0);
+        (ctx.kernels.transpose)(&rows, &mut panel[chunk * WORDS * nr..(chunk + some) * WORDS * nr], nr, 0);
     }
     let scales = sized(scales, blocks * nr);
     scales.fill(0.0);

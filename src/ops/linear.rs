@@ -397,7 +397,7 @@ fn add_transposed(ctx: &Ctx, x: &[f32], rows: usize, y: &mut [f32]) {
     y.par_chunks_mut(COLUMNS * rows).enumerate().for_each(|(task, y)| {
         let data = &x[task * COLUMNS..];
         let mut turned = ctx.buf(y.len());
-        (ctx.kernels.transpose)(Rows { data, stride: n, count: rows, depth: y.len() / rows }, &mut turned, rows, 0);
+        (ctx.kernels.transpose)(&Rows { data, stride: n, count: rows, depth: y.len() / rows }, &mut turned, rows, 0);
         (ctx.kernels.axpy)(1.0, &turned, y);
     });
 }

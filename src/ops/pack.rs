@@ -116,7 +116,7 @@ pub(super) fn pack_panel(
         // k runs along the columns of memory: rows of words, then transposed.
         Operand::Dense { data, row_stride, col_stride: 1 } if layout == PanelA::Columns && form.is_plain() => {
             let data = &data[rows.start * row_stride + ks.start..];
-            (ctx.kernels.transpose)(Rows { data, stride: row_stride, count, depth: used }, out, width, 0);
+            (ctx.kernels.transpose)(&Rows { data, stride: row_stride, count, depth: used }, out, width, 0);
         }
         Operand::Dense { col_stride: 1, .. } | Operand::Weight(..) => {
             let words = sized(words, count * used);
@@ -137,7 +137,7 @@ pub(super) fn pack_panel(
             }
             match layout {
                 PanelA::Columns => {
-                    (ctx.kernels.transpose)(Rows { data: words, stride: used, count, depth: used }, out, width, 0);
+                    (ctx.kernels.transpose)(&Rows { data: words, stride: used, count, depth: used }, out, width, 0);
                 }
                 PanelA::Rows => {
                     for (r, row) in words.chunks_exact(used).enumerate() {
@@ -206,7 +206,7 @@ pub(super) fn pack_down(
                 for (panel, columns) in panels() {
                     let data = &data[columns.start..];
                     let block = Rows { data, stride: piece.stride, count: end - k, depth: columns.len() };
-                    (ctx.kernels.copy_rows)(block, &mut out[panel * panel_len + (k - ks.start) * width..], width);
+                    (ctx.kernels.copy_rows)(&block, &mut out[panel * panel_len + (k - ks.start) * width..], width);
                 }
             }
             form.round(ctx, out);
@@ -234,7 +234,7 @@ pub(super) fn pack_down(
                     let data = &words[columns.start..];
                     let block = Rows { data, stride: count, count: lines, depth: columns.len() };
                     let out = &mut out[panel * panel_len + chunk * LINE * width..][..LINE * width];
-                    (ctx.kernels.transpose)(block, out, LINE, 0);
+                    (ctx.kernels.transpose)(&block, out, LINE, 0);
                 }
             }
         }
@@ -286,7 +286,7 @@ fn pack_weight_rows(
         for (panel, column) in (0..count).step_by(width).enumerate() {
             let depth = width.min(count - column);
             let rows = Rows { data: &block[column..], stride: count, count: block.len() / count, depth };
-            (ctx.kernels.copy_rows)(rows, &mut out[panel * panel_len + p * ROWS * width..], width);
+            (ctx.kernels.copy_rows)(&rows, &mut out[panel * panel_len + p * ROWS * width..], width);
         }
     }
 }

@@ -72,8 +72,8 @@ macro_rules! instantiate {
             adamw_row(step: &AdamStep, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) -> ();
         );
         instantiate!(@functions gemm, $token, $features,
-            transpose(rows: Rows<'_>, out: &mut [f32], width: usize, first: usize) -> ();
-            copy_rows(rows: Rows<'_>, out: &mut [f32], width: usize) -> ();
+            transpose(rows: &Rows<'_>, out: &mut [f32], width: usize, first: usize) -> ();
+            copy_rows(rows: &Rows<'_>, out: &mut [f32], width: usize) -> ();
             nf4_blocks(packed: &[u8], scales: &[f32], block: usize, code: &[f32; 16], round: bool, out: &mut [f32]) -> ();
             widen(x: &[u16], out: &mut [f32]) -> ();
         );
