@@ -11,6 +11,7 @@
 
 use super::generic::Simd;
 use half::bf16;
+use std::ops::Range;
 
 /// Rows of x that a kernel takes at most.
 pub const MAX_X: usize = 8;
@@ -73,6 +74,27 @@ pub struct NestedScales<'a> {
     pub map: &'a [f32; 256],
 }
 
+/// Room for the nested scales of a row, and what each code stands for in the group they were looked up in: a group is some
+/// rows, a look-up then is a load and takes nothing from the ports that multiply, as a gather does.
+pub(super) struct Room {
+    scales: [f32; MAX_NESTED],
+    of_codes: [f32; 256],
+    group: Option<usize>,
+}
+
+impl Room {
+    pub(super) const NEW: Self = Self { scales: [0.0; MAX_NESTED], of_codes: [0.0; 256], group: None };
+}
+
+/// `map[i] · scale + offset`, rounded as in [`nested_scales`].
+#[inline(always)]
+fn scale_map<S: Simd>(s: S, map: &[f32; 256], scale: f32, offset: f32, out: &mut [f32; 256]) {
+    let (scale, offset) = (s.splat(scale), s.splat(offset));
+    for (map, out) in map.chunks_exact(S::LANES).zip(out.chunks_exact_mut(S::LANES)) {
+        s.store(s.add(s.mul(s.load(map), scale), offset), out);
+    }
+}
+
 impl Scales<'_> {
     /// Number of blocks.
     #[inline(always)]
@@ -85,13 +107,7 @@ impl Scales<'_> {
 
     /// The scales of row `j`, looked up in `room` where they are nested.
     #[inline(always)]
-    pub(super) fn row<'b, S: Packed>(
-        &'b self,
-        s: S,
-        j: usize,
-        blocks: usize,
-        room: &'b mut [f32; MAX_NESTED],
-    ) -> &'b [f32] {
+    pub(super) fn row<'b, S: Packed>(&'b self, s: S, j: usize, blocks: usize, room: &'b mut Room) -> &'b [f32] {
         let nested = match self {
             Self::Each(scales) => return &scales[j * blocks..][..blocks],
             Self::Nested(nested) => nested,
@@ -99,20 +115,20 @@ impl Scales<'_> {
         let (mut at, end) = (nested.first + j * blocks, nested.first + (j + 1) * blocks);
         let mut done = 0;
         while at < end {
-            let len = (nested.group - at % nested.group).min(end - at);
+            let (group, inside) = (at / nested.group, at % nested.group);
+            let len = (nested.group - inside).min(end - at);
+            if room.group != Some(group) {
+                scale_map(s, nested.map, nested.absmax[group], nested.offset, &mut room.of_codes);
+                room.group = Some(group);
+            }
             let codes = &nested.codes[at..at + len];
             s.prefetch(codes, AHEAD / 4);
-            nested_scales(
-                s,
-                codes,
-                nested.map,
-                nested.absmax[at / nested.group],
-                nested.offset,
-                &mut room[done..done + len],
-            );
+            for (scale, code) in room.scales[done..done + len].iter_mut().zip(codes) {
+                *scale = room.of_codes[usize::from(*code)];
+            }
             (at, done) = (at + len, done + len);
         }
-        &room[..blocks]
+        &room.scales[..blocks]
     }
 
     /// The scale of a block.
@@ -192,8 +208,8 @@ pub(super) fn check_x(what: &str, rows: usize, cols: usize, x: &[f32], out: &[f3
 /// What an instruction set adds to [`Simd`] for packed weights.
 pub(super) trait Packed: Simd {
     /// The 64 weights of a block, `64 / LANES` vectors.
-    type Block: AsRef<[Self::V]>;
-    /// Rows of x whose sums fit into the registers.
+    type Block: AsRef<[Self::V]> + Copy;
+    /// Rows of x whose sums, with those of as many rows of W as are read side by side, fit into the registers: 4 or 8.
     const GROUP: usize;
     /// Element `i` of a block's vectors, in their order, is weight `ORDER[i]` of the block.
     const ORDER: [u8; BLOCK];
@@ -241,10 +257,10 @@ pub(super) fn nested_scales<S: Packed>(s: S, codes: &[u8], map: &[f32; 256], sca
     s.store_tail(s.add(s.mul(s.look_up_bytes(&padded, map), scale), offset), outs.into_remainder());
 }
 
-/// Sum of four chains.
+/// The next rows of x that a kernel takes together, of `left`: 8 where their sums fit, else up to 4.
 #[inline(always)]
-fn total<S: Simd>(s: S, acc: &[S::V; 4]) -> f32 {
-    s.sum(s.add(s.add(acc[0], acc[1]), s.add(acc[2], acc[3])))
+pub(super) fn group<S: Packed>(left: usize) -> usize {
+    if S::GROUP >= 8 && left >= 8 { 8 } else { left.min(4) }
 }
 
 /// The weights of a block, `code · scale` rounded as `R`, a [`Round`], says. A parameter and not a closure: what is not marked
@@ -277,11 +293,12 @@ fn nf4_groups<S: Packed, const R: u8>(s: S, w: Nf4Rows<'_>, code: &[f32; 16], x:
     let n_x = w.check(x, out);
     let mut first = 0;
     while first < n_x {
-        let count = S::GROUP.min(n_x - first);
+        let count = group::<S>(n_x - first);
         match count {
             1 => nf4_pass::<S, R, 1>(s, w, code, x, n_x, first, out),
             2 => nf4_pass::<S, R, 2>(s, w, code, x, n_x, first, out),
             3 => nf4_pass::<S, R, 3>(s, w, code, x, n_x, first, out),
+            8 if S::GROUP >= 8 => nf4_pass::<S, R, 8>(s, w, code, x, n_x, first, out),
             _ => nf4_pass::<S, R, 4>(s, w, code, x, n_x, first, out),
         }
         first += count;
@@ -299,58 +316,99 @@ fn nf4_pass<S: Packed, const R: u8, const M: usize>(
     first: usize,
     out: &mut [f32],
 ) {
-    let blocks = w.cols / BLOCK;
     let xs: [&[[f32; BLOCK]]; M] =
         std::array::from_fn(|i| x[(first + i) * w.cols..(first + i + 1) * w.cols].as_chunks::<BLOCK>().0);
+    let rows = w.packed.len() / (w.cols / 2);
+    if M == 1 {
+        let whole = nf4_abreast::<S, R, M, 4>(s, w, 0..rows, code, xs, n_x, first, out);
+        nf4_abreast::<S, R, M, 1>(s, w, whole..rows, code, xs, n_x, first, out);
+    } else {
+        let whole = nf4_abreast::<S, R, M, 2>(s, w, 0..rows, code, xs, n_x, first, out);
+        nf4_abreast::<S, R, M, 1>(s, w, whole..rows, code, xs, n_x, first, out);
+    }
+}
+
+/// Rows of W, `N` of them side by side, against rows `first .. first + M` of x; returns the row behind the last.
+#[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "a part of one pass of a product")]
+fn nf4_abreast<S: Packed, const R: u8, const M: usize, const N: usize>(
+    s: S,
+    w: Nf4Rows<'_>,
+    rows: Range<usize>,
+    code: &[f32; 16],
+    xs: [&[[f32; BLOCK]]; M],
+    n_x: usize,
+    first: usize,
+    out: &mut [f32],
+) -> usize {
+    let (blocks, part) = (w.cols / BLOCK, rows.len() / N);
     let packed = w.packed.as_chunks::<{ BLOCK / 2 }>().0;
-    let rows = packed.len() / blocks;
-    let row = |j: usize| &packed[j * blocks..][..blocks];
-    let mut room = [[0.0; MAX_NESTED]; 2];
-    let mut write = |j: usize, dots: [f32; M]| out[j * n_x + first..][..M].copy_from_slice(&dots);
-    let paired = streams::<M>(rows);
-    for j in 0..paired {
-        let [first, second] = &mut room;
-        let scales = [w.scales.row(s, j, blocks, first), w.scales.row(s, paired + j, blocks, second)];
-        let [one, other] = nf4_dots::<S, R, M, 2>(s, [(row(j), scales[0]), (row(paired + j), scales[1])], code, xs);
-        write(j, one);
-        write(paired + j, other);
+    let mut room = [Room::NEW; N];
+    for j in rows.start..rows.start + part {
+        let mut side_by_side: [Nf4Row<'_>; N] = [(&[], &[]); N];
+        for (r, (row, room)) in side_by_side.iter_mut().zip(&mut room).enumerate() {
+            let j = j + r * part;
+            *row = (&packed[j * blocks..][..blocks], w.scales.row(s, j, blocks, room));
+        }
+        let dots = nf4_dots::<S, R, M, N>(s, side_by_side, code, xs);
+        for (r, dots) in dots.iter().enumerate() {
+            out[(j + r * part) * n_x + first..][..M].copy_from_slice(dots);
+        }
     }
-    for j in 2 * paired..rows {
-        let scales = w.scales.row(s, j, blocks, &mut room[0]);
-        let [dots] = nf4_dots::<S, R, M, 1>(s, [(row(j), scales)], code, xs);
-        write(j, dots);
-    }
+    rows.start + N * part
 }
 
 /// The blocks of a row and their scales.
 type Nf4Row<'a> = (&'a [[u8; BLOCK / 2]], &'a [f32]);
 
-/// `W` rows of weights against `M` rows of x in order, all of the same number of blocks.
+/// `N` rows of weights against `M` rows of x in order, all of the same number of blocks.
 #[inline(always)]
-fn nf4_dots<S: Packed, const R: u8, const M: usize, const W: usize>(
+fn nf4_dots<S: Packed, const R: u8, const M: usize, const N: usize>(
     s: S,
-    rows: [Nf4Row<'_>; W],
+    rows: [Nf4Row<'_>; N],
     code: &[f32; 16],
     xs: [&[[f32; BLOCK]]; M],
-) -> [[f32; M]; W] {
-    let mut acc = [[[s.splat(0.0); 4]; M]; W];
-    for b in 0..xs[0].len() {
-        for ((packed, scales), acc) in rows.iter().zip(&mut acc) {
-            s.prefetch(&packed[b], AHEAD);
-            let weights = weights::<S, R>(s, &packed[b], code, scales[b]);
-            let weights = weights.as_ref();
-            for i in 0..M {
-                let (acc, x) = (&mut acc[i], &xs[i][b]);
+) -> [[f32; M]; N] {
+    let blocks = xs[0].len();
+    let rows = rows.map(|(packed, scales)| (&packed[..blocks], &scales[..blocks]));
+    let mut acc = [[s.splat(0.0); M]; N];
+    for b in 0..blocks {
+        // Loops of constant length, which are unrolled: what an iterator steps over would go through memory.
+        if M == 1 {
+            for r in 0..N {
+                s.prefetch(&rows[r].0[b], AHEAD);
+                let of_row = weights::<S, R>(s, &rows[r].0[b], code, rows[r].1[b]);
                 for v in 0..BLOCK / S::LANES {
-                    acc[v % 4] = s.fma(weights[v], s.load(&x[v * S::LANES..]), acc[v % 4]);
+                    acc[r][0] = s.fma(of_row.as_ref()[v], s.load(&xs[0][b][v * S::LANES..]), acc[r][0]);
+                }
+            }
+            continue;
+        }
+        let mut of_rows = [weights::<S, R>(s, &rows[0].0[b], code, rows[0].1[b]); N];
+        s.prefetch(&rows[0].0[b], AHEAD);
+        for r in 1..N {
+            s.prefetch(&rows[r].0[b], AHEAD);
+            of_rows[r] = weights::<S, R>(s, &rows[r].0[b], code, rows[r].1[b]);
+        }
+        for v in 0..BLOCK / S::LANES {
+            for i in 0..M {
+                let x = s.load(&xs[i][b][v * S::LANES..]);
+                for r in 0..N {
+                    acc[r][i] = s.fma(of_rows[r].as_ref()[v], x, acc[r][i]);
                 }
             }
         }
     }
-    let mut dots = [[0.0; M]; W];
-    for (dots, acc) in dots.iter_mut().zip(&acc) {
+    sums(s, acc)
+}
+
+/// The sum over the lanes of each vector.
+#[inline(always)]
+fn sums<S: Simd, const M: usize, const N: usize>(s: S, acc: [[S::V; M]; N]) -> [[f32; M]; N] {
+    let mut dots = [[0.0; M]; N];
+    for (dots, acc) in dots.iter_mut().zip(acc) {
         for (dot, acc) in dots.iter_mut().zip(acc) {
-            *dot = total(s, acc);
+            *dot = s.sum(acc);
         }
     }
     dots
@@ -399,11 +457,12 @@ pub(super) fn dense<S: Packed, T: Element>(s: S, w: &[T], cols: usize, x: &[f32]
     let n_x = check_x("gemv", rows, cols, x, out);
     let mut first = 0;
     while first < n_x {
-        let count = S::GROUP.min(n_x - first);
+        let count = group::<S>(n_x - first);
         match count {
             1 => dense_pass::<S, T, 1>(s, w, cols, x, n_x, first, out),
             2 => dense_pass::<S, T, 2>(s, w, cols, x, n_x, first, out),
             3 => dense_pass::<S, T, 3>(s, w, cols, x, n_x, first, out),
+            8 if S::GROUP >= 8 => dense_pass::<S, T, 8>(s, w, cols, x, n_x, first, out),
             _ => dense_pass::<S, T, 4>(s, w, cols, x, n_x, first, out),
         }
         first += count;
@@ -422,72 +481,88 @@ fn dense_pass<S: Packed, T: Element, const M: usize>(
 ) {
     let xs: [&[f32]; M] = std::array::from_fn(|i| &x[(first + i) * cols..(first + i + 1) * cols]);
     let rows = w.len() / cols;
-    let row = |j: usize| &w[j * cols..][..cols];
-    let mut write = |j: usize, dots: [f32; M]| out[j * n_x + first..][..M].copy_from_slice(&dots);
-    let paired = streams::<M>(rows);
-    for j in 0..paired {
-        let [one, other] = dense_dots(s, [row(j), row(paired + j)], xs);
-        write(j, one);
-        write(paired + j, other);
-    }
-    for j in 2 * paired..rows {
-        let [dots] = dense_dots(s, [row(j)], xs);
-        write(j, dots);
-    }
+    let whole = if M == 1 {
+        dense_abreast::<S, T, M, 4>(s, w, 0..rows, xs, n_x, first, out)
+    } else {
+        dense_abreast::<S, T, M, 2>(s, w, 0..rows, xs, n_x, first, out)
+    };
+    dense_abreast::<S, T, M, 1>(s, w, whole..rows, xs, n_x, first, out);
 }
 
-/// Rows of each of two streams. Two rows far apart are read side by side where their sums fit into the registers: memory
-/// then has twice as much to fetch ahead.
+/// Rows of w, `N` of them side by side, against rows `first .. first + M` of x; returns the row behind the last.
 #[inline(always)]
-fn streams<const M: usize>(rows: usize) -> usize {
-    if M == 1 { rows / 2 } else { 0 }
-}
-
-/// `W` rows against `M` rows of x, all equally long.
-#[inline(always)]
-fn dense_dots<S: Packed, T: Element, const M: usize, const W: usize>(
+fn dense_abreast<S: Packed, T: Element, const M: usize, const N: usize>(
     s: S,
-    rows: [&[T]; W],
+    w: &[T],
+    rows: Range<usize>,
     xs: [&[f32]; M],
-) -> [[f32; M]; W] {
+    n_x: usize,
+    first: usize,
+    out: &mut [f32],
+) -> usize {
+    let (cols, part) = (xs[0].len(), rows.len() / N);
+    for j in rows.start..rows.start + part {
+        let dots = dense_dots(s, std::array::from_fn::<_, N, _>(|r| &w[(j + r * part) * cols..][..cols]), xs);
+        for (r, dots) in dots.iter().enumerate() {
+            out[(j + r * part) * n_x + first..][..M].copy_from_slice(dots);
+        }
+    }
+    rows.start + N * part
+}
+
+/// `N` rows against `M` rows of x, all equally long.
+#[inline(always)]
+fn dense_dots<S: Packed, T: Element, const M: usize, const N: usize>(
+    s: S,
+    rows: [&[T]; N],
+    xs: [&[f32]; M],
+) -> [[f32; M]; N] {
     let cols = xs[0].len();
     let (whole, body) = (cols - cols % (4 * S::LANES), cols - cols % S::LANES);
-    let mut acc = [[[s.splat(0.0); 4]; M]; W];
+    let mut acc = [[s.splat(0.0); M]; N];
     for c in (0..whole).step_by(4 * S::LANES) {
-        for (row, acc) in rows.iter().zip(&mut acc) {
-            let w = &row[c..c + 4 * S::LANES];
+        for row in &rows {
             for line in 0..(4 * S::LANES * size_of::<T>()).div_ceil(64) {
-                s.prefetch(w, AHEAD + 64 * line);
+                s.prefetch(&row[c..], AHEAD + 64 * line);
             }
-            for v in 0..4 {
-                let weights = T::load(s, &w[v * S::LANES..]);
-                for i in 0..M {
-                    acc[i][v] = s.fma(weights, s.load(&xs[i][c + v * S::LANES..]), acc[i][v]);
-                }
-            }
+        }
+        for c in (c..c + 4 * S::LANES).step_by(S::LANES) {
+            step::<S, T, M, N>(s, rows, xs, c, &mut acc);
         }
     }
-    for (row, acc) in rows.iter().zip(&mut acc) {
-        for c in (whole..body).step_by(S::LANES) {
-            let weights = T::load(s, &row[c..]);
-            for i in 0..M {
-                acc[i][0] = s.fma(weights, s.load(&xs[i][c..]), acc[i][0]);
-            }
-        }
-        if body < cols {
+    for c in (whole..body).step_by(S::LANES) {
+        step::<S, T, M, N>(s, rows, xs, c, &mut acc);
+    }
+    if body < cols {
+        for (row, acc) in rows.iter().zip(&mut acc) {
             let weights = T::load_tail(s, &row[body..]);
             for i in 0..M {
-                acc[i][1] = s.fma(weights, s.load_tail(&xs[i][body..]), acc[i][1]);
+                acc[i] = s.fma(weights, s.load_tail(&xs[i][body..]), acc[i]);
             }
         }
     }
-    let mut dots = [[0.0; M]; W];
-    for (dots, acc) in dots.iter_mut().zip(&acc) {
-        for (dot, acc) in dots.iter_mut().zip(acc) {
-            *dot = total(s, acc);
+    sums(s, acc)
+}
+
+/// Columns `c .. c + LANES` of [`dense_dots`].
+#[inline(always)]
+fn step<S: Packed, T: Element, const M: usize, const N: usize>(
+    s: S,
+    rows: [&[T]; N],
+    xs: [&[f32]; M],
+    c: usize,
+    acc: &mut [[S::V; M]; N],
+) {
+    let mut weights = [s.splat(0.0); N];
+    for r in 0..N {
+        weights[r] = T::load(s, &rows[r][c..]);
+    }
+    for i in 0..M {
+        let x = s.load(&xs[i][c..]);
+        for r in 0..N {
+            acc[r][i] = s.fma(weights[r], x, acc[r][i]);
         }
     }
-    dots
 }
 
 /// w: the bits of bf16.
@@ -507,39 +582,98 @@ pub(super) fn i8_gemv<S: Packed>(s: S, w: &[i8], scales: &[f32], cols: usize, x:
     let (rows, blocks) = (w.len() / cols, cols / BLOCK);
     assert!(w.len() == rows * cols && scales.len() == rows * blocks, "i8_gemv: lengths differ");
     let n_x = check_x("i8_gemv", rows, cols, x, out);
-    let w = w.as_chunks::<BLOCK>().0;
-    for (i, x) in x.chunks_exact(cols).enumerate() {
-        let x = x.as_chunks::<BLOCK>().0;
-        let row = |j: usize| (&w[j * blocks..][..blocks], &scales[j * blocks..][..blocks]);
-        let paired = rows / 2;
-        for j in 0..paired {
-            [out[j * n_x + i], out[(paired + j) * n_x + i]] = i8_dots(s, [row(j), row(paired + j)], x);
+    let w = Int8Rows { codes: w.as_chunks().0, scales, blocks };
+    let mut first = 0;
+    while first < n_x {
+        let count = group::<S>(n_x - first);
+        match count {
+            1 => i8_pass::<S, 1>(s, w, rows, x, n_x, first, out),
+            2 => i8_pass::<S, 2>(s, w, rows, x, n_x, first, out),
+            3 => i8_pass::<S, 3>(s, w, rows, x, n_x, first, out),
+            8 if S::GROUP >= 8 => i8_pass::<S, 8>(s, w, rows, x, n_x, first, out),
+            _ => i8_pass::<S, 4>(s, w, rows, x, n_x, first, out),
         }
-        if rows % 2 == 1 {
-            [out[(rows - 1) * n_x + i]] = i8_dots(s, [row(rows - 1)], x);
-        }
+        first += count;
     }
 }
 
-/// `W` rows of codes with their scales against a row of x, all of the same number of blocks.
+/// Rows in 8 bits and their scales.
+#[derive(Clone, Copy)]
+struct Int8Rows<'a> {
+    codes: &'a [[i8; BLOCK]],
+    scales: &'a [f32],
+    blocks: usize,
+}
+
+/// All rows of W against rows `first .. first + M` of x.
 #[inline(always)]
-fn i8_dots<S: Packed, const W: usize>(s: S, rows: [(&[[i8; BLOCK]], &[f32]); W], x: &[[f32; BLOCK]]) -> [f32; W] {
-    let mut acc = [s.splat(0.0); W];
-    for (b, x) in x.iter().enumerate() {
+fn i8_pass<S: Packed, const M: usize>(
+    s: S,
+    w: Int8Rows<'_>,
+    rows: usize,
+    x: &[f32],
+    n_x: usize,
+    first: usize,
+    out: &mut [f32],
+) {
+    let cols = w.blocks * BLOCK;
+    let xs: [&[[f32; BLOCK]]; M] =
+        std::array::from_fn(|i| x[(first + i) * cols..(first + i + 1) * cols].as_chunks::<BLOCK>().0);
+    let whole = if M == 1 {
+        i8_abreast::<S, M, 4>(s, w, 0..rows, xs, n_x, first, out)
+    } else {
+        i8_abreast::<S, M, 2>(s, w, 0..rows, xs, n_x, first, out)
+    };
+    i8_abreast::<S, M, 1>(s, w, whole..rows, xs, n_x, first, out);
+}
+
+/// Rows of w, `N` of them side by side, against rows `first .. first + M` of x; returns the row behind the last.
+#[inline(always)]
+fn i8_abreast<S: Packed, const M: usize, const N: usize>(
+    s: S,
+    w: Int8Rows<'_>,
+    rows: Range<usize>,
+    xs: [&[[f32; BLOCK]]; M],
+    n_x: usize,
+    first: usize,
+    out: &mut [f32],
+) -> usize {
+    let (blocks, part) = (w.blocks, rows.len() / N);
+    for j in rows.start..rows.start + part {
+        let row = |j: usize| (&w.codes[j * blocks..][..blocks], &w.scales[j * blocks..][..blocks]);
+        let dots = i8_dots(s, std::array::from_fn::<_, N, _>(|r| row(j + r * part)), xs);
+        for (r, dots) in dots.iter().enumerate() {
+            out[(j + r * part) * n_x + first..][..M].copy_from_slice(dots);
+        }
+    }
+    rows.start + N * part
+}
+
+/// `N` rows of codes with their scales against `M` rows of x, all of the same number of blocks.
+#[inline(always)]
+fn i8_dots<S: Packed, const M: usize, const N: usize>(
+    s: S,
+    rows: [(&[[i8; BLOCK]], &[f32]); N],
+    xs: [&[[f32; BLOCK]]; M],
+) -> [[f32; M]; N] {
+    let mut acc = [[s.splat(0.0); M]; N];
+    for b in 0..xs[0].len() {
         for ((codes, scales), acc) in rows.iter().zip(&mut acc) {
             let w = &codes[b];
             s.prefetch(w, AHEAD);
             // Within the block the factors are whole numbers; its scale comes once, at its end.
-            let mut sum = s.mul(s.load_i8(w), s.load(x));
-            for v in 1..BLOCK / S::LANES {
-                sum = s.fma(s.load_i8(&w[v * S::LANES..]), s.load(&x[v * S::LANES..]), sum);
+            let mut sums = [s.splat(0.0); M];
+            for v in 0..BLOCK / S::LANES {
+                let weights = s.load_i8(&w[v * S::LANES..]);
+                for i in 0..M {
+                    sums[i] = s.fma(weights, s.load(&xs[i][b][v * S::LANES..]), sums[i]);
+                }
             }
-            *acc = s.fma(s.splat(scales[b]), sum, *acc);
+            let scale = s.splat(scales[b]);
+            for i in 0..M {
+                acc[i] = s.fma(scale, sums[i], acc[i]);
+            }
         }
     }
-    let mut dots = [0.0; W];
-    for (dot, acc) in dots.iter_mut().zip(acc) {
-        *dot = s.sum(acc);
-    }
-    dots
+    sums(s, acc)
 }

@@ -8,7 +8,7 @@
 //! words: an f32 whose bits are four codes. Most such instructions want one operand without a sign; there the weights are
 //! raised by 128, and each sum starts at `-128 · Σ code` of its block ([`Codes::starts`]), which takes that out again.
 
-use super::gemv::{AHEAD, BLOCK, MAX_NESTED, MAX_X, Nf4Rows, Packed, Scales};
+use super::gemv::{AHEAD, BLOCK, MAX_X, Nf4Rows, Packed, Room, Scales, group};
 use super::generic::Simd;
 
 /// Words of a block.
@@ -178,7 +178,7 @@ trait Weights<S: Bytes>: Copy {
     /// Block `b` of row `j`.
     fn block(self, s: S, j: usize, b: usize) -> S::Block;
     /// The scales of row `j`, in `room` if they must be looked up.
-    fn scales<'b>(&'b self, s: S, j: usize, room: &'b mut [f32; MAX_NESTED]) -> &'b [f32];
+    fn scales<'b>(&'b self, s: S, j: usize, room: &'b mut Room) -> &'b [f32];
 }
 
 /// Rows of NF4.
@@ -197,7 +197,7 @@ impl<S: Bytes> Weights<S> for Nf4<'_> {
         s.nf4(packed)
     }
     #[inline(always)]
-    fn scales<'b>(&'b self, s: S, j: usize, room: &'b mut [f32; MAX_NESTED]) -> &'b [f32] {
+    fn scales<'b>(&'b self, s: S, j: usize, room: &'b mut Room) -> &'b [f32] {
         self.scales.row(s.floats(), j, self.blocks, room)
     }
 }
@@ -218,7 +218,7 @@ impl<S: Bytes> Weights<S> for Int8<'_> {
         s.int8(codes)
     }
     #[inline(always)]
-    fn scales<'b>(&'b self, _: S, j: usize, _: &'b mut [f32; MAX_NESTED]) -> &'b [f32] {
+    fn scales<'b>(&'b self, _: S, j: usize, _: &'b mut Room) -> &'b [f32] {
         &self.scales[j * self.blocks..][..self.blocks]
     }
 }
@@ -247,13 +247,14 @@ fn groups<S: Bytes, W: Weights<S>>(s: S, w: W, rows: usize, factor: f32, x: Code
     let n = x.scales.len() / (x.cols / BLOCK);
     let mut first = 0;
     while first < n {
-        let count = <S::F as Packed>::GROUP.min(n - first);
-        let group = x.rows(first..first + count);
+        let count = group::<S::F>(n - first);
+        let some = x.rows(first..first + count);
         match count {
-            1 => pass::<S, W, 1>(s, w, rows, factor, group, n, first, out),
-            2 => pass::<S, W, 2>(s, w, rows, factor, group, n, first, out),
-            3 => pass::<S, W, 3>(s, w, rows, factor, group, n, first, out),
-            _ => pass::<S, W, 4>(s, w, rows, factor, group, n, first, out),
+            1 => pass::<S, W, 1>(s, w, rows, factor, some, n, first, out),
+            2 => pass::<S, W, 2>(s, w, rows, factor, some, n, first, out),
+            3 => pass::<S, W, 3>(s, w, rows, factor, some, n, first, out),
+            8 if <S::F as Packed>::GROUP >= 8 => pass::<S, W, 8>(s, w, rows, factor, some, n, first, out),
+            _ => pass::<S, W, 4>(s, w, rows, factor, some, n, first, out),
         }
         first += count;
     }
@@ -278,7 +279,7 @@ fn pass<S: Bytes, W: Weights<S>, const M: usize>(
         }
     };
     // Two rows far apart side by side, for memory to fetch ahead in two places.
-    let (paired, mut room) = (rows / 2, [[0.0; MAX_NESTED]; 2]);
+    let (paired, mut room) = (rows / 2, [Room::NEW; 2]);
     for j in 0..paired {
         let [first, second] = &mut room;
         let scales = [w.scales(s, j, first), w.scales(s, paired + j, second)];

@@ -64,7 +64,7 @@ fn lookup(_: Avx2, packed: &[u8; BLOCK / 2], table: [__m256; 2]) -> [__m256; 8] 
 
 impl Packed for Avx2 {
     type Block = [__m256; 8];
-    const GROUP: usize = 2;
+    const GROUP: usize = 4;
     const ORDER: [u8; BLOCK] = {
         let mut order = [0; BLOCK];
         let mut i = 0;

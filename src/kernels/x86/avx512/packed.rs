@@ -1,7 +1,7 @@
 //! Packed weights for AVX-512: a block's table is one register, looked up with `vpermps`, or with `vpermw` as pairs of bfloat16.
 
 use super::Avx512;
-use crate::kernels::gemv::{AHEAD, BLOCK, MAX_NESTED, Nf4Gemv, Nf4Pairs, Nf4Rows, Packed, Round};
+use crate::kernels::gemv::{AHEAD, BLOCK, Nf4Gemv, Nf4Pairs, Nf4Rows, Packed, Room, Round, group};
 use crate::kernels::generic::Simd;
 use std::arch::x86_64::*;
 
@@ -58,7 +58,7 @@ fn lookup(_: Avx512, packed: &[u8; BLOCK / 2], table: __m512) -> [__m512; 4] {
 
 impl Packed for Avx512 {
     type Block = [__m512; 4];
-    const GROUP: usize = 4;
+    const GROUP: usize = 8;
     const ORDER: [u8; BLOCK] = {
         let mut order = [0; BLOCK];
         let mut i = 0;
@@ -154,11 +154,12 @@ fn pairs(s: Avx512, w: Nf4Rows<'_>, code: &[f32; 16], x: &[f32], out: &mut [f32]
     let n_x = w.check_pairs(x, out);
     let mut first = 0;
     while first < n_x {
-        let count = Avx512::GROUP.min(n_x - first);
+        let count = group::<Avx512>(n_x - first);
         match count {
             1 => pairs_pass::<1>(s, w, code, x, n_x, first, out),
             2 => pairs_pass::<2>(s, w, code, x, n_x, first, out),
             3 => pairs_pass::<3>(s, w, code, x, n_x, first, out),
+            8 => pairs_pass::<8>(s, w, code, x, n_x, first, out),
             _ => pairs_pass::<4>(s, w, code, x, n_x, first, out),
         }
         first += count;
@@ -181,7 +182,7 @@ fn pairs_pass<const M: usize>(
     let xs: [&[[f32; BLOCK / 2]]; M] =
         std::array::from_fn(|i| x[(first + i) * words..(first + i + 1) * words].as_chunks::<{ BLOCK / 2 }>().0);
     let rows = w.packed.as_chunks::<{ BLOCK / 2 }>().0.chunks_exact(blocks);
-    let mut room = [0.0; MAX_NESTED];
+    let mut room = Room::NEW;
     for (j, (bytes, out)) in rows.zip(out.chunks_exact_mut(n_x)).enumerate() {
         let scales = w.scales.row(s, j, blocks, &mut room);
         let mut acc = [[s.splat(0.0); 2]; M];
