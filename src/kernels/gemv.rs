@@ -363,6 +363,7 @@ type Nf4Row<'a> = (&'a [[u8; BLOCK / 2]], &'a [f32]);
 
 /// `N` rows of weights against `M` rows of x in order, all of the same number of blocks.
 #[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "a block is one of each row of W and of x")]
 fn nf4_dots<S: Packed, const R: u8, const M: usize, const N: usize>(
     s: S,
     rows: [Nf4Row<'_>; N],
