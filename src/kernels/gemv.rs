@@ -319,13 +319,13 @@ fn nf4_pass<S: Packed, const R: u8, const M: usize>(
     let xs: [&[[f32; BLOCK]]; M] =
         std::array::from_fn(|i| x[(first + i) * w.cols..(first + i + 1) * w.cols].as_chunks::<BLOCK>().0);
     let rows = w.packed.len() / (w.cols / 2);
-    if M == 1 {
-        let whole = nf4_abreast::<S, R, M, 4>(s, w, 0..rows, code, xs, n_x, first, out);
-        nf4_abreast::<S, R, M, 1>(s, w, whole..rows, code, xs, n_x, first, out);
+    // A row of x alone takes four rows of W: memory then fetches ahead in four places, and four sums hide an FMA's latency.
+    let whole = if M == 1 {
+        nf4_abreast::<S, R, M, 4>(s, w, 0..rows, code, xs, n_x, first, out)
     } else {
-        let whole = nf4_abreast::<S, R, M, 2>(s, w, 0..rows, code, xs, n_x, first, out);
-        nf4_abreast::<S, R, M, 1>(s, w, whole..rows, code, xs, n_x, first, out);
-    }
+        nf4_abreast::<S, R, M, 2>(s, w, 0..rows, code, xs, n_x, first, out)
+    };
+    nf4_abreast::<S, R, M, 1>(s, w, whole..rows, code, xs, n_x, first, out);
 }
 
 /// Rows of W, `N` of them side by side, against rows `first .. first + M` of x; returns the row behind the last.
