@@ -29,6 +29,8 @@ pub struct TileC<'a, 'm> {
     pub alpha: f32,
     /// Whether the product is added to what is there, or replaces it.
     pub add: bool,
+    /// What the next products read that is not near yet: a tile that has the time asks for it. May be empty.
+    pub ahead: &'a [f32],
 }
 
 /// `c (+)= alpha · a · b` for the tiles of one column strip, one below the other;  a: one or more A panels, b: `[depth, nr]`.
@@ -62,10 +64,14 @@ pub struct PairKernels {
     pub fast: bool,
     /// Consecutive floats to words, rounded to bf16, ties to even;  x: `[n]`, out: `[ceil(n / 2)]`, a missing half is 0.
     pub pack_row: fn(x: &[f32], out: &mut [f32]),
-    /// Two rows to words, `low[i]` in the lower half of `out[i]`, rounded to bf16, ties to even.
-    pub join_rows: fn(low: &[f32], high: &[f32], out: &mut [f32]),
-    /// Two rows of bf16 to words, `low[i]` in the lower half of `out[i]`.
-    pub join_halves: fn(low: &[u16], high: &[u16], out: &mut [f32]),
+    /// [`Self::pack_row`] in lines of 16 words that begin `stride` apart, the last one filled up with zeros;
+    /// x: `[n]`, out: `[(ceil(n / 32) - 1) · stride + 16]` or more.
+    pub pack_lines: fn(x: &[f32], out: &mut [f32], stride: usize),
+    /// Rows two by two to words, rounded to bf16, ties to even: `out[p, i]` has `rows[2p][i]` in its lower half and
+    /// `rows[2p + 1][i]`, or 0, in its upper;  out: `[ceil(count / 2), width]`, the other columns are left alone.
+    pub join_rows: fn(rows: &Rows<'_>, out: &mut [f32], width: usize),
+    /// [`Self::join_rows`] of rows that are bf16.
+    pub join_halves: fn(rows: &Rows<'_, u16>, out: &mut [f32], width: usize),
     /// Whole blocks of NF4 to bf16: `out[i] = bf16(code[index i] · scales[i / block])`;
     /// packed: `[ceil(n / 2)]`, first element in the high nibble, block: even.
     pub nf4: Nf4Halves,
@@ -75,15 +81,24 @@ pub struct PairKernels {
 
 /// A matrix of words on its way into a panel.
 #[derive(Clone, Copy)]
-pub struct Rows<'a> {
+pub struct Rows<'a, T = f32> {
     /// Row `r` is `data[r · stride ..][.. depth]`.
-    pub data: &'a [f32],
+    pub data: &'a [T],
     /// Distance between rows.
     pub stride: usize,
     /// Number of rows.
     pub count: usize,
     /// Words of a row.
     pub depth: usize,
+}
+
+impl<'a, T> Rows<'a, T> {
+    /// Row `2p` and, if there is one, the row after it.
+    #[inline(always)]
+    pub(super) fn pair(&self, p: usize) -> (&'a [T], Option<&'a [T]>) {
+        let row = |r: usize| &self.data[r * self.stride..][..self.depth];
+        (row(2 * p), (2 * p + 1 < self.count).then(|| row(2 * p + 1)))
+    }
 }
 
 impl Rows<'_> {
@@ -106,9 +121,9 @@ pub(super) fn tile<S: Simd, const MR: usize, const NV: usize>(
     out: TileC<'_, '_>,
 ) {
     let depth = check_strip(a, b, MR, NV * S::LANES);
-    let TileC { c, i, j, alpha, add } = out;
+    let TileC { c, i, j, alpha, add, .. } = out;
     for (panel, a) in a.chunks_exact(MR * depth).enumerate() {
-        one_tile::<S, MR, NV>(s, &fma, a, b, TileC { c, i: i + panel * MR, j, alpha, add });
+        one_tile::<S, MR, NV>(s, &fma, a, b, TileC { c, i: i + panel * MR, j, alpha, add, ahead: &[] });
     }
 }
 
@@ -132,7 +147,7 @@ fn one_tile<S: Simd, const MR: usize, const NV: usize>(
     out: TileC<'_, '_>,
 ) {
     let nr = NV * S::LANES;
-    let TileC { c, i: row0, j: col0, alpha, add } = out;
+    let TileC { c, i: row0, j: col0, alpha, add, .. } = out;
     let mut acc = [[s.splat(0.0); NV]; MR];
     for (a_words, b_words) in a.chunks_exact(MR).zip(b.chunks_exact(nr)) {
         let mut b_vec = [s.splat(0.0); NV];
@@ -249,6 +264,41 @@ pub(super) fn copy_rows<S: Simd>(s: S, rows: &Rows<'_>, out: &mut [f32], width: 
     }
 }
 
+/// `c[i, j] (+)= alpha · sums[j / nr, i, j % nr]` for all of c, whose place in `out` is not read;
+/// sums: `[ceil(columns / nr), at least rows, nr]`.
+#[inline(always)]
+pub(super) fn store_sums<S: Simd>(s: S, sums: &[f32], nr: usize, out: TileC<'_, '_>) {
+    let TileC { c, alpha, add, .. } = out;
+    let height = check_sums(sums, nr, c);
+    let alpha = s.splat(alpha);
+    for i in 0..c.rows() {
+        for (panel, out) in c.row(i).chunks_mut(nr).enumerate() {
+            let sums = &sums[(panel * height + i) * nr..][..nr];
+            for at in (0..out.len()).step_by(S::LANES) {
+                let value = s.load(&sums[at..]);
+                if at + S::LANES <= out.len() {
+                    let part = &mut out[at..at + S::LANES];
+                    s.store(if add { s.fma(alpha, value, s.load(part)) } else { s.mul(alpha, value) }, part);
+                } else {
+                    let part = &mut out[at..];
+                    s.store_tail(if add { s.fma(alpha, value, s.load_tail(part)) } else { s.mul(alpha, value) }, part);
+                }
+            }
+        }
+    }
+}
+
+/// The rows of a panel of sums.
+///
+/// # Panics
+/// If they do not fit the tile.
+fn check_sums(sums: &[f32], nr: usize, c: &TileMut<'_>) -> usize {
+    let panels = c.cols().div_ceil(nr);
+    let height = sums.len() / (panels * nr).max(1);
+    assert!(nr.is_multiple_of(16) && sums.len() == panels * height * nr && height >= c.rows(), "sums of another shape");
+    height
+}
+
 /// Whole blocks of NF4, dequantized and optionally rounded to bf16.
 #[inline(always)]
 pub(super) fn nf4_blocks<S: Simd>(
@@ -311,7 +361,7 @@ pub(super) mod reference {
     pub(in crate::kernels) const NR: usize = 16;
 
     fn tile(a: &[f32], b: &[f32], out: TileC<'_, '_>, product: impl Fn(f32, f32, f32) -> f32) {
-        let TileC { c, i, j, alpha, add } = out;
+        let TileC { c, i, j, alpha, add, .. } = out;
         let depth = check_strip(a, b, MR, NR);
         let cols = (c.cols() - j).min(NR);
         for (panel, a) in a.chunks_exact(MR * depth).enumerate() {
@@ -359,6 +409,17 @@ pub(super) mod reference {
         }
     }
 
+    pub(in crate::kernels) fn store_sums(sums: &[f32], nr: usize, out: TileC<'_, '_>) {
+        let TileC { c, alpha, add, .. } = out;
+        let height = check_sums(sums, nr, c);
+        for i in 0..c.rows() {
+            for (j, out) in c.row(i).iter_mut().enumerate() {
+                let value = sums[(j / nr * height + i) * nr + j % nr];
+                *out = if add { *out + alpha * value } else { alpha * value };
+            }
+        }
+    }
+
     pub(in crate::kernels) fn nf4_blocks(
         packed: &[u8],
         scales: &[f32],
@@ -394,17 +455,27 @@ pub(super) mod reference {
         }
     }
 
-    pub(in crate::kernels) fn join_rows(low: &[f32], high: &[f32], out: &mut [f32]) {
-        assert!(low.len() == out.len() && high.len() == out.len(), "join_rows: lengths differ");
-        for ((out, low), high) in out.iter_mut().zip(low).zip(high) {
-            *out = word(bf16::from_f32(*low).to_bits(), bf16::from_f32(*high).to_bits());
+    pub(in crate::kernels) fn pack_lines(x: &[f32], out: &mut [f32], stride: usize) {
+        for (x, out) in x.chunks(32).zip(out.chunks_mut(stride)) {
+            pack_row(x, &mut out[..x.len().div_ceil(2)]);
+            out[x.len().div_ceil(2)..16].fill(0.0);
         }
     }
 
-    pub(in crate::kernels) fn join_halves(low: &[u16], high: &[u16], out: &mut [f32]) {
-        assert!(low.len() == out.len() && high.len() == out.len(), "join_halves: lengths differ");
-        for ((out, low), high) in out.iter_mut().zip(low).zip(high) {
-            *out = word(*low, *high);
+    pub(in crate::kernels) fn join_rows(rows: &Rows<'_>, out: &mut [f32], width: usize) {
+        join(rows, out, width, |x| bf16::from_f32(x).to_bits());
+    }
+
+    pub(in crate::kernels) fn join_halves(rows: &Rows<'_, u16>, out: &mut [f32], width: usize) {
+        join(rows, out, width, |x| x);
+    }
+
+    fn join<T: Copy>(rows: &Rows<'_, T>, out: &mut [f32], width: usize, half: impl Fn(T) -> u16) {
+        for p in 0..rows.count.div_ceil(2) {
+            let (low, high) = rows.pair(p);
+            for (i, out) in out[p * width..][..rows.depth].iter_mut().enumerate() {
+                *out = word(half(low[i]), high.map_or(0, |high| half(high[i])));
+            }
         }
     }
 

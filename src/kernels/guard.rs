@@ -140,6 +140,7 @@ fn every_kernel_stays_in_bounds() {
             pairs,
             transpose,
             copy_rows,
+            store_sums,
             nf4_blocks,
             int8_row,
             widen,
@@ -198,6 +199,13 @@ fn every_kernel_stays_in_bounds() {
         transpose(&rows, &mut floats(n * count), count, 0);
         for width in [n, n + 3] {
             copy_rows(&rows, &mut floats(count * width), width);
+        }
+        let nr = 16;
+        for alpha in [1.0, 0.5] {
+            let sums = floats(n.div_ceil(nr) * nr * (count + 2));
+            let mut c = floats((count - 1) * (n + 3) + n);
+            let c = &mut TileMut::whole(&mut c, n + 3, count, n);
+            store_sums(&sums, nr, TileC { c, i: 0, j: 0, alpha, add: alpha == 1.0, ahead: &[] });
         }
         products(tile, n, flush);
         attention_stays_in_bounds(attention, n, flush);
@@ -276,7 +284,7 @@ fn products(tile: &GemmTile, k: usize, flush: Flush) {
         for j in [0, 1] {
             let mut c = flush.floats(rows * (j + cols));
             let c = &mut TileMut::whole(&mut c, j + cols, rows, j + cols);
-            run(&a, &b, TileC { c, i: 0, j, alpha, add });
+            run(&a, &b, TileC { c, i: 0, j, alpha, add, ahead: &[] });
         }
     }
 }
@@ -290,12 +298,19 @@ fn pairs_stay_in_bounds(
     n: usize,
     flush: Flush,
 ) {
-    let PairKernels { tile, fast: _, pack_row, join_rows, join_halves, nf4, int8 } = pairs;
-    let (low, high, mut out) = (flush.floats(n), flush.floats(n), flush.floats(n));
-    pack_row(&low, &mut flush.floats(n.div_ceil(2)));
-    join_rows(&low, &high, &mut out);
+    let PairKernels { tile, fast: _, pack_row, pack_lines, join_rows, join_halves, nf4, int8 } = pairs;
+    let row = flush.floats(n);
+    pack_row(&row, &mut flush.floats(n.div_ceil(2)));
+    for stride in [16, 48] {
+        pack_lines(&row, &mut flush.floats((n.div_ceil(32) - 1) * stride + 16), stride);
+    }
     let halves = || flush.of(&vec![0x3F80_u16; n]);
-    join_halves(&halves(), &halves(), &mut out);
+    // Rows of every length down to 1 in a panel that ends with the last of them.
+    let (count, depth) = (n.min(5), n / n.min(5));
+    let (stride, width) = (n / count, depth + n % 2);
+    let mut words = flush.floats((count.div_ceil(2) - 1) * width + depth);
+    join_rows(&Rows { data: &row, stride, count, depth }, &mut words, width);
+    join_halves(&Rows { data: &halves(), stride, count, depth }, &mut words, width);
     nf4(packed, scales, block, code, &mut halves());
     int8(&flush.of(&vec![-7_i8; n]), 0.5, &mut halves());
     products(tile, n, flush);

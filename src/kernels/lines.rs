@@ -88,13 +88,6 @@ pub fn halves_mut(words: &mut [f32]) -> &mut [u16] {
     unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), 2 * words.len()) }
 }
 
-/// The same memory as 16-bit halves, low half of each word first.
-#[inline]
-pub fn halves(words: &[f32]) -> &[u16] {
-    // SAFETY: as in `halves_mut`.
-    unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), 2 * words.len()) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -115,7 +108,7 @@ mod tests {
     #[test]
     fn a_word_is_two_halves_low_half_first() {
         let mut words = [f32::from_bits(0x1234_5678)];
-        assert_eq!(halves(&words), [0x5678, 0x1234]);
+        assert_eq!(halves_mut(&mut words), [0x5678, 0x1234]);
         halves_mut(&mut words)[1] = 0x0001;
         assert_eq!(words[0].to_bits(), 0x0001_5678);
     }

@@ -25,7 +25,7 @@ mod x86;
 
 use crate::error::{Error, Result};
 use elementwise::{AdamStep, Mask, Masked};
-use gemm::{GemmTile, PairKernels, Rows};
+use gemm::{GemmTile, PairKernels, Rows, TileC};
 use std::sync::OnceLock;
 
 /// A function on five equally long rows: three that are read, two that are written.
@@ -49,6 +49,8 @@ pub struct Kernels {
     pub transpose: fn(rows: &Rows<'_>, out: &mut [f32], width: usize, first: usize),
     /// `out[p, i] = rows[p][i]` on words;  out: `[count, width]`, the other columns are left alone.
     pub copy_rows: fn(rows: &Rows<'_>, out: &mut [f32], width: usize),
+    /// `c[i, j] (+)= alpha · sums[j / nr, i, j % nr]` for all of the tile;  sums: `[ceil(columns / nr), at least rows, nr]`.
+    pub store_sums: fn(sums: &[f32], nr: usize, out: TileC<'_, '_>),
     /// Whole blocks of NF4: `out[i] = code[index i] · scales[i / block]`, rounded to bf16 if `round`;
     /// packed: `[ceil(n / 2)]`, first element in the high nibble.
     pub nf4_blocks: gemm::Nf4Blocks,

@@ -63,7 +63,7 @@ fn check_tile(what: &str, tile: &GemmTile, make: impl Fn(usize, u32) -> Vec<f32>
                 let old = floats((rows + 3) * stride, 3);
                 let mut got = old.clone();
                 let c = &mut TileMut::whole(&mut got, stride, rows + 2, cols + 1);
-                (tile.run)(&a, &b, TileC { c, i: 2, j: 1, alpha, add });
+                (tile.run)(&a, &b, TileC { c, i: 2, j: 1, alpha, add, ahead: &[] });
                 let mut want = old.clone();
                 for i in 0..rows {
                     for j in 0..cols {
@@ -126,6 +126,17 @@ fn packing_is_exact() {
                 (table.copy_rows)(&rows, &mut got, width);
                 (twin.copy_rows)(&rows, &mut want, width);
                 assert_eq!(got, want, "copy_rows {what} in {width}");
+                let (nr, height) = (32, count + 3);
+                let sums = floats(depth.div_ceil(nr) * height * nr, 25);
+                for (alpha, add) in [(1.0, true), (0.5, false)] {
+                    let store = |k: &Kernels| {
+                        let mut c = floats(count * width, 21);
+                        let tile = &mut TileMut::whole(&mut c, width, count, depth);
+                        (k.store_sums)(&sums, nr, TileC { c: tile, i: 0, j: 0, alpha, add, ahead: &[] });
+                        c
+                    };
+                    assert_eq!(store(table), store(&twin), "store_sums {what} in {width}");
+                }
             }
         }
         for n in LENGTHS {
@@ -146,10 +157,19 @@ fn packing_is_exact() {
             };
             let packed = |k: &PairKernels| run(&|out| (k.pack_row)(&low, out), n.div_ceil(2));
             assert_eq!(packed(kernels), packed(&twin_pairs), "pack_row {what}");
-            let joined = |k: &PairKernels| run(&|out| (k.join_rows)(&low, &high, out), n);
-            assert_eq!(joined(kernels), joined(&twin_pairs), "join_rows {what}");
-            let joined = |k: &PairKernels| run(&|out| (k.join_halves)(&halves, &halves[..n], out), n);
-            assert_eq!(joined(kernels), joined(&twin_pairs), "join_halves {what}");
+            let lines = |k: &PairKernels| run(&|out| (k.pack_lines)(&low, out, 48), n.div_ceil(32) * 48);
+            assert_eq!(lines(kernels), lines(&twin_pairs), "pack_lines {what}");
+            let (both, count) = ([&low[..], &high].concat(), 3.min(2 * n));
+            let (stride, depth) = (2 * n / count, 2 * n / count);
+            for width in [depth, depth + 5] {
+                let rows = Rows { data: &both, stride, count, depth };
+                let joined = |k: &PairKernels| run(&|out| (k.join_rows)(&rows, out, width), 2 * width);
+                assert_eq!(joined(kernels), joined(&twin_pairs), "join_rows {what}");
+                let data: Vec<u16> = (0..count * depth).map(|i| halves[i % halves.len()]).collect();
+                let rows = Rows { data: &data, stride, count, depth };
+                let joined = |k: &PairKernels| run(&|out| (k.join_halves)(&rows, out, width), 2 * width);
+                assert_eq!(joined(kernels), joined(&twin_pairs), "join_halves {what}");
+            }
         }
     }
 }

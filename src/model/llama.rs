@@ -10,7 +10,7 @@ use crate::ops::linear::{self, Linear, Matrix};
 use crate::ops::matmul::Into;
 use crate::ops::rms_norm::{self, RmsNorm};
 use crate::ops::rope::{Angles, Rope, Turn};
-use crate::ops::{Buf, Env, Grads, add, embedding, head, swiglu};
+use crate::ops::{Buf, Env, Grads, embedding, head, swiglu};
 use std::ops::Range;
 
 /// The decoder.
@@ -199,9 +199,14 @@ impl Layer {
         let mut mlp = Vec::new();
         self.for_mlp_chunks(env, |env, rows| {
             let out = &mut out[rows];
+            let gates = [&self.gate, &self.up];
+            if keep < Keep::Products && linear::can_gate(env, gates, out.len() / self.gate.inputs) {
+                let active = linear::forward_gated(env, gates, &self.post_norm.forward(env, out).0);
+                self.down.forward_onto(env, &active, out);
+                return;
+            }
             let (mut gated, active) = self.activate(env, out);
-            let (part, lin_down) = self.down.forward(env, &active);
-            add(env.ctx, out, &part);
+            let lin_down = self.down.forward_onto(env, &active, out);
             if keep == Keep::Everything {
                 gated.active = Some(active);
             } else {
@@ -228,8 +233,8 @@ impl Layer {
                 attention::forward(ctx, heads, &q, &cache.segments(cu_seqlens, heads.kv_width()))
             }
         };
-        let (mut mid, lin_o) = self.o.forward(env, &attended);
-        add(ctx, &mut mid, x);
+        let mut mid = ctx.copy(x);
+        let lin_o = self.o.forward_onto(env, &attended, &mut mid);
         let lin_qkv = [lin_q, lin_k, lin_v];
         AttentionSaved { normed: Some((h, norm)), q, k, v, lin_qkv, attended, lse, lin_o, mid }
     }

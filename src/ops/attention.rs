@@ -11,7 +11,7 @@
 use super::attention_pairs::{self as pairs, Rows};
 use super::crew::Crew;
 use super::pack::Form;
-use super::{Buf, Ctx, Precision};
+use super::{Buf, Ctx, Precision, TASKS_AT_ONCE};
 use crate::kernels::attention::{
     Block, FEW_KEYS, Few, Gradients, KEYS, PAD, QUERIES, Softmax, Upstream, pack_panels, pack_queries, pack_rows,
     queries_len,
@@ -186,7 +186,7 @@ impl Packed {
                 );
             }
         }
-        tasks.into_par_iter().for_each(|(segment, head, first, out)| {
+        tasks.into_par_iter().with_max_len(1).for_each(|(segment, head, first, out)| {
             let count = (lengths[segment] - first).min(KEYS);
             let src = &matrices[segment][first * shape.kv_width() + head * dim..];
             if let Some(form) = &form {
@@ -573,7 +573,7 @@ fn pairs(blocks: usize, round: usize) -> Vec<(usize, usize)> {
 fn deltas(ctx: &Ctx, shape: Heads, out: &[f32], dout: &[f32]) -> Buf {
     let mut delta = ctx.buf(out.len() / shape.head_dim);
     let task = super::rows_per_task(shape.head_dim);
-    delta.par_chunks_mut(task).enumerate().for_each(|(chunk, delta)| {
+    delta.par_chunks_mut(task).with_max_len(TASKS_AT_ONCE).enumerate().for_each(|(chunk, delta)| {
         for (i, delta) in delta.iter_mut().enumerate() {
             let at = (chunk * task + i) * shape.head_dim;
             *delta = (ctx.kernels.dot)(&dout[at..][..shape.head_dim], &out[at..][..shape.head_dim]);

@@ -131,7 +131,7 @@ fn scores(form: &Form, t: &Block<'_>, a: &[f32], b: &[f32], out: &mut [f32]) {
     for (j, b) in (0..t.keys).step_by(nr).zip(b.chunks_exact(nr * depth)) {
         let i = t.first_query(j) / mr * mr;
         if i < t.n {
-            (form.tile.run)(&a[i * depth..], b, TileC { c: &mut c, i, j, alpha: 1.0, add: false });
+            (form.tile.run)(&a[i * depth..], b, TileC { c: &mut c, i, j, alpha: 1.0, add: false, ahead: &[] });
         }
     }
 }
@@ -159,7 +159,7 @@ impl Product<'_> {
         let a = sized(panel, tile.mr * depth);
         pack_panel(ctx, form, x, i, sum, tile.panel_a, a, words);
         for (j, rows) in (0..dim).step_by(tile.nr).zip(rows.chunks_exact(whole * tile.nr)) {
-            let strip = TileC { c: &mut *c, i: first, j, alpha: 1.0, add: true };
+            let strip = TileC { c: &mut *c, i: first, j, alpha: 1.0, add: true, ahead: &[] };
             (tile.run)(a, &rows[from..][..depth * tile.nr], strip);
         }
     }

@@ -3,7 +3,7 @@
 //! Srivastava et al. 2014 in the inverted form: kept elements are scaled by 1 / (1 - p). Recomputation replays the mask,
 //! and neither threads nor the split of a step into micro-batches nor padding changes it.
 
-use super::{Ctx, Tokens, rows_per_task};
+use super::{Ctx, TASKS_AT_ONCE, Tokens, rows_per_task};
 use crate::kernels::elementwise::{Mask, Masked};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -50,7 +50,7 @@ impl Dropout<'_> {
 
     fn apply<'x>(&self, ctx: &Ctx, out: &mut [f32], how: impl Fn(Range<usize>) -> Masked<'x> + Sync) {
         let (width, task) = (self.width, rows_per_task(self.width));
-        out.par_chunks_mut(task * width).enumerate().for_each(|(chunk, out)| {
+        out.par_chunks_mut(task * width).with_max_len(TASKS_AT_ONCE).enumerate().for_each(|(chunk, out)| {
             for (r, row) in out.chunks_exact_mut(width).enumerate() {
                 let t = chunk * task + r;
                 (ctx.kernels.dropout_row)(&self.mask(t, 0), how(t * width..(t + 1) * width), row);

@@ -238,9 +238,8 @@ fn operand<'a>(env: &Env<'a>, head: &'a Matrix, hidden: usize, first: usize, tra
 /// The hidden states of some tokens, `[rows, hidden]`.
 fn gather(ctx: &Ctx, h: &[f32], hidden: usize, rows: &[usize]) -> Buf {
     let mut gathered = ctx.buf(rows.len() * hidden);
-    for (row, &t) in gathered.chunks_exact_mut(hidden).zip(rows) {
-        row.copy_from_slice(&h[t * hidden..(t + 1) * hidden]);
-    }
+    let tasks = gathered.par_chunks_exact_mut(hidden).zip(rows).with_min_len(16);
+    tasks.for_each(|(row, &t)| row.copy_from_slice(&h[t * hidden..(t + 1) * hidden]));
     gathered
 }
 

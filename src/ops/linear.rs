@@ -10,7 +10,7 @@
 use super::dora::{Dora, Factors};
 use super::dropout::Dropout;
 use super::integer::{self, Encoded};
-use super::matmul::{FEW_ROWS, Gemm, Into, Left, Mask, Operand, PackedA, Shape, Term, gemm, gemm_sum};
+use super::matmul::{FEW_ROWS, Gemm, Into, Left, Mask, Operand, PackedA, Shape, Term, gemm, gemm_gated, gemm_sum};
 use super::{Buf, Ctx, Env, Grads, ParamId, Weight, add};
 use crate::kernels::elementwise::Masked;
 use crate::kernels::gemm::Rows;
@@ -88,6 +88,14 @@ pub struct Saved {
     direction: Option<Buf>,
 }
 
+impl Lora {
+    /// `u Bᵀ` as a term of the product;  low: u, `[n_tokens, rank]`.
+    fn update<'a>(&self, env: &Env<'a>, low: &'a [f32]) -> Term<'a> {
+        let up = Operand::transposed(env.params.get(self.b), self.rank);
+        Term::new(self.rank, Left::Plain(Operand::rows(low, self.rank)), up)
+    }
+}
+
 impl Linear {
     /// The matrix as a GEMM operand, transposed or not.
     fn operand<'a>(&'a self, env: &Env<'a>, transposed: bool) -> Operand<'a> {
@@ -105,6 +113,17 @@ impl Linear {
         made
     }
 
+    /// [`Self::forward`] added to y.
+    pub fn forward_onto(&self, env: &Env<'_>, x: &[f32], y: &mut [f32]) -> Saved {
+        if self.lora.as_ref().is_some_and(|lora| lora.dora.is_some()) {
+            let (made, saved) = self.forward(env, x); // the magnitude scales the product
+            add(env.ctx, y, &made);
+            return saved;
+        }
+        let input = Input::new(env, &[self], x);
+        self.forward_packed(env, &input, y, Into::Add)
+    }
+
     /// What the backward needs, without the output: for a forward that runs again.
     pub fn recompute(&self, env: &Env<'_>, x: &[f32]) -> Saved {
         if self.lora.as_ref().is_some_and(|lora| lora.dora.is_some()) {
@@ -115,51 +134,52 @@ impl Linear {
         Saved { low, direction: None }
     }
 
-    /// The forward with x packed before, and rounded to 8 bits before where the matrix takes it so.
-    fn forward_packed(&self, env: &Env<'_>, x: &[f32], packed: Left<'_>, codes: &[Option<Encoded>; 2]) -> (Buf, Saved) {
-        let (ctx, n_tokens) = (env.ctx, x.len() / self.inputs);
-        let mut y = ctx.buf(n_tokens * self.outputs);
+    /// The forward with its input prepared; a layer with a magnitude replaces y.
+    fn forward_packed(&self, env: &Env<'_>, input: &Input<'_>, y: &mut [f32], into: Into) -> Saved {
+        let ctx = env.ctx;
         let bias = match &self.bias {
             Bias::None => None,
             Bias::Frozen(bias) => Some(&bias[..]),
             Bias::Trained(id) => Some(env.params.get(*id)),
         };
         if let Some(bias) = bias {
-            y.par_chunks_mut(self.outputs).for_each(|row| row.copy_from_slice(bias));
+            y.par_chunks_mut(self.outputs).for_each(|row| match into {
+                Into::Store => row.copy_from_slice(bias),
+                Into::Add => (ctx.kernels.axpy)(1.0, bias, row),
+            });
         }
-        let into = if bias.is_some() { Into::Add } else { Into::Store };
-        let shape = Shape { m: n_tokens, n: self.outputs, alpha: 1.0, into };
-        let own = Term::new(self.inputs, packed, self.operand(env, true));
+        let into = if bias.is_some() { Into::Add } else { into };
+        let shape = Shape { m: input.x.len() / self.inputs, n: self.outputs, alpha: 1.0, into };
+        let own = Term::new(self.inputs, input.left(), self.operand(env, true));
         let integer = integer::many(env, &self.matrix)
-            .and_then(|many| codes[many.matrix.order() as usize].as_ref().map(|codes| (codes, many)));
+            .and_then(|many| input.codes[many.matrix.order() as usize].as_ref().map(|codes| (codes, many)));
         if let Some((codes, many)) = integer {
-            integer::product(ctx, codes, many, into, &mut y);
+            integer::product(ctx, codes, many, into, y);
         }
         let Some(lora) = &self.lora else {
             if integer.is_none() {
-                gemm_sum(ctx, shape, &[own], &mut y);
+                gemm_sum(ctx, shape, &[own], y);
             }
-            return (y, Saved { low: None, direction: None });
+            return Saved { low: None, direction: None };
         };
-        let dropped = self.dropped(env, lora, x);
-        let low = self.low(env, lora, x, dropped.as_deref(), packed);
-        let up = Operand::transposed(env.params.get(lora.b), lora.rank);
-        let update = Term::new(lora.rank, Left::Plain(Operand::rows(&low, lora.rank)), up);
+        let dropped = self.dropped(env, lora, input.x);
+        let low = self.low(env, lora, input.x, dropped.as_deref(), input.left());
+        let update = lora.update(env, &low);
         match integer {
-            Some(_) => gemm_sum(ctx, Shape { into: Into::Add, ..shape }, &[update], &mut y),
-            None => gemm_sum(ctx, shape, &[own, update], &mut y),
+            Some(_) => gemm_sum(ctx, Shape { into: Into::Add, ..shape }, &[update], y),
+            None => gemm_sum(ctx, shape, &[own, update], y),
         }
         let direction = self.factors(env).map(|factors| match &dropped {
-            None => factors.scale(ctx, bias, &mut y),
+            None => factors.scale(ctx, bias, y),
             Some(dropped) => {
                 let mut z = ctx.buf(y.len());
                 let own = Term { a: Left::Plain(Operand::rows(dropped, self.inputs)), ..own };
                 gemm_sum(ctx, Shape { into: Into::Store, ..shape }, &[own, update], &mut z);
-                factors.add_excess(&z, &mut y);
+                factors.add_excess(&z, y);
                 z
             }
         });
-        (y, Saved { low: Some(low), direction })
+        Saved { low: Some(low), direction }
     }
 
     /// What the magnitude multiplies the outputs with, if there is one.
@@ -274,17 +294,76 @@ impl Linear {
     }
 }
 
+/// An input prepared for the layers that share it.
+struct Input<'a> {
+    /// `[n_tokens, in]`.
+    x: &'a [f32],
+    width: usize,
+    /// Packed, where several products read it.
+    packed: Option<PackedA>,
+    /// Rounded to 8 bits, for matrices that take it so.
+    codes: [Option<Encoded>; 2],
+}
+
+impl<'a> Input<'a> {
+    fn new(env: &Env<'_>, linears: &[&Linear], x: &'a [f32]) -> Self {
+        let width = linears.first().map_or(1, |linear| linear.inputs);
+        let order = |linear: &Linear| integer::many(env, &linear.matrix).map(|many| many.matrix.order());
+        let codes = [Order::Plain, Order::EvenOdd].map(|kind| {
+            let wanted = linears.iter().any(|linear| order(linear) == Some(kind));
+            wanted.then(|| Encoded::new(env.ctx, x, width, kind))
+        });
+        let products = |linear: &Linear| {
+            usize::from(order(linear).is_none())
+                + usize::from(linear.lora.as_ref().is_some_and(|lora| linear.dropout(env, lora).is_none()))
+        };
+        let products = linears.iter().map(|linear| products(linear)).sum::<usize>();
+        Self { x, width, packed: (products > 1).then(|| pack(env, x, width)).flatten(), codes }
+    }
+
+    fn left(&self) -> Left<'_> {
+        self.packed.as_ref().map_or(Left::Plain(Operand::rows(self.x, self.width)), Left::Packed)
+    }
+}
+
 /// The forwards of layers that share their input, which is packed once.
 pub fn forward_all<const N: usize>(env: &Env<'_>, linears: [&Linear; N], x: &[f32]) -> [(Buf, Saved); N] {
-    let inputs = linears.first().map_or(1, |linear| linear.inputs);
-    let orders = linears.map(|linear| integer::many(env, &linear.matrix).map(|many| many.matrix.order()));
-    let codes = [Order::Plain, Order::EvenOdd]
-        .map(|order| orders.contains(&Some(order)).then(|| Encoded::new(env.ctx, x, inputs, order)));
-    // One layer alone packs for itself.
-    let floats = linears.iter().zip(orders).filter(|(linear, order)| order.is_none() || linear.lora.is_some()).count();
-    let packed = (floats > 1).then(|| pack(env, x, inputs)).flatten();
-    let left = packed.as_ref().map_or(Left::Plain(Operand::rows(x, inputs)), Left::Packed);
-    linears.map(|linear| linear.forward_packed(env, x, left, &codes))
+    let input = Input::new(env, &linears, x);
+    linears.map(|linear| {
+        let mut y = env.ctx.buf(x.len() / linear.inputs * linear.outputs);
+        let saved = linear.forward_packed(env, &input, &mut y, Into::Store);
+        (y, saved)
+    })
+}
+
+/// Whether [`forward_gated`] can run: no layer needs its output whole, and there are rows enough for panels.
+pub fn can_gate(env: &Env<'_>, layers: [&Linear; 2], n_tokens: usize) -> bool {
+    let plain = |linear: &Linear| {
+        let magnitude = linear.lora.as_ref().is_some_and(|lora| lora.dora.is_some());
+        matches!(linear.bias, Bias::None) && !magnitude && integer::many(env, &linear.matrix).is_none()
+    };
+    n_tokens > FEW_ROWS && layers.into_iter().all(plain)
+}
+
+/// `silu(gate(x)) · up(x)`, `[n_tokens, out]`, without either of them in memory, where [`can_gate`].
+///
+/// The same numbers as [`forward_all`] and [`super::swiglu::forward`].
+pub fn forward_gated(env: &Env<'_>, [gate, up]: [&Linear; 2], x: &[f32]) -> Buf {
+    let n_tokens = x.len() / gate.inputs;
+    assert!(can_gate(env, [gate, up], n_tokens), "forward_gated: a layer with a bias, a magnitude or 8 bits");
+    let input = Input::new(env, &[gate, up], x);
+    let low = [gate, up].map(|linear| {
+        let lora = linear.lora.as_ref()?;
+        Some((lora, linear.low(env, lora, x, linear.dropped(env, lora, x).as_deref(), input.left())))
+    });
+    let mut y = env.ctx.buf(n_tokens * gate.outputs);
+    let sums = [(gate, &low[0]), (up, &low[1])].map(|(linear, low)| {
+        let own = Term::new(linear.inputs, input.left(), linear.operand(env, true));
+        let update = low.as_ref().map(|(lora, low)| lora.update(env, low));
+        [Some(own), update].into_iter().flatten().collect::<Vec<_>>()
+    });
+    gemm_gated(env.ctx, [n_tokens, gate.outputs], [&sums[0], &sums[1]], &mut y);
+    y
 }
 
 /// The gradients that a magnitude makes of dy; all are dy without one.

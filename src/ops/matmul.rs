@@ -2,14 +2,15 @@
 //!
 //! `C[m, n] (+)= alpha · Σ_t A_t[m, k_t] · B_t[k_t, n]` after Goto & van de Geijn 2008: each A is packed once into panels
 //! that the tiles stream; each task packs a `KC x columns` block of B into panels that stay in its cache and multiplies it
-//! with all of A. Several terms share one pass over C, so that a low-rank update costs its FLOPs and no traffic.
+//! with all of A. The sums of a task stay in its cache, tile behind tile, until all terms are in; C is touched once. So a
+//! low-rank update costs its FLOPs and no traffic.
 //! The sum runs term after term and block after block, for every element alike: the result does not depend on the number
 //! of threads or on how C is cut. Few rows against a frozen weight take the dot-product path instead.
 
 use super::pack::{Form, KC, Piece, pack_b, pack_down, pack_panel, sized};
 use super::weight::{Precision, Weight};
-use super::{Buf, Ctx, gemv};
-use crate::kernels::gemm::{GemmTile, TileC};
+use super::{Buf, Ctx, TASKS_AT_ONCE, gemv};
+use crate::kernels::gemm::{GemmTile, PanelA, TileC};
 use crate::kernels::lines::Lines;
 use crate::kernels::tiles::{TileMut, split_grid};
 use rayon::prelude::*;
@@ -17,12 +18,16 @@ use std::cell::RefCell;
 
 /// Columns of C that one task takes, about.
 const NC: usize = 192;
+/// And where tiles are so fast that reading A once more from the third-level cache costs more than sums in the second.
+const NC_ROWS: usize = 384;
 /// Columns are cut at multiples of this, so that no task begins inside a block of NF4.
 const COLUMN_UNIT: usize = 64;
 /// Up to this many columns, B is packed once for all tasks and the tasks share the rows.
 const THIN: usize = 768;
-/// Rows of A that stream past a block of B before the next block's panel: they fit the second-level cache.
-const MC: usize = 1152;
+/// Rows of C that one task takes at most, about: its sums take 4 bytes · ROWS · NC of the second-level cache.
+const ROWS: usize = 1280;
+/// Rows of A that stream past a block of B before the next block's panel: they fit the second-level cache beside the sums.
+const MC: usize = 256;
 /// Up to this many rows, `X · Wᵀ` is a row of dot products straight from the weight's storage.
 pub(crate) const FEW_ROWS: usize = 4;
 
@@ -159,7 +164,11 @@ struct Scratch {
     panel: Lines,
     /// Rows of words on their way into a panel.
     rows: Lines,
-    /// One tile of a masked product.
+    /// The sums of a task: `[panel of B][rows][nr]`.
+    sums: Lines,
+    /// Those of a second product.
+    ups: Lines,
+    /// One tile of a product.
     tile: Lines,
 }
 
@@ -199,39 +208,71 @@ pub fn gemm_sum(ctx: &Ctx, shape: Shape, terms: &[Term<'_>], c: &mut [f32]) {
         return;
     }
     let form = Form::of(ctx);
-    let packed: Vec<_> = terms
-        .iter()
-        .map(|term| match term.a {
-            Left::Plain(operand) => Some(PackedA::new(ctx, operand, m, term.k)),
-            Left::Packed(packed) => {
-                assert!(packed.m == m && packed.k == term.k, "gemm: packed for another shape");
-                None
-            }
-        })
-        .collect();
-    let sides: Vec<_> = terms
-        .iter()
-        .zip(&packed)
-        .map(|(term, own)| {
-            let a = match (own, term.a) {
-                (Some(own), _) => &own.data[..],
-                (None, Left::Packed(packed)) => &packed.data[..],
-                (None, Left::Plain(_)) => unreachable!("plain operands were packed above"),
-            };
-            let shared_b = (n <= THIN).then(|| pack_all_b(ctx, &form, term, n));
-            Side { term: *term, a, shared_b }
-        })
-        .collect();
-    let threads = rayon::current_num_threads();
-    let (rows, cols) = if n <= THIN {
-        (cut(m, form.tile.mr, 8, threads), vec![0, n])
-    } else {
-        let unit = COLUMN_UNIT.next_multiple_of(form.tile.nr);
-        (vec![0, m], cut(n, unit, NC / unit, threads))
-    };
-    split_grid(c, n, &rows, &cols).into_par_iter().for_each(|tile| {
-        SCRATCH.with_borrow_mut(|scratch| multiply(ctx, &form, shape, &sides, tile, scratch));
+    let packed = pack_plain(ctx, m, &terms);
+    let sides = Side::all(ctx, &form, n, &terms, &packed);
+    let (rows, cols) = grid(&form, m, n, 1);
+    // One task at a time: threads are not equally fast.
+    split_grid(c, n, &rows, &cols).into_par_iter().with_max_len(1).for_each(|mut tile| {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let mut sums = std::mem::take(&mut scratch.sums);
+            accumulate(ctx, &form, m, &sides, &tile, &mut sums, scratch);
+            let add = shape.into == Into::Add;
+            let c = TileC { c: &mut tile, i: 0, j: 0, alpha: shape.alpha, add, ahead: &[] };
+            (ctx.kernels.store_sums)(sums.as_slice(), form.tile.nr, c);
+            scratch.sums = sums;
+        });
     });
+}
+
+/// `c = silu(gate) · up`, each a sum of products `[m, n]` that is nowhere in memory as a whole.
+///
+/// # Panics
+/// If `c` is not `[m, n]`, or a packed operand is of another shape.
+pub fn gemm_gated(ctx: &Ctx, [m, n]: [usize; 2], [gate, up]: [&[Term<'_>]; 2], c: &mut [f32]) {
+    assert_eq!(c.len(), m * n, "gemm: C is not [m, n]");
+    let form = Form::of(ctx);
+    let packed = [gate, up].map(|terms| pack_plain(ctx, m, terms));
+    let [gate, up] = [(gate, &packed[0]), (up, &packed[1])].map(|(terms, own)| Side::all(ctx, &form, n, terms, own));
+    let (rows, cols) = grid(&form, m, n, 2);
+    split_grid(c, n, &rows, &cols).into_par_iter().with_max_len(1).for_each(|mut tile| {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let (mut gates, mut ups) = (std::mem::take(&mut scratch.sums), std::mem::take(&mut scratch.ups));
+            accumulate(ctx, &form, m, &gate, &tile, &mut gates, scratch);
+            accumulate(ctx, &form, m, &up, &tile, &mut ups, scratch);
+            let strip = form.tile.mr * form.tile.nr;
+            let piece = sized(&mut scratch.tile, strip);
+            for (gate, up) in gates.as_mut_slice().chunks_exact_mut(strip).zip(ups.as_slice().chunks_exact(strip)) {
+                (ctx.kernels.swiglu_row)(gate, up, piece);
+                gate.copy_from_slice(piece);
+            }
+            let c = TileC { c: &mut tile, i: 0, j: 0, alpha: 1.0, add: false, ahead: &[] };
+            (ctx.kernels.store_sums)(gates.as_slice(), form.tile.nr, c);
+            (scratch.sums, scratch.ups) = (gates, ups);
+        });
+    });
+}
+
+/// The left operands that were not packed before, packed.
+fn pack_plain(ctx: &Ctx, m: usize, terms: &[Term<'_>]) -> Vec<Option<PackedA>> {
+    let pack = |term: &Term<'_>| match term.a {
+        Left::Plain(operand) => Some(PackedA::new(ctx, operand, m, term.k)),
+        Left::Packed(packed) => {
+            assert!(packed.m == m && packed.k == term.k, "gemm: packed for another shape");
+            None
+        }
+    };
+    terms.iter().map(pack).collect()
+}
+
+/// The bounds of the tasks of C, in rows and columns, where a task keeps `n_sums` sums of its columns.
+fn grid(form: &Form, m: usize, n: usize, n_sums: usize) -> (Vec<usize>, Vec<usize>) {
+    let (mr, threads) = (form.tile.mr, rayon::current_num_threads());
+    if n <= THIN {
+        return (cut(m, mr, 8, threads), vec![0, n]);
+    }
+    let unit = COLUMN_UNIT.next_multiple_of(form.tile.nr);
+    let columns = if form.tile.panel_a == PanelA::Rows { NC_ROWS } else { NC };
+    (cut(m, mr, ROWS / mr, 1), cut(n, unit, columns / n_sums / unit, threads))
 }
 
 /// Bounds of about `len / (unit · units)` pieces, a multiple of `threads`, cut at multiples of `unit`.
@@ -249,6 +290,21 @@ struct Side<'a> {
     shared_b: Option<Buf>,
 }
 
+impl<'a> Side<'a> {
+    /// own: what [`pack_plain`] has packed.
+    fn all(ctx: &Ctx, form: &Form, n: usize, terms: &[Term<'a>], own: &'a [Option<PackedA>]) -> Vec<Self> {
+        let side = |(term, own): (&Term<'a>, &'a Option<PackedA>)| {
+            let a = match (own, term.a) {
+                (Some(own), _) => &own.data[..],
+                (None, Left::Packed(packed)) => &packed.data[..],
+                (None, Left::Plain(_)) => unreachable!("plain operands were packed before"),
+            };
+            Side { term: *term, a, shared_b: (n <= THIN).then(|| pack_all_b(ctx, form, term, n)) }
+        };
+        terms.iter().zip(own).map(side).collect()
+    }
+}
+
 fn pack_all_b(ctx: &Ctx, form: &Form, term: &Term<'_>, n: usize) -> Buf {
     let nr = form.tile.nr;
     let panels = n.div_ceil(nr);
@@ -264,48 +320,66 @@ fn pack_all_b(ctx: &Ctx, form: &Form, term: &Term<'_>, n: usize) -> Buf {
     packed
 }
 
-/// All terms for one tile of C.
-fn multiply(ctx: &Ctx, form: &Form, shape: Shape, sides: &[Side<'_>], mut tile: TileMut<'_>, scratch: &mut Scratch) {
+/// All terms for one tile of C, of `m` rows: `sums` becomes `[panel of columns][rows, up to a whole panel][nr]`.
+fn accumulate(
+    ctx: &Ctx,
+    form: &Form,
+    m: usize,
+    sides: &[Side<'_>],
+    tile: &TileMut<'_>,
+    sums: &mut Lines,
+    scratch: &mut Scratch,
+) {
     let GemmTile { mr, nr, run, .. } = form.tile;
     let (rows, cols, row0, col0) = (tile.rows(), tile.cols(), tile.row0, tile.col0);
-    let (panels_of_a, panels_of_b) = (shape.m.div_ceil(mr), cols.div_ceil(nr));
-    let mut add = shape.into == Into::Add;
-    let Scratch { panel, rows: words, tile: piece } = scratch;
-    for Side { term, a, shared_b } in sides {
-        for (block, ks) in form.blocks(term.k) {
-            let depth = form.depth(ks.len());
-            let b_block = if let Some(shared) = shared_b {
-                &shared[block * KC * panels_of_b * nr..][..panels_of_b * nr * depth]
-            } else {
-                let out = sized(panel, panels_of_b * nr * depth);
-                pack_b(ctx, form, term.b, ks, col0..col0 + cols, out, words);
-                &*out
-            };
-            let a_block = &a[block * KC * panels_of_a * mr..];
-            for band in (0..rows).step_by(MC.next_multiple_of(mr)) {
-                let band_end = rows.min(band + MC.next_multiple_of(mr));
-                for (j, b_panel) in b_block.chunks_exact(depth * nr).enumerate() {
-                    let strip = &a_block[(row0 + band) * depth..(row0 + band_end.next_multiple_of(mr)) * depth];
-                    let Some(mask) = term.mask else {
-                        let c = &mut tile;
-                        run(strip, b_panel, TileC { c, i: band, j: j * nr, alpha: shape.alpha, add });
-                        continue;
-                    };
-                    for (i, a_panel) in (band..band_end).step_by(mr).zip(strip.chunks_exact(depth * mr)) {
-                        let (height, width) = (mr.min(rows - i), nr.min(cols - j * nr));
-                        let piece = sized(piece, mr * nr);
-                        let c = &mut TileMut::whole(piece, nr, height, width);
-                        run(a_panel, b_panel, TileC { c, i: 0, j: 0, alpha: shape.alpha, add: false });
-                        for (r, values) in piece.chunks_exact_mut(nr).take(height).enumerate() {
-                            let values = &mut values[..width];
-                            mask(row0 + i + r, col0 + j * nr, values);
-                            let out = &mut tile.row(i + r)[j * nr..][..width];
-                            if add { (ctx.kernels.axpy)(1.0, values, out) } else { out.copy_from_slice(values) }
-                        }
+    let (panels_of_a, panels_of_b) = (m.div_ceil(mr), cols.div_ceil(nr));
+    let height = rows.next_multiple_of(mr);
+    let Scratch { panel, rows: words, tile: piece, .. } = scratch;
+    let sums = sized(sums, panels_of_b * height * nr);
+    let blocks: Vec<_> =
+        sides.iter().flat_map(|side| form.blocks(side.term.k).map(move |(block, ks)| (side, block, ks))).collect();
+    // Rows of A in a block of k, from a row of this tile on.
+    let band_rows = MC.next_multiple_of(mr);
+    let strip = |at: usize, row: usize| {
+        let (side, block, ks) = &blocks[at];
+        let (depth, end) = (form.depth(ks.len()), height.min(row + band_rows));
+        &side.a[block * KC * panels_of_a * mr..][(row0 + row) * depth..(row0 + end) * depth]
+    };
+    for (at, (Side { term, shared_b, .. }, block, ks)) in blocks.iter().enumerate() {
+        let depth = form.depth(ks.len());
+        let b_block = if let Some(shared) = shared_b {
+            &shared[block * KC * panels_of_b * nr..][..panels_of_b * nr * depth]
+        } else {
+            let out = sized(panel, panels_of_b * nr * depth);
+            pack_b(ctx, form, term.b, ks.clone(), col0..col0 + cols, out, words);
+            &*out
+        };
+        for band in (0..height).step_by(band_rows) {
+            let a = strip(at, band);
+            // After the last block comes the next task, with the same rows.
+            let next =
+                if band + band_rows < height { strip(at, band + band_rows) } else { strip((at + 1) % blocks.len(), 0) };
+            let share = next.len() / panels_of_b;
+            for (j, b_panel) in b_block.chunks_exact(depth * nr).enumerate() {
+                let sums = &mut sums[j * height * nr..][..height * nr];
+                let Some(mask) = term.mask else {
+                    let c = &mut TileMut::whole(sums, nr, height, nr);
+                    let ahead = &next[j * share..][..share];
+                    run(a, b_panel, TileC { c, i: band, j: 0, alpha: 1.0, add: at > 0, ahead });
+                    continue;
+                };
+                let panels = a.chunks_exact(depth * mr).zip(sums[band * nr..].chunks_exact_mut(mr * nr));
+                for (i, (a_panel, sums)) in (band..).step_by(mr).zip(panels) {
+                    let (tall, width) = (mr.min(rows - i), nr.min(cols - j * nr));
+                    let piece = sized(piece, mr * nr);
+                    let c = &mut TileMut::whole(piece, nr, mr, nr);
+                    run(a_panel, b_panel, TileC { c, i: 0, j: 0, alpha: 1.0, add: false, ahead: &[] });
+                    for (r, values) in piece.chunks_exact_mut(nr).take(tall).enumerate() {
+                        mask(row0 + i + r, col0 + j * nr, &mut values[..width]);
                     }
+                    if at > 0 { (ctx.kernels.axpy)(1.0, piece, sums) } else { sums.copy_from_slice(piece) }
                 }
             }
-            add = true;
         }
     }
 }
@@ -328,7 +402,7 @@ impl PackedA {
         let group = if together.is_some() { (NC / mr).max(1) } else { 1 };
         data.par_chunks_mut(KC * panels * mr).zip(form.blocks(k).collect::<Vec<_>>()).for_each(|(out, (_, ks))| {
             let depth = form.depth(ks.len());
-            out.par_chunks_mut(depth * mr * group).enumerate().for_each(|(task, out)| {
+            out.par_chunks_mut(depth * mr * group).with_max_len(TASKS_AT_ONCE).enumerate().for_each(|(task, out)| {
                 let rows = task * group * mr..m.min((task + 1) * group * mr);
                 SCRATCH.with_borrow_mut(|scratch| {
                     let (layout, words) = (form.tile.panel_a, &mut scratch.rows);

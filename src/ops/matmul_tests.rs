@@ -45,6 +45,8 @@ fn every_operand_form_and_shape_equals_the_slow_twin() {
             (130, 20, 600),
             (2000, 3, 5),
             (40, 900, 530),
+            // More rows than one task takes, in more than one block of columns.
+            (1300, 800, 9),
         ] {
             let what = format!("{what} {m}x{n}x{k}");
             let (a, b) = (values(m * k, 1), values(k * n, 2));
@@ -171,5 +173,31 @@ fn threads_do_not_change_a_bit() {
         };
         let one = run(1);
         assert!([2, 3, 5].iter().all(|&threads| run(threads) == one), "{what}");
+    }
+}
+
+#[test]
+fn a_gated_product_is_that_of_its_two_halves_to_the_bit() {
+    for (ctx, what) in contexts() {
+        // Panels that are not full; the second k is a low rank. Narrow and wide: both ways to cut C.
+        for (m, n, k, rank) in [(7, 20, 33, 3), (37, 1000, 530, 16)] {
+            let (x, low) = (values(m * k, 1), values(m * rank, 2));
+            let (weights, ups) = ([values(n * k, 3), values(n * k, 4)], [values(n * rank, 5), values(n * rank, 6)]);
+            let packed = PackedA::new(&ctx, Operand::rows(&x, k), m, k);
+            let terms = [0, 1].map(|i| {
+                let own = Term::new(k, Left::Packed(&packed), Operand::transposed(&weights[i], k));
+                let up = Operand::transposed(&ups[i], rank);
+                [own, Term::new(rank, Left::Plain(Operand::rows(&low, rank)), up)]
+            });
+            let [gate, up] = [0, 1].map(|i| {
+                let mut c = vec![0.0; m * n];
+                gemm_sum(&ctx, Shape { m, n, alpha: 1.0, into: Into::Store }, &terms[i], &mut c);
+                c
+            });
+            let want = crate::ops::swiglu::forward(&ctx, &gate, &up);
+            let mut got = vec![9.0; m * n];
+            gemm_gated(&ctx, [m, n], [&terms[0], &terms[1]], &mut got);
+            assert!(got == want[..], "{what} {m} x {n}");
+        }
     }
 }

@@ -64,17 +64,20 @@ impl Ctx {
     /// A buffer of `len` zeros.
     pub fn zeros(&self, len: usize) -> Buf {
         let mut buf = self.pool.take(len);
-        buf.fill(0.0);
+        buf.par_chunks_mut(COPY).for_each(|part| part.fill(0.0));
         buf
     }
 
     /// A buffer that holds a copy of `src`.
     pub fn copy(&self, src: &[f32]) -> Buf {
         let mut buf = self.pool.take(src.len());
-        buf.copy_from_slice(src);
+        buf.par_chunks_mut(COPY).zip(src.par_chunks(COPY)).for_each(|(part, src)| part.copy_from_slice(src));
         buf
     }
 }
+
+/// Floats that a thread copies or clears at a time.
+const COPY: usize = 1 << 16;
 
 /// The tokens of one micro-batch: sequences one after the other.
 #[derive(Clone, Debug, Default)]
@@ -151,8 +154,13 @@ pub(crate) fn rows_per_task(width: usize) -> usize {
     (16_384 / width.max(1)).max(1)
 }
 
+/// The most such tasks that a thread takes at once: threads of a shared machine are not equally fast, and whoever is done
+/// helps out.
+pub(crate) const TASKS_AT_ONCE: usize = 4;
+
 /// `y += x`.
 pub(crate) fn add(ctx: &Ctx, y: &mut [f32], x: &[f32]) {
     let task = rows_per_task(1);
-    y.par_chunks_mut(task).zip(x.par_chunks(task)).for_each(|(y, x)| (ctx.kernels.axpy)(1.0, x, y));
+    let tasks = y.par_chunks_mut(task).zip(x.par_chunks(task)).with_max_len(TASKS_AT_ONCE);
+    tasks.for_each(|(y, x)| (ctx.kernels.axpy)(1.0, x, y));
 }

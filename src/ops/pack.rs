@@ -7,7 +7,7 @@ use super::Ctx;
 use super::matmul::Operand;
 use super::weight::{Precision, Weight};
 use crate::kernels::gemm::{GemmTile, PairKernels, PanelA, Rows};
-use crate::kernels::lines::{LINE, Lines, halves, halves_mut, prefetch};
+use crate::kernels::lines::{LINE, Lines, halves_mut, prefetch};
 use std::ops::Range;
 
 /// Words of k in a packed block: with 32 columns of B, 32 KiB.
@@ -118,6 +118,17 @@ pub(super) fn pack_panel(
             let data = &data[rows.start * row_stride + ks.start..];
             (ctx.kernels.transpose)(&Rows { data, stride: row_stride, count, depth: used }, out, width, 0);
         }
+        Operand::Dense { data, row_stride, col_stride: 1 }
+            if let (PanelA::Rows, Some(pairs)) = (layout, &form.pairs) =>
+        {
+            let piece = |row: usize| &data[row * row_stride + ks.start..][..ks.len()];
+            for (r, row) in rows.clone().enumerate() {
+                if row + 1 < rows.end {
+                    prefetch(piece(row + 1));
+                }
+                (pairs.pack_lines)(piece(row), &mut out[r * LINE..], width * LINE);
+            }
+        }
         Operand::Dense { col_stride: 1, .. } | Operand::Weight(..) => {
             let words = sized(words, count * used);
             let outs = words.chunks_exact_mut(used);
@@ -212,26 +223,27 @@ pub(super) fn pack_down(
             form.round(ctx, out);
         }
         PanelA::Columns => {
-            for (p, k) in ks.clone().step_by(step).enumerate() {
-                (k..k + step).for_each(|k| piece.ask(k + ahead));
+            // Some rows at a time, so that each panel takes a block of them; their next ones are asked for meanwhile.
+            for k in ks.clone().step_by(ROWS) {
+                let end = ks.end.min(k + ROWS);
                 for (panel, columns) in panels() {
-                    let out = &mut out[panel * panel_len + p * width..][..columns.len()];
-                    form.join(ctx, |k| &piece.row(k)[columns.clone()], k, ks.end, out);
+                    for k in end..ks.end.min(end + ROWS) {
+                        prefetch(&piece.row(k)[columns.clone()]);
+                    }
+                    let out = &mut out[panel * panel_len + (k - ks.start) / step * width..];
+                    form.join(ctx, piece, k..end, columns, out, width);
                 }
             }
         }
         PanelA::Rows => {
             let words = sized(words, LINE * count);
-            let mut k = ks.start;
-            for chunk in 0..depth / LINE {
-                let lines = (ks.end - k).div_ceil(step).min(LINE);
-                for line in words.chunks_exact_mut(count).take(lines) {
-                    (k..k + step).for_each(|k| piece.ask(k + ahead));
-                    form.join(ctx, |k| piece.row(k), k, ks.end, line);
-                    k += step;
-                }
+            for (chunk, k) in ks.clone().step_by(LINE * step).enumerate() {
+                let end = ks.end.min(k + LINE * step);
+                (end..end + LINE * step).for_each(|k| piece.ask(k));
+                form.join(ctx, piece, k..end, 0..count, words, count);
                 for (panel, columns) in panels() {
                     let data = &words[columns.start..];
+                    let lines = (end - k).div_ceil(step);
                     let block = Rows { data, stride: count, count: lines, depth: columns.len() };
                     let out = &mut out[panel * panel_len + chunk * LINE * width..][..LINE * width];
                     (ctx.kernels.transpose)(&block, out, LINE, 0);
@@ -258,19 +270,16 @@ fn pack_weight_rows(
     let count = columns.len();
     let pieces = Pieces::new(weight, columns.start, count);
     if let Some(pairs) = &form.pairs {
-        // Two rows of halves, the second zero where k ends.
-        let half_rows = sized(words, 2 * count.next_multiple_of(2));
-        let (low, high) = half_rows.split_at_mut(count.next_multiple_of(2));
-        for (p, k) in ks.clone().step_by(2).enumerate() {
-            weight.read_bf16(pairs, pieces.of(first + k), &mut halves_mut(low)[..count]);
-            if k + 1 < ks.end {
-                weight.read_bf16(pairs, pieces.of(first + k + 1), &mut halves_mut(high)[..count]);
-            } else {
-                high.fill(0.0);
+        let stride = count.next_multiple_of(2);
+        let block = halves_mut(sized(words, ROWS * stride / 2));
+        for k in ks.clone().step_by(ROWS) {
+            let end = ks.end.min(k + ROWS);
+            for (k, row) in (k..end).zip(block.chunks_exact_mut(stride)) {
+                weight.read_bf16(pairs, pieces.of(first + k), &mut row[..count]);
             }
-            let parts = halves(low)[..count].chunks(width).zip(halves(high)[..count].chunks(width));
-            for (panel, (low, high)) in parts.enumerate() {
-                (pairs.join_halves)(low, high, &mut out[panel * panel_len + p * width..][..low.len()]);
+            for (panel, column) in (0..count).step_by(width).enumerate() {
+                let rows = Rows { data: &block[column..], stride, count: end - k, depth: width.min(count - column) };
+                (pairs.join_halves)(&rows, &mut out[panel * panel_len + (k - ks.start) / 2 * width..], width);
             }
         }
         return;
@@ -325,19 +334,23 @@ impl Form {
         }
     }
 
-    /// The word row that begins with row `k` of memory: that row, or it and the next (zeros at `end`).
-    fn join<'a>(&self, ctx: &Ctx, row: impl Fn(usize) -> &'a [f32], k: usize, end: usize, out: &mut [f32]) {
+    /// The words of some rows of memory: those rows, or two by two (a missing last one is zeros);
+    /// out: `[words of ks, width]`.
+    fn join(
+        &self,
+        ctx: &Ctx,
+        piece: &Piece<'_>,
+        ks: Range<usize>,
+        columns: Range<usize>,
+        out: &mut [f32],
+        width: usize,
+    ) {
+        let data = &piece.data[ks.start * piece.stride + piece.columns.start + columns.start..];
+        let rows = Rows { data, stride: piece.stride, count: ks.len(), depth: columns.len() };
         if let Some(pairs) = &self.pairs {
-            if k + 1 < end {
-                return (pairs.join_rows)(row(k), row(k + 1), out);
-            }
-            let low = row(k);
-            for (low, out) in low.chunks(LINE).zip(out.chunks_mut(LINE)) {
-                (pairs.join_rows)(low, &[0.0; LINE][..low.len()], out);
-            }
-            return;
+            return (pairs.join_rows)(&rows, out, width);
         }
-        out.copy_from_slice(row(k));
+        (ctx.kernels.copy_rows)(&rows, out, width);
         self.round(ctx, out);
     }
 }

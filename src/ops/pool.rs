@@ -1,11 +1,16 @@
 //! Buffers that are reused between ops, layers and steps, so that the loop does not fault in fresh pages.
 //!
-//! Free buffers never hold more than what was in use at once already: batches of changing sizes do not add up.
+//! Free buffers never hold much more than what was in use at once already: batches of changing sizes do not add up.
 
 use crate::io::os::prefer_large_pages;
 use crate::kernels::lines::Lines;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
+
+/// Floats that free and used buffers may hold together beyond the most that was in use at once: a quarter of that and not more
+/// than this. Buffers of a size that comes once a layer would otherwise make way for another size, and each new one is
+/// zeroed by the system, page by page.
+const SLACK: usize = 32 << 20;
 
 /// Buffers that wait for their next use.
 #[derive(Default)]
@@ -35,11 +40,12 @@ impl State {
         Some(data)
     }
 
-    /// Counts a buffer as used, and gives free ones back to the system that the peak has no room for.
+    /// Counts a buffer as used, and gives free ones back to the system that peak and slack have no room for.
     fn take(&mut self, capacity: usize) {
         self.used_len += capacity;
         self.peak_len = self.peak_len.max(self.used_len);
-        while self.used_len + self.free_len > self.peak_len && !self.free.is_empty() {
+        let most = self.peak_len + (self.peak_len / 4).min(SLACK);
+        while self.used_len + self.free_len > most && !self.free.is_empty() {
             self.free_len -= self.free.remove(0).capacity();
         }
     }
@@ -113,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn buffers_are_reused_and_never_exceed_the_peak_of_what_was_in_use() {
+    fn buffers_are_reused_and_hardly_exceed_the_peak_of_what_was_in_use() {
         let pool = Arc::new(Pool::default());
         let (a, b) = (pool.take(10_000), pool.take(6_000));
         let at = a.as_ptr();
@@ -126,7 +132,7 @@ mod tests {
         for len in [100, 16_000, 200, 15_999, 40] {
             drop(pool.take(len));
             let state = pool.state();
-            assert!(state.used_len + state.free_len <= state.peak_len, "after {len}");
+            assert!(state.used_len + state.free_len <= state.peak_len * 5 / 4, "after {len}");
         }
         pool.clear();
         assert_eq!((pool.peak_bytes(), pool.state().free.len()), (0, 0));

@@ -38,7 +38,7 @@ pub fn peak_flops(ctx: &Ctx) -> f64 {
             let (a, b, mut c) = (zeros(DEPTH * mr), zeros(DEPTH * nr), zeros(mr * nr));
             for _ in 0..REPEAT {
                 let c = &mut TileMut::whole(c.as_mut_slice(), nr, mr, nr);
-                (tile.run)(a.as_slice(), b.as_slice(), TileC { c, i: 0, j: 0, alpha: 1.0, add: false });
+                (tile.run)(a.as_slice(), b.as_slice(), TileC { c, i: 0, j: 0, alpha: 1.0, add: false, ahead: &[] });
             }
             std::hint::black_box(c.as_slice());
         });

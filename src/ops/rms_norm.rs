@@ -1,6 +1,6 @@
 //! RMSNorm: `y = x · w / sqrt(mean(x²) + eps)`.  Zhang & Sennrich 2019, eq. 4.
 
-use super::{Buf, Ctx, Env, Grads, ParamId, rows_per_task};
+use super::{Buf, Ctx, Env, Grads, ParamId, TASKS_AT_ONCE, rows_per_task};
 use rayon::prelude::*;
 
 /// The gain of a norm.
@@ -47,7 +47,7 @@ impl RmsNorm {
         let w = self.weights(env);
         let (hidden, task) = (w.len(), rows_per_task(w.len()));
         let backward_row = env.ctx.kernels.rms_norm_row_backward;
-        dx.par_chunks_mut(task * hidden).enumerate().for_each(|(chunk, dx)| {
+        dx.par_chunks_mut(task * hidden).with_max_len(TASKS_AT_ONCE).enumerate().for_each(|(chunk, dx)| {
             for (r, dx) in dx.chunks_exact_mut(hidden).enumerate() {
                 let t = chunk * task + r;
                 let row = t * hidden..(t + 1) * hidden;
@@ -69,11 +69,10 @@ impl RmsNorm {
 /// The forward on plain slices;  x, y: `[n_tokens, hidden]`, w: `[hidden]`, rstd: `[n_tokens]`.
 fn rms_norm(ctx: &Ctx, x: &[f32], w: &[f32], eps: f32, y: &mut [f32], rstd: &mut [f32]) {
     let (hidden, task) = (w.len(), rows_per_task(w.len()));
-    y.par_chunks_mut(task * hidden).zip(x.par_chunks(task * hidden)).zip(rstd.par_chunks_mut(task)).for_each(
-        |((y, x), rstd)| {
-            for ((y, x), rstd) in y.chunks_exact_mut(hidden).zip(x.chunks_exact(hidden)).zip(rstd) {
-                *rstd = (ctx.kernels.rms_norm_row)(x, w, eps, y);
-            }
-        },
-    );
+    let tasks = y.par_chunks_mut(task * hidden).zip(x.par_chunks(task * hidden)).zip(rstd.par_chunks_mut(task));
+    tasks.with_max_len(TASKS_AT_ONCE).for_each(|((y, x), rstd)| {
+        for ((y, x), rstd) in y.chunks_exact_mut(hidden).zip(x.chunks_exact(hidden)).zip(rstd) {
+            *rstd = (ctx.kernels.rms_norm_row)(x, w, eps, y);
+        }
+    });
 }

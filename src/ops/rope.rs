@@ -1,6 +1,6 @@
 //! Rotary position embedding in HF Llama's half-split layout, with llama3 and linear scaling.  Su et al. 2021, eq. 34.
 
-use super::{Ctx, rows_per_task};
+use super::{Ctx, TASKS_AT_ONCE, rows_per_task};
 use rayon::prelude::*;
 
 /// How positions beyond the trained length are handled.
@@ -93,7 +93,7 @@ impl Angles {
     pub fn rotate(&self, ctx: &Ctx, x: &mut [f32], width: usize, turn: Turn) {
         let (half, task) = (self.half, rows_per_task(width));
         let sign = if turn == Turn::Forward { 1.0 } else { -1.0 };
-        x.par_chunks_mut(task * width).enumerate().for_each(|(chunk, x)| {
+        x.par_chunks_mut(task * width).with_max_len(TASKS_AT_ONCE).enumerate().for_each(|(chunk, x)| {
             for (r, row) in x.chunks_exact_mut(width).enumerate() {
                 let at = (chunk * task + r) * half;
                 (ctx.kernels.rope_row)(row, &self.cos[at..at + half], &self.sin[at..at + half], sign);

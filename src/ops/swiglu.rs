@@ -1,15 +1,14 @@
 //! The gated activation `silu(gate) · up`.  Shazeer 2020, eq. 6.
 
-use super::{Buf, Ctx, rows_per_task};
+use super::{Buf, Ctx, TASKS_AT_ONCE, rows_per_task};
 use rayon::prelude::*;
 
 /// gate, up: `[n_tokens, ffn]` -> `[n_tokens, ffn]`.
 pub fn forward(ctx: &Ctx, gate: &[f32], up: &[f32]) -> Buf {
     let mut y = ctx.buf(gate.len());
     let task = rows_per_task(1);
-    y.par_chunks_mut(task).zip(gate.par_chunks(task)).zip(up.par_chunks(task)).for_each(|((y, gate), up)| {
-        (ctx.kernels.swiglu_row)(gate, up, y);
-    });
+    let tasks = y.par_chunks_mut(task).zip(gate.par_chunks(task)).zip(up.par_chunks(task));
+    tasks.with_max_len(TASKS_AT_ONCE).for_each(|((y, gate), up)| (ctx.kernels.swiglu_row)(gate, up, y));
     y
 }
 
@@ -19,7 +18,7 @@ pub fn backward(ctx: &Ctx, gate: &[f32], up: &[f32], dy: &[f32]) -> (Buf, Buf) {
     let task = rows_per_task(1);
     let outputs = dgate.par_chunks_mut(task).zip(dup.par_chunks_mut(task));
     let inputs = gate.par_chunks(task).zip(up.par_chunks(task)).zip(dy.par_chunks(task));
-    outputs.zip(inputs).for_each(|((dgate, dup), ((gate, up), dy))| {
+    outputs.zip(inputs).with_max_len(TASKS_AT_ONCE).for_each(|((dgate, dup), ((gate, up), dy))| {
         (ctx.kernels.swiglu_row_backward)(gate, up, dy, dgate, dup);
     });
     (dgate, dup)

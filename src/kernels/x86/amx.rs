@@ -1,17 +1,23 @@
-//! AMX: products of bf16 pairs on tile registers, 32 x 32 of C at a time, on top of the AVX-512 BF16 table.
+//! AMX: products of bf16 pairs on tile registers, 16 x 32 of C at a time, on top of the AVX-512 BF16 table.
 //!
-//! A tile register holds 16 rows of 64 bytes. Four of the eight keep C (2 x 2 tiles), two take 32 rows of A, two take 32
-//! columns of B; a step of 16 words (32 elements of k) loads 4 KiB and multiplies four times:
+//! A tile register holds 16 rows of 64 bytes. Two keep C, one takes 16 rows of A, one 16 columns of B after another; a step
+//! of 16 words (32 elements of k) loads 3 KiB and multiplies twice:
 //!
 //! ```text
-//!             tmm6    tmm7        A panel: [depth / 16, 32, 16] words, a tile is 1 KiB in one piece
-//!   tmm4      tmm0    tmm1        B panel: [depth, 32] words, a tile is every other line of 2 KiB
-//!   tmm5      tmm2    tmm3
+//!             tmm3 (left, then right)   A panel: [depth / 16, 16, 16] words, a tile is 1 KiB in one piece
+//!   tmm2      tmm0    tmm1              B panel: [depth, 32] words, a tile is every other line of 2 KiB
 //! ```
 //!
-//! With a depth of 256 words the B panel is 32 KiB and stays in the first-level cache while the A panels stream past it.
-//! The intrinsics are not stable, so the loop is written in assembly. The tile state is configured and released in each
-//! call, which takes a whole column strip: a context switch between calls has nothing to save.
+//! Four registers of the eight, where a square of 32 x 32 on all eight would load less: a core that runs two threads, as
+//! most cores of rented machines do, seems to give each about ten tile registers to rename to. What is live is missing
+//! there, and a load or product waits until one is free: on such a core a product took 27 ns with eight registers live, 19
+//! with seven, 12 with four. On a core of its own both ways take the 6 ns of the multiplier (`docs/decisions.md`).
+//!
+//! With a depth of 256 words the B panel is 32 KiB and stays in the first-level cache while the A panels stream past it, by
+//! loads that say so (`tileloaddt1`): plain ones push B out. Sums lie in one piece as the driver keeps them
+//! ([`crate::ops::matmul`]); the next ones are asked for while a tile is multiplied. The intrinsics are not stable, so the loop
+//! is written in assembly. The tile state is configured and released in each call, which takes a whole column strip: a
+//! context switch between calls has nothing to save.
 
 use super::avx512bf16;
 use crate::kernels::Kernels;
@@ -20,8 +26,10 @@ use crate::kernels::tiles::TileMut;
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 
-/// Rows and columns of C in one call.
-const SIDE: usize = 32;
+/// Rows of C in one product.
+const ROWS: usize = 16;
+/// Columns of C in one product.
+const COLS: usize = 32;
 /// Words of k that one tile takes.
 const STEP: usize = 16;
 
@@ -33,29 +41,29 @@ pub(super) fn table() -> Option<Kernels> {
 /// Whether a product of small whole numbers is exact: whole tiles stored and added to, then tiles that leave the matrix.
 fn is_right(run: TileFn) -> bool {
     const DEPTH: usize = 2 * STEP;
-    const ROWS: usize = 2 * SIDE;
+    const HEIGHT: usize = 3 * ROWS;
     let a_at = |i: usize, k: usize| ((7 * i + 3 * k) % 11) as f32 - 5.0;
     let b_at = |k: usize, j: usize| ((5 * k + 2 * j) % 13) as f32 - 6.0;
     // Whole numbers this small are bfloat16: the upper halves of f32.
     let word = |low: f32, high: f32| f32::from_bits(low.to_bits() >> 16 | high.to_bits());
-    let a: Vec<f32> = (0..ROWS * DEPTH)
+    let a: Vec<f32> = (0..HEIGHT * DEPTH)
         .map(|at| {
-            let (panel, step, row, word) = (at / (SIDE * DEPTH), at / (SIDE * STEP) % 2, at / STEP % SIDE, at % STEP);
-            let (i, k) = (panel * SIDE + row, 2 * (step * STEP + word));
+            let (panel, step, row, word) = (at / (ROWS * DEPTH), at / (ROWS * STEP) % 2, at / STEP % ROWS, at % STEP);
+            let (i, k) = (panel * ROWS + row, 2 * (step * STEP + word));
             (a_at(i, k), a_at(i, k + 1))
         })
         .map(|(low, high)| word(low, high))
         .collect();
     let b: Vec<f32> =
-        (0..DEPTH * SIDE).map(|at| word(b_at(at / SIDE * 2, at % SIDE), b_at(at / SIDE * 2 + 1, at % SIDE))).collect();
+        (0..DEPTH * COLS).map(|at| word(b_at(at / COLS * 2, at % COLS), b_at(at / COLS * 2 + 1, at % COLS))).collect();
     let dot = |i: usize, j: usize| (0..2 * DEPTH).map(|k| a_at(i, k) * b_at(k, j)).sum::<f32>();
     // (rows, columns, what is added up in turn: factor and whether to add)
-    [(ROWS, SIDE, [(1.0, false), (1.0, true)]), (ROWS - 5, SIDE - 3, [(0.5, false), (2.0, true)])].into_iter().all(
+    [(HEIGHT, COLS, [(1.0, false), (1.0, true)]), (HEIGHT - 5, COLS - 3, [(0.5, false), (2.0, true)])].into_iter().all(
         |(rows, cols, runs)| {
             let mut c = vec![7.0; rows * cols];
             for (alpha, add) in runs {
                 let c = &mut TileMut::whole(&mut c, cols, rows, cols);
-                run(&a, &b, TileC { c, i: 0, j: 0, alpha, add });
+                run(&a, &b, TileC { c, i: 0, j: 0, alpha, add, ahead: &[] });
             }
             let factor = runs[0].0 + runs[1].0;
             c.iter().enumerate().all(|(at, &value)| value == factor * dot(at / cols, at % cols))
@@ -67,7 +75,7 @@ fn is_right(run: TileFn) -> bool {
 fn unchecked_table() -> Option<Kernels> {
     let base = avx512bf16::table()?;
     let pairs = PairKernels {
-        tile: GemmTile { mr: SIDE, nr: SIDE, panel_a: PanelA::Rows, run: tile },
+        tile: GemmTile { mr: ROWS, nr: COLS, panel_a: PanelA::Rows, run: tile },
         fast: true,
         ..base.pairs?
     };
@@ -123,29 +131,31 @@ static CONFIG: Config = Config {
     rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
 };
 
-/// A C tile on the stack, for tiles that leave the matrix or are scaled.
+/// A tile of C on the stack, for tiles that leave the matrix or are scaled.
 #[repr(C, align(64))]
-struct Scratch([f32; SIDE * SIDE]);
+struct Scratch([f32; ROWS * COLS]);
 
 fn tile(a: &[f32], b: &[f32], out: TileC<'_, '_>) {
-    let depth = check_strip(a, b, SIDE, SIDE);
+    let depth = check_strip(a, b, ROWS, COLS);
     assert!(depth.is_multiple_of(STEP), "gemm tile: a depth of {depth} words");
-    let TileC { c, i, j, alpha, add } = out;
-    let cols = (c.cols() - j).min(SIDE);
+    let TileC { c, i, j, alpha, add, ahead } = out;
+    let cols = (c.cols() - j).min(COLS);
+    let share = ahead.len() / (a.len() / (ROWS * depth)).max(1);
     let _tiles = Configured::new();
-    for (panel, a) in a.chunks_exact(SIDE * depth).enumerate() {
-        let i = i + panel * SIDE;
-        let rows = (c.rows() - i).min(SIDE);
-        if rows == SIDE && cols == SIDE && alpha == 1.0 {
+    for (panel, a) in a.chunks_exact(ROWS * depth).enumerate() {
+        let i = i + panel * ROWS;
+        let ahead = if share > 0 { ahead[panel * share..].as_ptr() } else { b.as_ptr() };
+        let rows = (c.rows() - i).min(ROWS);
+        if rows == ROWS && cols == COLS && alpha == 1.0 {
             let stride = c.stride();
-            // SAFETY: rows i .. i + 32 and columns j .. j + 32 lie in the tile, which is this call's alone.
-            unsafe { product(a, b, c.pointer(i, j), stride, add) };
+            // SAFETY: rows i .. i + 16 and columns j .. j + 32 lie in the tile, which is this call's alone.
+            unsafe { product(a, b, c.pointer(i, j), stride, add, ahead) };
             continue;
         }
-        let mut scratch = Scratch([0.0; SIDE * SIDE]);
-        // SAFETY: the scratch is 32 x 32.
-        unsafe { product(a, b, scratch.0.as_mut_ptr(), SIDE, false) };
-        for (r, values) in scratch.0.chunks_exact(SIDE).take(rows).enumerate() {
+        let mut scratch = Scratch([0.0; ROWS * COLS]);
+        // SAFETY: the scratch is 16 x 32.
+        unsafe { product(a, b, scratch.0.as_mut_ptr(), COLS, false, ahead) };
+        for (r, values) in scratch.0.chunks_exact(COLS).take(rows).enumerate() {
             let row = &mut c.row(i + r)[j..j + cols];
             for (out, value) in row.iter_mut().zip(values) {
                 *out = if add { *out + alpha * value } else { alpha * value };
@@ -172,64 +182,60 @@ impl Drop for Configured {
     }
 }
 
-/// `c (+)= a · b`, 32 x 32 at `c` with rows `stride` floats apart.
+/// `c (+)= a · b`, 16 x 32 at `c` with rows `stride` floats apart; what lies from `ahead` on is fetched to the second-level
+/// cache, 192 bytes a step.
 ///
 /// # Safety
-/// The tiles are configured; `c` is writable at 32 rows of 32 floats.
-unsafe fn product(a: &[f32], b: &[f32], c: *mut f32, stride: usize, add: bool) {
-    let steps = b.len() / (STEP * SIDE);
-    // SAFETY: panels hold `steps` pieces of 2 KiB each; prefetches may point anywhere.
+/// The tiles are configured; `c` is writable at 16 rows of 32 floats.
+unsafe fn product(a: &[f32], b: &[f32], c: *mut f32, stride: usize, add: bool, ahead: *const f32) {
+    let steps = b.len() / (STEP * COLS);
+    // Where tiles lie one behind the other, the next is fetched, 128 bytes a step; elsewhere this one is asked for again.
+    let next = if stride == COLS { c.wrapping_add(ROWS * COLS) } else { c };
+    // SAFETY: panels hold `steps` pieces of 1 and 2 KiB each; prefetches may point anywhere.
     unsafe {
         asm!(
             "test {add:e}, {add:e}",
             "jz 2f",
             "tileloadd tmm0, [{c} + {row_c}*1]",
             "tileloadd tmm1, [{c} + {row_c}*1 + 64]",
-            "tileloadd tmm2, [{c2} + {row_c}*1]",
-            "tileloadd tmm3, [{c2} + {row_c}*1 + 64]",
             "jmp 3f",
             "2:",
             "tilezero tmm0",
             "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
             "3:",
             "test {steps}, {steps}",
             "jz 5f",
             "4:",
-            "tileloadd tmm4, [{a} + {row_a}*1]",
-            "tileloadd tmm6, [{b} + {row_b}*1]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{b} + {row_b}*1 + 64]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tileloadd tmm5, [{a} + {row_a}*1 + 1024]",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            // The A panels stream from the second-level cache; B is there already.
-            "prefetcht0 [{a} + 4096]",
-            "prefetcht0 [{a} + 4608]",
-            "prefetcht0 [{a} + 5120]",
-            "prefetcht0 [{a} + 5632]",
-            "add {a}, 2048",
+            "tileloaddt1 tmm2, [{a} + {row_a}*1]",
+            "tileloadd tmm3, [{b} + {row_b}*1]",
+            "prefetchw [{next}]",
+            "prefetcht1 [{ahead}]",
+            "tdpbf16ps tmm0, tmm2, tmm3",
+            "tileloadd tmm3, [{b} + {row_b}*1 + 64]",
+            "prefetchw [{next} + 64]",
+            "prefetcht1 [{ahead} + 64]",
+            "tdpbf16ps tmm1, tmm2, tmm3",
+            "prefetcht1 [{ahead} + 128]",
+            "add {a}, 1024",
             "add {b}, 2048",
+            "add {next}, 128",
+            "add {ahead}, 192",
             "dec {steps}",
             "jnz 4b",
             "5:",
             "tilestored [{c} + {row_c}*1], tmm0",
             "tilestored [{c} + {row_c}*1 + 64], tmm1",
-            "tilestored [{c2} + {row_c}*1], tmm2",
-            "tilestored [{c2} + {row_c}*1 + 64], tmm3",
             add = in(reg) u32::from(add),
             a = inout(reg) a.as_ptr() => _,
             b = inout(reg) b.as_ptr() => _,
             c = in(reg) c,
-            c2 = in(reg) c.wrapping_add(16 * stride),
+            next = inout(reg) next => _,
+            ahead = inout(reg) ahead => _,
             row_a = in(reg) 64_usize,
-            row_b = in(reg) 4 * SIDE,
+            row_b = in(reg) 4 * COLS,
             row_c = in(reg) 4 * stride,
             steps = inout(reg) steps => _,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack),
         );
     }
@@ -258,8 +264,8 @@ pub(in crate::kernels) mod emulated {
         assert!(table.pairs.is_some_and(|pairs| super::is_right(pairs.tile.run)));
         assert!(!super::is_right(|_, _, _| ()));
         assert!(!super::is_right(|a, b, out| {
-            let super::TileC { c, i, j, alpha, add } = out;
-            super::tile(a, b, super::TileC { c: &mut *c, i, j, alpha, add });
+            let super::TileC { c, i, j, alpha, add, ahead } = out;
+            super::tile(a, b, super::TileC { c: &mut *c, i, j, alpha, add, ahead });
             c.row(3)[2] += 1.0;
         }));
     }

@@ -127,7 +127,8 @@ unsafe fn step(code: *const u8, gregs: &[libc::greg_t; 23]) -> Option<i64> {
                 assert!(config[48..56].iter().all(|rows| *rows == 16), "rows");
                 unit.configured = true;
             }
-            (3, 0x4B, Some(stride)) => {
+            // tileloadd, tileloaddt1
+            (1 | 3, 0x4B, Some(stride)) => {
                 assert!(unit.configured, "tileloadd before ldtilecfg");
                 for (r, row) in unit.tiles[reg].iter_mut().enumerate() {
                     // SAFETY: what the instruction itself would read.

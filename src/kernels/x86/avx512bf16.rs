@@ -5,7 +5,7 @@
 
 use super::avx512::{self, Avx512};
 use crate::kernels::Kernels;
-use crate::kernels::gemm::{self, GemmTile, PairKernels, PanelA, TileC, check_nf4};
+use crate::kernels::gemm::{self, GemmTile, PairKernels, PanelA, Rows, TileC, check_nf4};
 use crate::kernels::gemv::Packed;
 use crate::kernels::generic::Simd;
 use crate::kernels::int8;
@@ -45,9 +45,11 @@ pub(super) fn table() -> Option<Kernels> {
             // SAFETY: as above.
             pack_row: |x, out| unsafe { pack_row(Avx512Bf16(Avx512(())), x, out) },
             // SAFETY: as above.
-            join_rows: |low, high, out| unsafe { join_rows(Avx512Bf16(Avx512(())), low, high, out) },
+            pack_lines: |x, out, stride| unsafe { pack_lines(Avx512Bf16(Avx512(())), x, out, stride) },
             // SAFETY: as above.
-            join_halves: |low, high, out| unsafe { join_halves(Avx512Bf16(Avx512(())), low, high, out) },
+            join_rows: |rows, out, width| unsafe { join_rows(Avx512Bf16(Avx512(())), rows, out, width) },
+            // SAFETY: as above.
+            join_halves: |rows, out, width| unsafe { join_halves(Avx512Bf16(Avx512(())), rows, out, width) },
             // SAFETY: as above.
             nf4: |packed, scales, block, code, out| unsafe {
                 nf4(Avx512Bf16(Avx512(())), packed, scales, block, code, out);
@@ -99,45 +101,108 @@ fn pack_row(token: Avx512Bf16, x: &[f32], out: &mut [f32]) {
     if out.len() == 16 { s.store(last, out) } else { s.store_tail(last, out) }
 }
 
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
+fn pack_lines(token: Avx512Bf16, x: &[f32], out: &mut [f32], stride: usize) {
+    let s = token.0;
+    let mut rows = x.chunks_exact(32);
+    let mut line = 0;
+    for x in &mut rows {
+        s.store(round_two(s.load(x), s.load(&x[16..])), &mut out[line..line + 16]);
+        line += stride;
+    }
+    let rest = rows.remainder();
+    if !rest.is_empty() {
+        let (first, second) = rest.split_at(rest.len().min(16));
+        s.store(round_two(s.load_tail(first), s.load_tail(second)), &mut out[line..line + 16]);
+    }
+}
+
 /// Interleaves the lower 16 halves of `both` with its upper 16.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 fn interleave(both: __m512) -> __m512 {
-    let order =
-        [0_u16, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15].map(|i| u32::from(i) | u32::from(i + 16) << 16);
+    /// 0, 16, 1, 17, ...
+    const ORDER: [u16; 32] = {
+        let (mut order, mut i) = ([0; 32], 0);
+        while i < 32 {
+            order[i as usize] = i / 2 + 16 * (i % 2);
+            i += 1;
+        }
+        order
+    };
     // SAFETY: the array is as wide as the vector.
-    let order = unsafe { _mm512_loadu_si512(order.as_ptr().cast()) };
+    let order = unsafe { _mm512_loadu_si512(ORDER.as_ptr().cast()) };
     _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, _mm512_castps_si512(both)))
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
-fn join_rows(token: Avx512Bf16, low: &[f32], high: &[f32], out: &mut [f32]) {
+fn join_rows(token: Avx512Bf16, rows: &Rows<'_>, out: &mut [f32], width: usize) {
     let s = token.0;
-    assert!(low.len() == out.len() && high.len() == out.len(), "join_rows: lengths differ");
-    let (mut lows, mut highs, mut outs) = (low.chunks_exact(16), high.chunks_exact(16), out.chunks_exact_mut(16));
-    for ((low, high), out) in (&mut lows).zip(&mut highs).zip(&mut outs) {
-        s.store(interleave(round_two(s.load(low), s.load(high))), out);
+    for p in 0..rows.count.div_ceil(2) {
+        let (low, high) = rows.pair(p);
+        let out = &mut out[p * width..][..low.len()];
+        let body = low.len() / 16 * 16;
+        let (mut lows, mut outs) = (low.chunks_exact(16), out.chunks_exact_mut(16));
+        match high {
+            Some(high) => {
+                for ((low, high), out) in (&mut lows).zip(high.chunks_exact(16)).zip(&mut outs) {
+                    s.store(interleave(round_two(s.load(low), s.load(high))), out);
+                }
+            }
+            None => {
+                for (low, out) in (&mut lows).zip(&mut outs) {
+                    s.store(interleave(round_two(s.load(low), s.splat(0.0))), out);
+                }
+            }
+        }
+        if body < low.len() {
+            let upper = high.map_or(s.splat(0.0), |high| s.load_tail(&high[body..]));
+            s.store_tail(interleave(round_two(s.load_tail(&low[body..]), upper)), &mut out[body..]);
+        }
     }
-    let (low, high) = (s.load_tail(lows.remainder()), s.load_tail(highs.remainder()));
-    s.store_tail(interleave(round_two(low, high)), outs.into_remainder());
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
-fn join_halves(token: Avx512Bf16, low: &[u16], high: &[u16], out: &mut [f32]) {
+fn join_halves(token: Avx512Bf16, rows: &Rows<'_, u16>, out: &mut [f32], width: usize) {
     let s = token.0;
-    assert!(low.len() == out.len() && high.len() == out.len(), "join_halves: lengths differ");
-    let (mut lows, mut highs, mut outs) = (low.chunks_exact(16), high.chunks_exact(16), out.chunks_exact_mut(16));
-    for ((low, high), out) in (&mut lows).zip(&mut highs).zip(&mut outs) {
-        // SAFETY: both rows hold 16 halves.
-        let (low, high) =
-            unsafe { (_mm256_loadu_si256(low.as_ptr().cast()), _mm256_loadu_si256(high.as_ptr().cast())) };
-        let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high);
-        s.store(interleave(_mm512_castsi512_ps(both)), out);
-    }
-    for ((low, high), out) in lows.remainder().iter().zip(highs.remainder()).zip(outs.into_remainder()) {
-        *out = f32::from_bits(u32::from(*low) | u32::from(*high) << 16);
+    for p in 0..rows.count.div_ceil(2) {
+        let (low, high) = rows.pair(p);
+        let out = &mut out[p * width..][..low.len()];
+        let body = low.len() / 16 * 16;
+        let (mut lows, mut outs) = (low.chunks_exact(16), out.chunks_exact_mut(16));
+        match high {
+            Some(high) => {
+                for ((low, high), out) in (&mut lows).zip(high.chunks_exact(16)).zip(&mut outs) {
+                    // SAFETY: both pieces hold 16 halves.
+                    let (low, high) =
+                        unsafe { (_mm256_loadu_si256(low.as_ptr().cast()), _mm256_loadu_si256(high.as_ptr().cast())) };
+                    let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high);
+                    s.store(interleave(_mm512_castsi512_ps(both)), out);
+                }
+            }
+            None => {
+                for (low, out) in (&mut lows).zip(&mut outs) {
+                    for (out, low) in out.iter_mut().zip(low) {
+                        *out = f32::from_bits(u32::from(*low));
+                    }
+                }
+            }
+        }
+        for at in body..low.len() {
+            out[at] = f32::from_bits(u32::from(low[at]) | high.map_or(0, |high| u32::from(high[at])) << 16);
+        }
     }
 }
+
+/// The bytes that the lanes of [`nf4`] take: each lane of 128 bits has all 16 and takes its four, each into a word of its own.
+const TWICE: [u8; 64] = {
+    let (mut twice, mut i) = ([0x80; 64], 0);
+    while i < 64 {
+        twice[i] = (i / 4) as u8;
+        i += 2;
+    }
+    twice
+};
 
 /// 16 bytes, each twice in a word of its own; a shift brings one nibble of each to the low end of its half, and one `vpermw`
 /// looks 32 elements up in the block's own table.
@@ -146,10 +211,8 @@ fn nf4(token: Avx512Bf16, packed: &[u8], scales: &[f32], block: usize, code: &[f
     check_nf4(packed.len(), scales.len(), block, out.len());
     let s = token.0;
     let code = s.load(code);
-    // Each lane of 128 bits has all 16 bytes and takes its four.
-    let twice: [u8; 64] = std::array::from_fn(|i| if i % 2 == 0 { (i / 4) as u8 } else { 0x80 });
     // SAFETY: the array is as wide as the vector.
-    let (twice, by) = unsafe { (_mm512_loadu_si512(twice.as_ptr().cast()), _mm512_set1_epi32(4)) };
+    let (twice, by) = unsafe { (_mm512_loadu_si512(TWICE.as_ptr().cast()), _mm512_set1_epi32(4)) };
     for ((out, bytes), scale) in out.chunks_mut(block).zip(packed.chunks(block / 2)).zip(scales) {
         let scaled = s.mul(code, s.splat(*scale));
         // Entries 16 .. 32 repeat the first 16: the bit above a nibble does not matter.

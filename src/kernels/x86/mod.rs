@@ -21,6 +21,7 @@ macro_rules! instantiate {
                 pairs: None,
                 transpose: |rows, out, width, first| instantiate!(@enter $token, transpose(rows, out, width, first)),
                 copy_rows: |rows, out, width| instantiate!(@enter $token, copy_rows(rows, out, width)),
+                store_sums: |sums, nr, out| instantiate!(@enter $token, store_sums(sums, nr, out)),
                 nf4_blocks: |packed, scales, block, code, round, out| {
                     instantiate!(@enter $token, nf4_blocks(packed, scales, block, code, round, out))
                 },
@@ -74,6 +75,7 @@ macro_rules! instantiate {
         instantiate!(@functions gemm, $token, $features,
             transpose(rows: &Rows<'_>, out: &mut [f32], width: usize, first: usize) -> ();
             copy_rows(rows: &Rows<'_>, out: &mut [f32], width: usize) -> ();
+            store_sums(sums: &[f32], nr: usize, out: TileC<'_, '_>) -> ();
             nf4_blocks(packed: &[u8], scales: &[f32], block: usize, code: &[f32; 16], round: bool, out: &mut [f32]) -> ();
             widen(x: &[u16], out: &mut [f32]) -> ();
         );
