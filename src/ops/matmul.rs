@@ -19,7 +19,7 @@ use std::cell::RefCell;
 /// Columns of C that one task takes, about.
 const NC: usize = 192;
 /// And where tiles are so fast that reading A once more from the third-level cache costs more than sums in the second.
-const NC_ROWS: usize = 384;
+const NC_FAST: usize = 384;
 /// Columns are cut at multiples of this, so that no task begins inside a block of NF4.
 const COLUMN_UNIT: usize = 64;
 /// Up to this many columns, B is packed once for all tasks and the tasks share the rows.
@@ -271,7 +271,7 @@ fn grid(form: &Form, m: usize, n: usize, n_sums: usize) -> (Vec<usize>, Vec<usiz
         return (cut(m, mr, 8, threads), vec![0, n]);
     }
     let unit = COLUMN_UNIT.next_multiple_of(form.tile.nr);
-    let columns = if form.tile.panel_a == PanelA::Rows { NC_ROWS } else { NC };
+    let columns = if form.tile.panel_a == PanelA::Rows { NC_FAST } else { NC };
     (cut(m, mr, ROWS / mr, 1), cut(n, unit, columns / n_sums / unit, threads))
 }
 
