@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--optim", default="adamw_torch")
     parser.add_argument("--checkpointing", choices=["unsloth", "true", "false"], default="unsloth")
     parser.add_argument("--steps", type=int, default=3, help="timed steps after one that warms up; 0 times that")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the products; what this machine does best")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "int16"], help="of the products; what this machine does best")
     parser.add_argument("--isa", help="forces an instruction set")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--peer-python", help="an interpreter with torch, peft and bitsandbytes")
@@ -204,12 +204,12 @@ def _child(options: argparse.Namespace) -> dict[str, Any]:
         "timed": len(timed),
         "memory": memory,
         "isa": info["isa"],
-        "dtype": model.dtype,
+        "dtype": model.products,
         "threads": info["threads"],
         "source": source,
     }
     # The peak's buffers come last: they would count as the run's memory.
-    return {**made, "peak": json.loads(_native.measure_peak(model.dtype))}
+    return {**made, "peak": json.loads(_native.measure_peak(model.products))}
 
 
 def _rows(options: argparse.Namespace, vocab: int) -> tuple[list[dict[str, list[int]]], str]:

@@ -138,7 +138,9 @@ class Model:
         config: `config.json` with its keys as attributes.
         generation_config: Settings of `generate` that hold where a call names none.
         training: What `for_training` and `for_inference` set; the engine needs neither.
-        dtype: The arithmetic of the matrix products, `float32` or `bfloat16`.
+        products: What the operands of matrix products are rounded to: `float32` (not at all), `bfloat16`, or `int16`, which is
+            16-bit whole numbers with a float32 scale for each 64 neighbours.
+        dtype: What the model computes in: `bfloat16` where products do, else `float32`.
         vocab_size: Number of token ids.
         has_new_tokens: Whether `add_new_tokens` has added some, so that `get_peft_model` trains their rows.
     """
@@ -167,7 +169,8 @@ class Model:
         self.training = False
         self._lm_head_bits: int | None = None
         # Kept here because the engine answers nothing while it trains, and callbacks ask.
-        self.dtype: str = native.dtype
+        self.products: str = native.products
+        self.dtype: str = "bfloat16" if self.products == "bfloat16" else "float32"
         self.vocab_size: int = native.vocab_size
         # `add_new_tokens` sets it: then get_peft_model trains the embedding table and the head.
         self.has_new_tokens = False
@@ -177,7 +180,7 @@ class Model:
 
     def __repr__(self) -> str:
         adapter = f", adapter r={self.adapter.get('r')}" if self.adapter else ""
-        return f"Model({self.name_or_path!r}, {self._n_parameters:,} parameters, {self.dtype}{adapter})"
+        return f"Model({self.name_or_path!r}, {self._n_parameters:,} parameters, {self.products}{adapter})"
 
     def __call__(
         self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **others: Any

@@ -123,7 +123,9 @@ class FastLanguageModel:
         Args:
             model_name: A folder, a hub name, or the folder of an adapter, whose base is then found and loaded.
             max_seq_length: Longest row in training; 2048 if not given.
-            dtype: `float32`, `bfloat16`, or None for what this machine does best, which float16 means too.
+            dtype: What the operands of matrix products are rounded to: `float32` (not at all), `bfloat16`, `int16` (16-bit whole
+                numbers with a float32 scale for each 64 neighbours: closer to float32 than bfloat16 is), or None for what this
+                machine does best, which float16 means too. All else is float32.
             load_in_4bit: Hold the linear layers in 4 bits; True unless 8 or 16 bits or full fine-tuning is asked for.
             load_in_8bit: Hold the linear layers in 8 bits, a scale a row, as LLM.int8() stores them. Products see the
                 dequantized weights: inputs are not rounded to 8 bits and no columns are set apart, which is more exact.
@@ -490,15 +492,15 @@ def _same_adapter(present: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 
 def _dtype_name(dtype: Any) -> str | None:
-    """`float32`, `bfloat16` or None, from a name or from torch's or numpy's type."""
+    """`float32`, `bfloat16`, `int16` or None, from a name or from torch's or numpy's type."""
     if checks.is_one_of(dtype, (None, "auto")):
         return None
     name = str(dtype if isinstance(dtype, str) else getattr(dtype, "__name__", dtype)).removeprefix("torch.")
     if name in ("float16", "half"):
         tell_once("dtype = float16: there is no such arithmetic here; what this machine does best is used instead")
         return None
-    if name not in ("float32", "bfloat16"):
-        raise ConfigError(f"dtype = {name}: expected None (what this machine does best), float32 or bfloat16")
+    if name not in ("float32", "bfloat16", "int16"):
+        raise ConfigError(f"dtype = {name}: expected None (what this machine does best), float32, bfloat16 or int16")
     return name
 
 

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::model::{KvCache, Model};
 use crate::ops::crew::with_crew;
 use crate::ops::gemv::MAX_ROWS;
-use crate::ops::{Buf, Tokens};
+use crate::ops::{Buf, Ctx, Env, Precision, Tokens};
 
 /// Tokens of prompts that go through the model at a time.
 const PREFILL_TOKENS: usize = 512;
@@ -138,7 +138,10 @@ fn prefill(
 fn next(model: &Model, tokens: &Tokens, cache: &mut KvCache) -> Buf {
     let env = model.generation_env(tokens);
     if tokens.len() > MAX_ROWS {
-        let hidden = hidden(model, tokens, cache);
+        // As exact as a few tokens would be.
+        let precision = if model.ctx.precision == Precision::Int16 { Precision::F32 } else { model.ctx.precision };
+        let ctx = Ctx { precision, ..model.ctx.clone() };
+        let hidden = model.llama.forward(&Env { ctx: &ctx, ..env }, Some(cache));
         return with_crew(|crew| model.next_logits(&env, crew, &hidden));
     }
     // One crew for the whole token.

@@ -9,6 +9,7 @@ use super::attention::{
 use super::elementwise::{AdamStep, Mask, Masked};
 use super::gemm::{GemmTile, PairKernels, PanelA, Rows, TileC};
 use super::gemv::{MAX_X, NestedScales, Nf4Pairs, Nf4Rows, Round, Scales};
+use super::int16::{self, Int16Kernels, Nf4Column};
 use super::integer::{Codes, Integer, IntegerTile, Order};
 use super::tiles::TileMut;
 use super::{Kernels, tables};
@@ -162,6 +163,7 @@ fn every_kernel_stays_in_bounds() {
             nf4_gemv,
             nested_scales,
             integer,
+            int16,
             nf4_pairs,
             bf16_gemv,
             f32_gemv,
@@ -208,6 +210,7 @@ fn every_kernel_stays_in_bounds() {
             store_sums(&sums, nr, TileC { c, i: 0, j: 0, alpha, add: alpha == 1.0, ahead: &[] });
         }
         products(tile, n, flush);
+        int16_stays_in_bounds(int16, n, flush);
         attention_stays_in_bounds(attention, n, flush);
 
         // 8 bits, NF4.
@@ -314,6 +317,36 @@ fn pairs_stay_in_bounds(
     nf4(packed, scales, block, code, &mut halves());
     int8(&flush.of(&vec![-7_i8; n]), 0.5, &mut halves());
     products(tile, n, flush);
+}
+
+fn int16_stays_in_bounds(int16: &Int16Kernels, n: usize, flush: Flush) {
+    let Int16Kernels { tile, fast: _, pack_row, join_rows, pack_halves, join_halves, nf4_row, nf4_join } = int16;
+    let depth = int16::depth(n);
+    pack_row(&flush.floats(n), &mut flush.floats(depth));
+    pack_halves(&flush.of(&vec![0x3F80_u16; n]), &mut flush.floats(depth));
+    let columns = n % 37 + 1;
+    for (count, width) in [(n.min(int16::BLOCK), columns), (n % 3 + 1, columns + n % 2)] {
+        let rows = flush.floats((count - 1) * (columns + 3) + columns);
+        let mut words = flush.floats((int16::depth(count) - 1) * width + columns);
+        join_rows(&Rows { data: &rows, stride: columns + 3, count, depth: columns }, &mut words, width);
+        let halves = flush.of(&vec![0x3F80_u16; rows.len()]);
+        join_halves(&Rows { data: &halves, stride: columns + 3, count, depth: columns }, &mut words, width);
+    }
+    let code = flush.of(&[0.25; 16]);
+    let code = code.first_chunk().expect("16 values");
+    let (blocks, rows) = (n % 3 + 1, n.min(int16::BLOCK));
+    for round in [false, true] {
+        let packed = flush.of(&vec![0x5A_u8; blocks * 32]);
+        nf4_row(&packed, &flush.floats(blocks), code, round, &mut flush.floats(blocks * int16::BLOCK_WORDS));
+        for width in [16, 32, 64] {
+            let (stride, panel) = (32 + n, int16::depth(rows) * width);
+            let packed = flush.of(&vec![0x5A_u8; (rows - 1) * stride + 32]);
+            let column = Nf4Column { packed: &packed, stride, scales: &flush.floats(rows), code, round };
+            nf4_join(column, &mut flush.floats((64 / width - 1) * panel + int16::depth(rows) * width), width, panel);
+        }
+    }
+    // A short block has a word and a scale at least.
+    products(tile, depth, flush);
 }
 
 fn integers_stay_in_bounds(integer: &Integer, w: Nf4Rows<'_>, steps: &[f32], codes: &[i8], x: &[f32], flush: Flush) {

@@ -11,6 +11,7 @@ pub mod gemv;
 mod generic;
 #[cfg(all(test, unix))]
 mod guard;
+pub mod int16;
 pub mod int8;
 pub mod integer;
 pub mod lines;
@@ -105,6 +106,8 @@ pub struct Kernels {
     pub i8_gemv: gemv::Int8Gemv,
     /// Products with x in 8 bits (integer.rs).
     pub integer: integer::Integer,
+    /// Products of blocks of 16-bit numbers (int16.rs).
+    pub int16: int16::Int16Kernels,
     // Quantizing (quantize.rs).
     /// One block to NF4: `code[i]` = number of thresholds strictly below `x[i] · (1 / absmax)`, two codes a byte, the first
     /// in the high nibble; returns absmax, the largest magnitude. If that is NaN or infinite, `out` is unspecified.

@@ -7,6 +7,7 @@ use super::attention::{
 use super::elementwise::{AdamStep, Mask, Masked};
 use super::gemm::{GemmTile, PairKernels, PanelA, Rows, TileC};
 use super::gemv::{NestedScales, Nf4Rows, Round, Scales};
+use super::int16::{self, Int16Kernels, Nf4Column};
 use super::integer::{Codes, Integer, IntegerTile, Order, STEPS};
 use super::tiles::TileMut;
 use super::{Kernels, available, philox::philox4x32_10, reference, tables};
@@ -100,6 +101,177 @@ fn gemm_tiles() {
         }
     }
     assert!(seen.contains(&"scalar"), "pairs were multiplied by {seen:?} only");
+}
+
+/// Rows of `k` numbers as panels of `width` columns.
+fn int16_panels(kernels: &Int16Kernels, x: &[f32], k: usize, width: usize) -> Vec<f32> {
+    let (depth, mut panels) = (int16::depth(k), Vec::new());
+    for rows in x.chunks(k * width) {
+        let mut panel = vec![0.0; depth * width];
+        for (r, row) in rows.chunks(k).enumerate() {
+            let mut words = vec![0.0; depth];
+            (kernels.pack_row)(row, &mut words);
+            words.iter().enumerate().for_each(|(p, word)| panel[p * width + r] = *word);
+        }
+        panels.extend(panel);
+    }
+    panels
+}
+
+#[test]
+fn products_of_16_bit_blocks() {
+    let reference = reference::table().int16;
+    // The largest sums there are: whatever overflows on the way shows.
+    let extreme = |n: usize, _| (0..n).map(|i| if i % 3 == 0 { 3.0 } else { -3.0 }).collect::<Vec<f32>>();
+    let same = |n: usize, _| vec![-3.0; n];
+    for table in tables() {
+        let tile = &table.int16.tile;
+        let (mr, nr) = (tile.mr, tile.nr);
+        for k in [1, 2, 16, 63, 64, 65, 130, 512] {
+            for (rows, cols) in [(mr, nr), (mr, nr - 1), (1, nr), (mr - 1, 3), (1, 1), (2 * mr + 1, nr), (3 * mr, 5)] {
+                for make in [floats, extreme, same] {
+                    let (x, w) = (make(rows * k, 41), make(cols * k, 42));
+                    let (a, b) = (int16_panels(&reference, &x, k, mr), int16_panels(&reference, &w, k, nr));
+                    for (alpha, add) in [(1.0, false), (1.0, true), (0.5, true), (-2.0, false)] {
+                        let what = format!("{} k={k} {rows}x{cols} {alpha} {add}", table.isa);
+                        let stride = nr + 5;
+                        let old = floats((rows + 3) * stride, 3);
+                        let mut got = old.clone();
+                        let c = &mut TileMut::whole(&mut got, stride, rows + 2, cols + 1);
+                        (tile.run)(&a, &b, TileC { c, i: 2, j: 1, alpha, add, ahead: &[] });
+                        let sum = |i: usize, j: usize| -> (f64, f64) {
+                            let product = |p: usize| f64::from(x[i * k + p]) * f64::from(w[j * k + p]);
+                            let products = || (0..k).map(product);
+                            (products().sum(), products().map(f64::abs).sum())
+                        };
+                        for at in 0..got.len() {
+                            let (i, j) = ((at / stride).wrapping_sub(2), (at % stride).wrapping_sub(1));
+                            if i >= rows || j >= cols {
+                                assert_eq!(got[at].to_bits(), old[at].to_bits(), "{what}: outside");
+                                continue;
+                            }
+                            let (sum, size) = sum(i, j);
+                            let before = if add { f64::from(old[at]) } else { 0.0 };
+                            let error = (f64::from(got[at]) - f64::from(alpha) * sum - before).abs();
+                            // Each number is off by half a step of its block's largest at most, of 5792.
+                            assert!(error <= 4e-4 * (size + 9.0), "{what} [{i}, {j}]: off by {error}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn packing_16_bit_blocks_is_exact() {
+    let bits = |words: &[f32]| words.iter().map(|word| word.to_bits()).collect::<Vec<_>>();
+    let reference = reference::table().int16;
+    for table in tables() {
+        for n in LENGTHS.into_iter().chain([63, 65, 128, 300]) {
+            let mut x = floats(n, 43);
+            x.iter_mut().step_by(5).for_each(|x| *x *= 1e-3);
+            if n > 128 {
+                x[..64].fill(0.0);
+                x[64..100].iter_mut().for_each(|x| *x = 1e-43); // denormal
+                x[100..128].fill(0.0);
+            }
+            let packed = |kernels: &Int16Kernels| {
+                let mut out = vec![9.0; int16::depth(n)];
+                (kernels.pack_row)(&x, &mut out);
+                bits(&out)
+            };
+            assert_eq!(packed(&table.int16), packed(&reference), "{} pack_row {n}", table.isa);
+        }
+        for (count, depth) in [(1, 1), (2, 16), (3, 40), (7, 8), (64, 33), (63, 192), (64, 5)] {
+            let stride = depth + 3;
+            let mut data = floats(count * stride, 44);
+            data.iter_mut().skip(2).step_by(stride).for_each(|x| *x = 0.0);
+            let rows = Rows { data: &data, stride, count, depth };
+            for width in [depth, depth + 7] {
+                let joined = |kernels: &Int16Kernels| {
+                    let mut out = vec![9.0; int16::depth(count) * width];
+                    (kernels.join_rows)(&rows, &mut out, width);
+                    bits(&out)
+                };
+                let what = format!("{} join_rows {count} x {depth} in {width}", table.isa);
+                assert_eq!(joined(&table.int16), joined(&reference), "{what}");
+                let halves: Vec<u16> = data.iter().map(|x| half::bf16::from_f32(*x).to_bits()).collect();
+                let rows = Rows { data: &halves, stride, count, depth };
+                let joined = |kernels: &Int16Kernels| {
+                    let mut out = vec![9.0; int16::depth(count) * width];
+                    (kernels.join_halves)(&rows, &mut out, width);
+                    bits(&out)
+                };
+                assert_eq!(joined(&table.int16), joined(&reference), "{what} halves");
+            }
+        }
+        for n in [1, 16, 63, 64, 200] {
+            let halves: Vec<u16> = floats(n, 47).iter().map(|x| half::bf16::from_f32(*x).to_bits()).collect();
+            let packed = |kernels: &Int16Kernels| {
+                let mut out = vec![9.0; int16::depth(n)];
+                (kernels.pack_halves)(&halves, &mut out);
+                bits(&out)
+            };
+            assert_eq!(packed(&table.int16), packed(&reference), "{} pack_halves {n}", table.isa);
+        }
+    }
+}
+
+#[test]
+fn nf4_to_16_bit_blocks_is_exact() {
+    let bits = |words: &[f32]| words.iter().map(|word| word.to_bits()).collect::<Vec<_>>();
+    // Not the real ones, but as they are: ascending from -1 to 1.
+    let code = std::array::from_fn(|i| (i as f32 - 7.5) / 7.5);
+    let reference = reference::table().int16;
+    let (cols, n_rows) = (192, 64);
+    let (packed, mut scales) = nf4_rows(n_rows, cols);
+    scales[5] = 0.0;
+    scales[7] *= 1e-40;
+    scales[9] *= 1e3;
+    for table in tables() {
+        for round in [false, true] {
+            let run = |kernels: &Int16Kernels| {
+                let mut out = vec![9.0; scales.len() * int16::BLOCK_WORDS];
+                (kernels.nf4_row)(&packed, &scales, &code, round, &mut out);
+                bits(&out)
+            };
+            assert_eq!(run(&table.int16), run(&reference), "{} nf4_row {round}", table.isa);
+            for (rows, width) in [(1, 16), (2, 32), (63, 64), (64, 16), (64, 32), (7, 32)] {
+                let scales: Vec<f32> = (0..rows).map(|r| scales[r * cols / 64 + 1]).collect();
+                let of = |packed| Nf4Column { packed, stride: cols / 2, scales: &scales, code: &code, round };
+                let panel = int16::depth(rows) * width + 32;
+                let run = |kernels: &Int16Kernels| {
+                    let mut out = vec![9.0; 64 / width * panel];
+                    (kernels.nf4_join)(of(&packed[32..]), &mut out, width, panel);
+                    bits(&out)
+                };
+                assert_eq!(run(&table.int16), run(&reference), "{} nf4_join {rows} {width} {round}", table.isa);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_no_number_is_not_lost_in_16_bits() {
+    for table in tables() {
+        let kernels = &table.int16;
+        let (mr, nr) = (kernels.tile.mr, kernels.tile.nr);
+        for bad in [f32::NAN, -f32::NAN, f32::INFINITY] {
+            let (mut x, w) = (floats(128, 45), floats(128 * nr, 46));
+            x[70] = bad;
+            let mut c = vec![0.0; nr];
+            let (a, b) = (int16_panels(kernels, &x, 128, mr), int16_panels(kernels, &w, 128, nr));
+            let tile = &mut TileMut::whole(&mut c, nr, 1, nr);
+            (kernels.tile.run)(&a, &b, TileC { c: tile, i: 0, j: 0, alpha: 1.0, add: false, ahead: &[] });
+            assert!(c.iter().all(|c| !c.is_finite()), "{} {bad}: {c:?}", table.isa);
+            // The same number down a column.
+            let mut words = vec![0.0; int16::depth(64) * 2];
+            let rows = Rows { data: &x[64..], stride: 1, count: 64, depth: 1 };
+            (kernels.join_rows)(&rows, &mut words, 2);
+            assert!(!words[(int16::BLOCK_WORDS - 1) * 2].is_finite(), "{} {bad}", table.isa);
+        }
+    }
 }
 
 #[test]

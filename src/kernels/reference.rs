@@ -69,6 +69,7 @@ pub(super) fn table() -> Kernels {
             gemv(w.len() / cols, cols, x, out, |at| f32::from(w[at]) * scales[at / BLOCK]);
         },
         integer: super::integer::reference::TABLE,
+        int16: super::int16::reference::TABLE,
         nf4_quantize,
     }
 }

@@ -41,6 +41,14 @@ impl TileMut<'_> {
         unsafe { self.data.add(i * self.stride + j) }
     }
 
+    /// Rows `i .. i + n` as one slice, where nothing else lies between them.
+    #[inline]
+    pub(super) fn solid(&mut self, i: usize, n: usize) -> Option<&mut [f32]> {
+        let all = i + n <= self.rows && self.cols == self.stride;
+        // SAFETY: the rows lie within the tile, and without a gap.
+        all.then(|| unsafe { std::slice::from_raw_parts_mut(self.data.add(i * self.stride), n * self.cols) })
+    }
+
     /// All of a matrix with rows `stride` apart, as one tile of `cols` columns.
     ///
     /// # Panics

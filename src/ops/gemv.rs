@@ -244,11 +244,11 @@ fn by_rows(
     }
 }
 
-/// How a GEMM would round the weights of a tensor that stands for `dtype`.
+/// How a GEMM would round the weights of a tensor that stands for `dtype`; blocks of 16 bits are f32 here.
 fn round(dtype: FloatKind, precision: Precision) -> Round {
     match (dtype, precision) {
-        (FloatKind::F32, Precision::F32) => Round::F32,
-        (FloatKind::F16, Precision::F32) => Round::F16,
+        (FloatKind::F32, Precision::F32 | Precision::Int16) => Round::F32,
+        (FloatKind::F16, Precision::F32 | Precision::Int16) => Round::F16,
         (FloatKind::F16, Precision::Bf16) => Round::F16ThenBf16,
         (FloatKind::Bf16, _) | (FloatKind::F32, Precision::Bf16) => Round::Bf16,
     }

@@ -7,7 +7,7 @@
 //! The sum runs term after term and block after block, for every element alike: the result does not depend on the number
 //! of threads or on how C is cut. Few rows against a frozen weight take the dot-product path instead.
 
-use super::pack::{Form, KC, Piece, pack_b, pack_down, pack_panel, sized};
+use super::pack::{Form, Piece, pack_b, pack_down, pack_panel, sized};
 use super::weight::{Precision, Weight};
 use super::{Buf, Ctx, TASKS_AT_ONCE, gemv};
 use crate::kernels::gemm::{GemmTile, PanelA, TileC};
@@ -200,7 +200,9 @@ pub fn gemm_sum(ctx: &Ctx, shape: Shape, terms: &[Term<'_>], c: &mut [f32]) {
         }
         return;
     }
-    if m <= FEW_ROWS && terms.iter().all(|term| matches!(term.a, Left::Plain(_)) && term.mask.is_none()) {
+    // Blocks of 16 bits stay what they are, so that a row is the same among many.
+    let few = m <= FEW_ROWS && ctx.precision != Precision::Int16;
+    if few && terms.iter().all(|term| matches!(term.a, Left::Plain(_)) && term.mask.is_none()) {
         for (t, term) in terms.iter().enumerate() {
             let into = if t == 0 { shape.into } else { Into::Add };
             few_rows(ctx, Shape { into, ..shape }, term, c);
@@ -309,14 +311,16 @@ fn pack_all_b(ctx: &Ctx, form: &Form, term: &Term<'_>, n: usize) -> Buf {
     let nr = form.tile.nr;
     let panels = n.div_ceil(nr);
     let mut packed = ctx.buf(panels * nr * form.blocks(term.k).map(|(_, ks)| form.depth(ks.len())).sum::<usize>());
-    packed.par_chunks_mut(KC * panels * nr).zip(form.blocks(term.k).collect::<Vec<_>>()).for_each(|(out, (_, ks))| {
-        let depth = form.depth(ks.len());
-        out.par_chunks_mut(depth * nr).enumerate().for_each(|(panel, out)| {
-            SCRATCH.with_borrow_mut(|scratch| {
-                pack_b(ctx, form, term.b, ks.clone(), panel * nr..n.min((panel + 1) * nr), out, &mut scratch.rows);
+    packed.par_chunks_mut(form.block_depth() * panels * nr).zip(form.blocks(term.k).collect::<Vec<_>>()).for_each(
+        |(out, (_, ks))| {
+            let depth = form.depth(ks.len());
+            out.par_chunks_mut(depth * nr).enumerate().for_each(|(panel, out)| {
+                SCRATCH.with_borrow_mut(|scratch| {
+                    pack_b(ctx, form, term.b, ks.clone(), panel * nr..n.min((panel + 1) * nr), out, &mut scratch.rows);
+                });
             });
-        });
-    });
+        },
+    );
     packed
 }
 
@@ -343,12 +347,12 @@ fn accumulate(
     let strip = |at: usize, row: usize| {
         let (side, block, ks) = &blocks[at];
         let (depth, end) = (form.depth(ks.len()), height.min(row + band_rows));
-        &side.a[block * KC * panels_of_a * mr..][(row0 + row) * depth..(row0 + end) * depth]
+        &side.a[block * form.block_depth() * panels_of_a * mr..][(row0 + row) * depth..(row0 + end) * depth]
     };
     for (at, (Side { term, shared_b, .. }, block, ks)) in blocks.iter().enumerate() {
         let depth = form.depth(ks.len());
         let b_block = if let Some(shared) = shared_b {
-            &shared[block * KC * panels_of_b * nr..][..panels_of_b * nr * depth]
+            &shared[block * form.block_depth() * panels_of_b * nr..][..panels_of_b * nr * depth]
         } else {
             let out = sized(panel, panels_of_b * nr * depth);
             pack_b(ctx, form, term.b, ks.clone(), col0..col0 + cols, out, words);
@@ -400,22 +404,26 @@ impl PackedA {
             _ => None,
         };
         let group = if together.is_some() { (NC / mr).max(1) } else { 1 };
-        data.par_chunks_mut(KC * panels * mr).zip(form.blocks(k).collect::<Vec<_>>()).for_each(|(out, (_, ks))| {
-            let depth = form.depth(ks.len());
-            out.par_chunks_mut(depth * mr * group).with_max_len(TASKS_AT_ONCE).enumerate().for_each(|(task, out)| {
-                let rows = task * group * mr..m.min((task + 1) * group * mr);
-                SCRATCH.with_borrow_mut(|scratch| {
-                    let (layout, words) = (form.tile.panel_a, &mut scratch.rows);
-                    match together {
-                        Some((data, stride)) => {
-                            let piece = Piece { data, stride, columns: rows, ks: ks.clone() };
-                            pack_down(ctx, &form, &piece, layout, out, mr, words);
-                        }
-                        None => pack_panel(ctx, &form, operand, rows, ks.clone(), layout, out, words),
-                    }
-                });
-            });
-        });
+        data.par_chunks_mut(form.block_depth() * panels * mr).zip(form.blocks(k).collect::<Vec<_>>()).for_each(
+            |(out, (_, ks))| {
+                let depth = form.depth(ks.len());
+                out.par_chunks_mut(depth * mr * group).with_max_len(TASKS_AT_ONCE).enumerate().for_each(
+                    |(task, out)| {
+                        let rows = task * group * mr..m.min((task + 1) * group * mr);
+                        SCRATCH.with_borrow_mut(|scratch| {
+                            let (layout, words) = (form.tile.panel_a, &mut scratch.rows);
+                            match together {
+                                Some((data, stride)) => {
+                                    let piece = Piece { data, stride, columns: rows, ks: ks.clone() };
+                                    pack_down(ctx, &form, &piece, layout, out, mr, words);
+                                }
+                                None => pack_panel(ctx, &form, operand, rows, ks.clone(), layout, out, words),
+                            }
+                        });
+                    },
+                );
+            },
+        );
         Self { data, m, k }
     }
 }

@@ -1,13 +1,17 @@
 //! Packing: from operands as they are stored to panels of words, dequantizing on the way.
 //!
-//! What a word of a panel is follows from the precision: an f32, or a pair of bf16 where the instruction set multiplies
-//! them; where it does not, bf16 operands are rounded and multiplied as f32.
+//! What a word of a panel is follows from the precision: an f32; a pair of bf16 where the instruction set multiplies
+//! them, and where it does not an f32 that is rounded; a pair of 16-bit codes, with words of scales between.
 
 use super::Ctx;
 use super::matmul::Operand;
-use super::weight::{Precision, Weight};
+use super::weight::{Precision, Storage, Weight};
 use crate::kernels::gemm::{GemmTile, PairKernels, PanelA, Rows};
+use crate::kernels::int16::{self, Int16Kernels, Nf4Column};
 use crate::kernels::lines::{LINE, Lines, halves_mut, prefetch};
+use crate::quant::nf4::CODE_BOOK;
+use crate::quant::{FloatKind, Nf4Tensor};
+use half::slice::HalfFloatSliceExt;
 use std::ops::Range;
 
 /// Words of k in a packed block: with 32 columns of B, 32 KiB.
@@ -51,38 +55,67 @@ impl<'a> Pieces<'a> {
 #[derive(Clone, Copy)]
 pub(super) struct Form {
     pub(super) tile: GemmTile,
-    /// Words are pairs of bf16.
-    pairs: Option<PairKernels>,
-    /// Words are f32, rounded to bf16.
-    round: bool,
+    words: Words,
+}
+
+/// What the words of a panel are.
+#[derive(Clone, Copy)]
+enum Words {
+    /// f32, rounded to bf16 or not.
+    F32 { round: bool },
+    /// Pairs of bf16.
+    Pairs(PairKernels),
+    /// Pairs of 16-bit codes, and the scales of their blocks.
+    Int16(Int16Kernels),
 }
 
 impl Form {
     pub(super) fn of(ctx: &Ctx) -> Self {
-        match (ctx.precision, ctx.kernels.pairs) {
-            (Precision::F32, _) => Self { tile: ctx.kernels.tile, pairs: None, round: false },
-            (Precision::Bf16, None) => Self { tile: ctx.kernels.tile, pairs: None, round: true },
-            (Precision::Bf16, Some(pairs)) => Self { tile: pairs.tile, pairs: Some(pairs), round: false },
-        }
+        let words = match (ctx.precision, ctx.kernels.pairs) {
+            (Precision::F32, _) => Words::F32 { round: false },
+            (Precision::Int16, _) => Words::Int16(ctx.kernels.int16),
+            (Precision::Bf16, None) => Words::F32 { round: true },
+            (Precision::Bf16, Some(pairs)) => Words::Pairs(pairs),
+        };
+        let tile = match &words {
+            Words::F32 { .. } => ctx.kernels.tile,
+            Words::Pairs(pairs) => pairs.tile,
+            Words::Int16(int16) => int16.tile,
+        };
+        Self { tile, words }
     }
 
     /// Elements of k in a word.
     pub(super) fn k_per_word(&self) -> usize {
-        if self.pairs.is_some() { 2 } else { 1 }
+        if matches!(self.words, Words::F32 { .. }) { 1 } else { 2 }
+    }
+
+    /// Words of `k` elements of a row.
+    fn used(&self, k: usize) -> usize {
+        if matches!(self.words, Words::Int16(_)) { int16::depth(k) } else { k.div_ceil(self.k_per_word()) }
     }
 
     /// Words of a panel that holds `k` elements, padding included.
     pub(super) fn depth(&self, k: usize) -> usize {
-        let words = k.div_ceil(self.k_per_word());
         match self.tile.panel_a {
-            PanelA::Columns => words,
-            PanelA::Rows => words.next_multiple_of(LINE),
+            PanelA::Columns => self.used(k),
+            PanelA::Rows => self.used(k).next_multiple_of(LINE),
         }
+    }
+
+    /// Elements of k in a block.
+    fn block(&self) -> usize {
+        KC * self.k_per_word()
+    }
+
+    /// Words of a panel in a whole block.
+    pub(super) fn block_depth(&self) -> usize {
+        self.depth(self.block())
     }
 
     /// The blocks of `k`: number and elements of each.
     pub(super) fn blocks(&self, k: usize) -> impl Iterator<Item = (usize, Range<usize>)> + use<> {
-        let step = KC * self.k_per_word();
+        let step = self.block();
         (0..k.div_ceil(step)).map(move |block| (block, block * step..k.min((block + 1) * step)))
     }
 }
@@ -107,7 +140,7 @@ pub(super) fn pack_panel(
 ) {
     let depth = form.depth(ks.len());
     let (count, width) = (rows.len(), out.len() / depth);
-    let used = ks.len().div_ceil(form.k_per_word());
+    let used = form.used(ks.len());
     let down = matches!(a, Operand::Dense { row_stride: 1, col_stride, .. } if col_stride != 1);
     if !down && (count < width || used < depth) {
         out.fill(0.0);
@@ -119,7 +152,7 @@ pub(super) fn pack_panel(
             (ctx.kernels.transpose)(&Rows { data, stride: row_stride, count, depth: used }, out, width, 0);
         }
         Operand::Dense { data, row_stride, col_stride: 1 }
-            if let (PanelA::Rows, Some(pairs)) = (layout, &form.pairs) =>
+            if let (PanelA::Rows, Words::Pairs(pairs)) = (layout, &form.words) =>
         {
             let piece = |row: usize| &data[row * row_stride + ks.start..][..ks.len()];
             for (r, row) in rows.clone().enumerate() {
@@ -130,7 +163,7 @@ pub(super) fn pack_panel(
             }
         }
         Operand::Dense { col_stride: 1, .. } | Operand::Weight(..) => {
-            let words = sized(words, count * used);
+            let (words, row_floats) = sized(words, count * used + ks.len()).split_at_mut(count * used);
             let outs = words.chunks_exact_mut(used);
             match a {
                 Operand::Dense { data, row_stride, .. } => {
@@ -141,7 +174,7 @@ pub(super) fn pack_panel(
                 Operand::Weight(weight, first) => {
                     let pieces = Pieces::new(weight, ks.start, ks.len());
                     for (row, out) in rows.zip(outs) {
-                        form.read_row(ctx, weight, pieces.of(first + row), ks.len(), out);
+                        form.read_row(ctx, weight, pieces.of(first + row), row_floats, out);
                     }
                 }
                 Operand::WeightT(..) => unreachable!("the outer match"),
@@ -203,13 +236,20 @@ pub(super) fn pack_down(
     let Piece { ks, .. } = piece;
     let (count, depth, step) = (piece.columns.len(), form.depth(ks.len()), form.k_per_word());
     let panel_len = depth * width;
-    if !count.is_multiple_of(width) || ks.len().div_ceil(step) < depth {
+    if !count.is_multiple_of(width) || form.used(ks.len()) < depth {
         out.fill(0.0);
     }
-    let panels = || (0..count).step_by(width).map(|column| column..count.min(column + width)).enumerate();
     let ahead = rows_ahead(4 * count);
+    if let Words::Int16(int16) = &form.words {
+        let block = sized(words, int16::BLOCK * count);
+        return join_blocks(int16.join_rows, ks, count, block, out, width, |k, row| {
+            piece.ask(k + ahead);
+            row.copy_from_slice(piece.row(k));
+        });
+    }
+    let panels = || (0..count).step_by(width).map(|column| column..count.min(column + width)).enumerate();
     match layout {
-        PanelA::Columns if form.pairs.is_none() => {
+        PanelA::Columns if form.k_per_word() == 1 => {
             for k in ks.clone().step_by(ahead) {
                 let end = ks.end.min(k + ahead);
                 (end..end + ahead).for_each(|k| piece.ask(k));
@@ -253,6 +293,105 @@ pub(super) fn pack_down(
     }
 }
 
+/// Panels of 16-bit codes from rows of memory: `read(k, row)` gives row `k` of `ks`, `count` wide;  block: `[BLOCK, count]`.
+fn join_blocks<T>(
+    join: fn(&Rows<'_, T>, &mut [f32], usize),
+    ks: &Range<usize>,
+    count: usize,
+    block: &mut [T],
+    out: &mut [f32],
+    width: usize,
+    read: impl Fn(usize, &mut [T]),
+) {
+    let panel_len = int16::depth(ks.len()) * width;
+    for (b, k) in ks.clone().step_by(int16::BLOCK).enumerate() {
+        let end = ks.end.min(k + int16::BLOCK);
+        for (k, row) in (k..end).zip(block.chunks_exact_mut(count)) {
+            read(k, row);
+        }
+        for (panel, column) in (0..count).step_by(width).enumerate() {
+            let data = &block[column..(end - k) * count];
+            let rows = Rows { data, stride: count, count: end - k, depth: width.min(count - column) };
+            let words = &mut out[panel * panel_len..][..panel_len][b * int16::BLOCK_WORDS * width..];
+            join(&rows, words, width);
+        }
+    }
+}
+
+/// Whether elements `start .. start + len` of every row that is a multiple of [`int16::BLOCK`] further on are whole blocks of
+/// NF4 of one scale each, of numbers that are rounded to bf16 or not at all.
+fn whole_blocks(weight: &Weight, start: usize, len: usize) -> bool {
+    let fits = |n: usize| n.is_multiple_of(int16::BLOCK);
+    match weight.storage() {
+        Storage::Nf4(tensor) => {
+            fits(weight.cols()) && fits(tensor.block_size) && fits(start) && fits(len) && tensor.dtype != FloatKind::F16
+        }
+        _ => false,
+    }
+}
+
+/// Whether the numbers that a tensor stands for are rounded to bf16.
+fn rounds(tensor: &Nf4Tensor) -> bool {
+    tensor.dtype == FloatKind::Bf16
+}
+
+/// [`join_blocks`] of the rows of a weight from `first` on.
+#[expect(clippy::too_many_arguments, reason = "one rectangle of one operand on its way into its panels")]
+fn join_weight(
+    ctx: &Ctx,
+    int16: &Int16Kernels,
+    pieces: &Pieces<'_>,
+    first: usize,
+    ks: &Range<usize>,
+    out: &mut [f32],
+    width: usize,
+    words: &mut Lines,
+) {
+    const BLOCK: usize = int16::BLOCK;
+    let Pieces { weight, start, len: count, .. } = *pieces;
+    match weight.storage() {
+        Storage::Nf4(tensor) if whole_blocks(weight, start, count) && BLOCK.is_multiple_of(width) => {
+            let (panel_len, columns, cols) = (int16::depth(ks.len()) * width, count / BLOCK, weight.cols());
+            // Scales as they lie, then by columns.
+            let (row_scales, scales) = sized(words, columns * (BLOCK + 1)).split_at_mut(columns);
+            for (b, k) in ks.clone().step_by(BLOCK).enumerate() {
+                let rows = BLOCK.min(ks.end - k);
+                for r in 0..rows {
+                    let at = (first + k + r) * cols + start;
+                    weight.prefetch(at + BLOCK * cols, count);
+                    tensor.block_scales(ctx.kernels, BLOCK, at / BLOCK, row_scales);
+                    row_scales.iter().enumerate().for_each(|(c, scale)| scales[c * BLOCK + r] = *scale);
+                }
+                for c in 0..columns {
+                    let at = (first + k) * cols + start + c * BLOCK;
+                    let column = Nf4Column {
+                        packed: &tensor.packed[at / 2..],
+                        stride: cols / 2,
+                        scales: &scales[c * BLOCK..][..rows],
+                        code: &CODE_BOOK,
+                        round: rounds(tensor),
+                    };
+                    let out = &mut out[c * BLOCK / width * panel_len + b * int16::BLOCK_WORDS * width..];
+                    (int16.nf4_join)(column, out, width, panel_len);
+                }
+            }
+        }
+        Storage::Bf16(data) => {
+            let data: &[u16] = data.reinterpret_cast();
+            let block = halves_mut(sized(words, BLOCK * count.div_ceil(2)));
+            join_blocks(int16.join_halves, ks, count, block, out, width, |k, row| {
+                row.copy_from_slice(&data[pieces.of(first + k)..][..count]);
+            });
+        }
+        _ => {
+            let block = sized(words, BLOCK * count);
+            join_blocks(int16.join_rows, ks, count, block, out, width, |k, row| {
+                weight.read(ctx.kernels, pieces.of(first + k), row);
+            });
+        }
+    }
+}
+
 /// `W[first + ks, columns]` as panels of `width` columns: whole rows of the weight are read, and dealt out to the panels.
 #[expect(clippy::too_many_arguments, reason = "one rectangle of one operand on its way into its panels")]
 fn pack_weight_rows(
@@ -269,7 +408,10 @@ fn pack_weight_rows(
     let panel_len = form.depth(ks.len()) * width;
     let count = columns.len();
     let pieces = Pieces::new(weight, columns.start, count);
-    if let Some(pairs) = &form.pairs {
+    if let Words::Int16(int16) = &form.words {
+        return join_weight(ctx, int16, &pieces, first, &ks, out, width, words);
+    }
+    if let Words::Pairs(pairs) = &form.words {
         let stride = count.next_multiple_of(2);
         let block = halves_mut(sized(words, ROWS * stride / 2));
         for k in ks.clone().step_by(ROWS) {
@@ -303,33 +445,53 @@ fn pack_weight_rows(
 impl Form {
     /// Whether a word is an f32 as it stands in memory.
     fn is_plain(&self) -> bool {
-        self.pairs.is_none() && !self.round
+        matches!(self.words, Words::F32 { round: false })
     }
 
     /// Consecutive elements along k to words.
     fn pack_row(&self, ctx: &Ctx, x: &[f32], out: &mut [f32]) {
-        if let Some(pairs) = &self.pairs {
-            return (pairs.pack_row)(x, out);
+        match &self.words {
+            Words::Pairs(pairs) => (pairs.pack_row)(x, out),
+            Words::Int16(int16) => (int16.pack_row)(x, out),
+            Words::F32 { .. } => {
+                out.copy_from_slice(x);
+                self.round(ctx, out);
+            }
         }
-        out.copy_from_slice(x);
-        self.round(ctx, out);
     }
 
-    /// `k` consecutive elements of a weight to words.
-    fn read_row(&self, ctx: &Ctx, weight: &Weight, start: usize, k: usize, out: &mut [f32]) {
-        if let Some(pairs) = &self.pairs {
-            let out = halves_mut(out);
-            weight.read_bf16(pairs, start, &mut out[..k]);
-            out[k..].fill(0);
-            return;
+    /// Consecutive elements of a weight to words, as many as there is room for them as floats.
+    fn read_row(&self, ctx: &Ctx, weight: &Weight, start: usize, room: &mut [f32], out: &mut [f32]) {
+        match &self.words {
+            Words::Pairs(pairs) => {
+                let (k, out) = (room.len(), halves_mut(out));
+                weight.read_bf16(pairs, start, &mut out[..k]);
+                out[k..].fill(0);
+            }
+            Words::Int16(int16) => match weight.storage() {
+                Storage::Nf4(tensor) if whole_blocks(weight, start, room.len()) => {
+                    let scales = &mut room[..out.len() / int16::BLOCK_WORDS];
+                    tensor.block_scales(ctx.kernels, int16::BLOCK, start / int16::BLOCK, scales);
+                    let (packed, round) =
+                        (&tensor.packed[start / 2..][..scales.len() * int16::BLOCK / 2], rounds(tensor));
+                    (int16.nf4_row)(packed, scales, &CODE_BOOK, round, out);
+                }
+                Storage::Bf16(data) => (int16.pack_halves)(data[start..start + room.len()].reinterpret_cast(), out),
+                _ => {
+                    weight.read(ctx.kernels, start, room);
+                    (int16.pack_row)(room, out);
+                }
+            },
+            Words::F32 { .. } => {
+                weight.read(ctx.kernels, start, out);
+                self.round(ctx, out);
+            }
         }
-        weight.read(ctx.kernels, start, out);
-        self.round(ctx, out);
     }
 
     /// Rounds words that are f32 where the operands are to be bf16.
     fn round(&self, ctx: &Ctx, words: &mut [f32]) {
-        if self.round {
+        if matches!(self.words, Words::F32 { round: true }) {
             (ctx.kernels.round_bf16)(words);
         }
     }
@@ -347,7 +509,7 @@ impl Form {
     ) {
         let data = &piece.data[ks.start * piece.stride + piece.columns.start + columns.start..];
         let rows = Rows { data, stride: piece.stride, count: ks.len(), depth: columns.len() };
-        if let Some(pairs) = &self.pairs {
+        if let Words::Pairs(pairs) = &self.words {
             return (pairs.join_rows)(&rows, out, width);
         }
         (ctx.kernels.copy_rows)(&rows, out, width);
@@ -368,7 +530,7 @@ pub(super) fn pack_b(
     let nr = form.tile.nr;
     let panel_len = form.depth(ks.len()) * nr;
     if let Operand::Weight(weight, first) = b {
-        if !js.len().is_multiple_of(nr) || ks.len().div_ceil(form.k_per_word()) * nr < panel_len {
+        if !js.len().is_multiple_of(nr) || form.used(ks.len()) * nr < panel_len {
             out.fill(0.0);
         }
         return pack_weight_rows(ctx, form, weight, first, js, ks, out, nr, words);

@@ -1,7 +1,7 @@
 //! What this machine can do at most: products from the nearest cache on all threads, and reading from memory.
 
 use super::Ctx;
-use super::weight::Precision;
+use super::pack::Form;
 use crate::io::os;
 use crate::kernels::gemm::TileC;
 use crate::kernels::lines::Lines;
@@ -9,8 +9,8 @@ use crate::kernels::tiles::TileMut;
 use rayon::prelude::*;
 use std::time::Instant;
 
-/// Words of k in a panel: both panels of a tile then fit the first-level cache.
-const DEPTH: usize = 96;
+/// Words of k in a panel, scales apart: both panels of a tile then fit the first-level cache.
+const WORDS: usize = 96;
 /// Panels of A in one call, which share the cache with one of B: what a call costs by itself is shared too.
 const PANELS: usize = 4;
 /// Calls that one thread times at once.
@@ -22,13 +22,12 @@ const FLOATS: usize = 384 << 20;
 ///
 /// The panels of a tile stay in the first-level cache and the sums in registers. The best of five tries.
 pub fn peak_flops(ctx: &Ctx) -> f64 {
-    let (tile, per_word) = match (&ctx.kernels.pairs, ctx.precision) {
-        (Some(pairs), Precision::Bf16) => (pairs.tile, 2),
-        _ => (ctx.kernels.tile, 1),
-    };
+    let form = Form::of(ctx);
+    let (tile, k) = (form.tile, WORDS * form.k_per_word());
+    let depth = form.depth(k);
     let (mr, nr) = (tile.mr * PANELS, tile.nr);
     let n_threads = rayon::current_num_threads();
-    let flops = 2.0 * (mr * nr * DEPTH * per_word * REPEAT * n_threads) as f64;
+    let flops = 2.0 * (mr * nr * k * REPEAT * n_threads) as f64;
     let try_once = || {
         let started = Instant::now();
         rayon::broadcast(|_| {
@@ -37,7 +36,7 @@ pub fn peak_flops(ctx: &Ctx) -> f64 {
                 lines.set_len(len);
                 lines
             };
-            let (a, b, mut c) = (zeros(DEPTH * mr), zeros(DEPTH * nr), zeros(mr * nr));
+            let (a, b, mut c) = (zeros(depth * mr), zeros(depth * nr), zeros(mr * nr));
             for _ in 0..REPEAT {
                 let c = &mut TileMut::whole(c.as_mut_slice(), nr, mr, nr);
                 (tile.run)(a.as_slice(), b.as_slice(), TileC { c, i: 0, j: 0, alpha: 1.0, add: false, ahead: &[] });
@@ -69,10 +68,11 @@ pub fn read_bandwidth(ctx: &Ctx) -> f64 {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
     use super::*;
+    use crate::ops::Precision;
 
     #[test]
     fn what_is_measured_is_a_positive_number() {
-        for precision in [Precision::F32, Precision::Bf16] {
+        for precision in [Precision::F32, Precision::Bf16, Precision::Int16] {
             assert!(peak_flops(&Ctx::new(precision).unwrap()) > 1e6);
         }
         assert!(read_bandwidth(&Ctx::new(Precision::F32).unwrap()) > 1e6);

@@ -16,6 +16,33 @@ pub enum Precision {
     F32,
     /// Operands rounded to bfloat16, ties to even.
     Bf16,
+    /// Operands rounded to 16-bit whole numbers with a scale for each 64 neighbours along the sum
+    /// ([`crate::kernels::int16`]); those of single new tokens are f32.
+    Int16,
+}
+
+impl Precision {
+    /// Every one.
+    pub const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::Int16];
+
+    /// As users write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::Bf16 => "bfloat16",
+            Self::Int16 => "int16",
+        }
+    }
+
+    /// The fastest that this instruction set has: bf16 where there is a unit for it, else 16-bit blocks where their products
+    /// are faster than those of f32.
+    pub fn best(kernels: &Kernels) -> Self {
+        match kernels {
+            _ if kernels.prefers_bf16() => Self::Bf16,
+            _ if kernels.int16.fast => Self::Int16,
+            _ => Self::F32,
+        }
+    }
 }
 
 /// A matrix `[rows, cols]`, row-major; of a linear layer, `[out, in]`.

@@ -235,11 +235,8 @@ impl Model {
 
     /// What GEMM operands are rounded to.
     #[getter]
-    fn dtype(&self) -> PyResult<&'static str> {
-        Ok(match self.read()?.core.ctx.precision {
-            Precision::F32 => "float32",
-            Precision::Bf16 => "bfloat16",
-        })
+    fn products(&self) -> PyResult<&'static str> {
+        Ok(self.read()?.core.ctx.precision.name())
     }
 
     /// Where the model came from.
@@ -508,12 +505,11 @@ impl Model {
 pub(super) fn load_options(dtype: Option<&str>, quantization: &str) -> Result<LoadOptions> {
     let quantization: QuantizationOptions = parse("quantization", quantization)?;
     let precision = match dtype {
-        None if crate::kernels::active()?.prefers_bf16() => Precision::Bf16,
-        None | Some("float32") => Precision::F32,
-        Some("bfloat16") => Precision::Bf16,
-        Some(other) => {
-            return Err(Error::config("dtype", other, "expected float32, bfloat16 or None"));
-        }
+        None => Precision::best(crate::kernels::active()?),
+        Some(name) => Precision::ALL
+            .into_iter()
+            .find(|precision| precision.name() == name)
+            .ok_or_else(|| Error::config("dtype", name, "expected float32, bfloat16, int16 or None"))?,
     };
     let full_finetuning = quantization.full_finetuning == Some(true);
     let quantize = match quantization.resolve()? {

@@ -7,8 +7,8 @@ use crate::io::hub::{HubEvent, HubOptions, resolve_with};
 use crate::io::os;
 use crate::kernels;
 use crate::model::ModelConfig;
-use crate::ops::Ctx;
 use crate::ops::probe::{peak_flops, read_bandwidth};
+use crate::ops::{Ctx, Precision};
 use crate::train::checkpoint::{self, Skipped};
 use crate::train::plan::{Checkpointing, Run};
 use pyo3::prelude::*;
@@ -36,6 +36,7 @@ fn info() -> PyResult<String> {
         "isa": kernels::active()?.isa,
         "available_isas": isas,
         "prefers_bfloat16": kernels::active()?.prefers_bf16(),
+        "products": Precision::best(kernels::active()?).name(),
         "threads": os::num_threads()?,
         "cpus": os::granted_cpus(),
         "total_memory_bytes": os::total_memory_bytes(),

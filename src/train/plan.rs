@@ -403,7 +403,7 @@ impl Run {
         };
         // A 16-bit checkpoint stays as it is; f32 is rounded where the products are.
         let is_f32 = ["dtype", "torch_dtype"].iter().any(|key| c.json[*key] == "float32");
-        let wide = if is_f32 && options.precision == Precision::F32 { 4.0 } else { 2.0 };
+        let wide = if is_f32 && options.precision != Precision::Bf16 { 4.0 } else { 2.0 };
         let linear_bytes = |&(rows, cols): &(usize, usize)| {
             let bytes_of_one = match options.quantize {
                 None => wide,
@@ -432,9 +432,14 @@ fn adapter_floats(rank: usize, dora: bool, outputs: usize) -> usize {
     rank + if dora { outputs } else { 0 }
 }
 
-/// Bytes of a packed operand's element: halves where there are products of pairs.
+/// Bytes of a packed operand's element: halves where there are products of pairs (the scales of 16-bit blocks, a thirtieth
+/// more, are not counted).
 fn packed_bytes(kernels: &Kernels, precision: Precision) -> usize {
-    if precision == Precision::Bf16 && kernels.pairs.is_some() { 2 } else { 4 }
+    match precision {
+        Precision::Bf16 if kernels.pairs.is_some() => 2,
+        Precision::Int16 => 2,
+        Precision::Bf16 | Precision::F32 => 4,
+    }
 }
 
 /// Bytes of an optimizer's state for a tensor of `len` elements.

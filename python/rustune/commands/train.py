@@ -49,7 +49,7 @@ _FLAGS: Final = {
     "max-seq-length": ("model", "max_seq_length", "longest row in tokens (2048)"),
     "load-in-4bit": ("model", "load_in_4bit", "true or false (true)"),
     "load-in-8bit": ("model", "load_in_8bit", "true or false (false)"),
-    "dtype": ("model", "dtype", "float32 or bfloat16"),
+    "dtype": ("model", "dtype", "float32, bfloat16 or int16"),
     "data": ("data", "train", "a .jsonl, .json or .parquet file"),
     "eval-data": ("data", "eval", "the same, for evaluation"),
     "chat-template": ("data", "chat_template", "a name, such as llama-3.1 or chatml"),

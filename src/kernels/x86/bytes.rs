@@ -12,11 +12,23 @@ use std::arch::x86_64::*;
 
 /// Proof that AVX512-VNNI may run beside what [`Avx512`] proves.
 #[derive(Clone, Copy)]
-struct Vnni512(Avx512);
+pub(super) struct Vnni512(pub(super) Avx512);
+
+impl Vnni512 {
+    pub(super) fn detect() -> Option<Self> {
+        Avx512::detect().filter(|_| is_x86_feature_detected!("avx512vnni")).map(Self)
+    }
+}
 
 /// Proof that AVX-VNNI may run beside what [`Avx2`] proves.
 #[derive(Clone, Copy)]
-struct Vnni256(Avx2);
+pub(super) struct Vnni256(pub(super) Avx2);
+
+impl Vnni256 {
+    pub(super) fn detect() -> Option<Self> {
+        Avx2::detect().filter(|_| is_x86_feature_detected!("avxvnni")).map(Self)
+    }
+}
 
 /// The code book plus `raised`, for `vpshufb`.
 const fn code_book(raised: i32) -> [u8; 16] {
@@ -262,7 +274,7 @@ instantiate_bytes!(plain, Avx2, Avx2(()), "avx2,fma,f16c", None);
 
 /// Products of bytes 512 bits wide.
 pub(super) fn wide() -> Option<Integer> {
-    vnni512::table(Avx512::detect().filter(|_| is_x86_feature_detected!("avx512vnni")).map(Vnni512))
+    vnni512::table(Vnni512::detect())
 }
 
 /// Products of bytes by AVX2 alone.
@@ -272,6 +284,6 @@ pub(super) fn narrow() -> Option<Integer> {
 
 /// The AVX2 table with AVX-VNNI, as laptops have it since 2021.
 pub(super) fn table() -> Option<Kernels> {
-    let integer = vnni256::table(Avx2::detect().filter(|_| is_x86_feature_detected!("avxvnni")).map(Vnni256))?;
-    Some(Kernels { isa: "avxvnni", integer, ..super::avx2::table()? })
+    let integer = vnni256::table(Vnni256::detect())?;
+    Some(Kernels { isa: "avxvnni", integer, int16: super::shorts::vnni()?, ..super::avx2::table()? })
 }

@@ -56,6 +56,7 @@ macro_rules! instantiate {
                 f32_gemv: |w, cols, x, out| instantiate!(@enter $token, f32_gemv(w, cols, x, out)),
                 i8_gemv: |w, scales, cols, x, out| instantiate!(@enter $token, i8_gemv(w, scales, cols, x, out)),
                 integer: super::bytes::narrow()?,
+                int16: super::shorts::narrow(<$token as generic::Simd>::LANES == 8)?,
                 // Quantizing (quantize.rs).
                 nf4_quantize: |x, thresholds, out| instantiate!(@enter $token, nf4_quantize(x, thresholds, out)),
             })
@@ -159,6 +160,7 @@ mod avx2;
 mod avx512;
 mod avx512bf16;
 mod bytes;
+mod shorts;
 
 use super::Kernels;
 use super::integer::{Integer, IntegerTile};
@@ -170,9 +172,15 @@ pub(super) fn tables() -> impl Iterator<Item = Kernels> {
     let tables = amx::table().into_iter().chain(fast).chain(avx512::table()).chain(slow);
     let tables = tables.map(|table| {
         let integer = bytes::wide().unwrap_or(table.integer);
+        let int16 = shorts::wide().unwrap_or(table.int16);
         // AMX multiplies bfloat16 faster than VNNI bytes.
         let tile = integer.tile.map(|tile| IntegerTile { beats_pairs: table.isa != "amx", ..tile });
-        Kernels { nf4_pairs: table.pairs.and(avx512::nf4_pairs()), integer: Integer { tile, ..integer }, ..table }
+        Kernels {
+            nf4_pairs: table.pairs.and(avx512::nf4_pairs()),
+            integer: Integer { tile, ..integer },
+            int16,
+            ..table
+        }
     });
     tables.chain(bytes::table()).chain(avx2::table())
 }
