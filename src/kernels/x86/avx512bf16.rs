@@ -22,8 +22,8 @@ impl Avx512Bf16 {
     }
 }
 
-/// Whether pairs are the faster product here.
-fn is_amd() -> bool {
+/// Whether AMD made this CPU.
+pub(super) fn is_amd() -> bool {
     let id = __cpuid(0);
     [id.ebx, id.edx, id.ecx] == [b"Auth", b"enti", b"cAMD"].map(|part| u32::from_le_bytes(*part))
 }

@@ -3,6 +3,7 @@
 
 use super::avx2::Avx2;
 use super::avx512::Avx512;
+use super::avx512bf16::is_amd;
 use super::bytes::{Vnni256, Vnni512};
 use crate::kernels::gemm::{GemmTile, PanelA, Rows, TileC};
 use crate::kernels::generic::Simd;
@@ -323,7 +324,13 @@ pub(super) fn vnni() -> Option<Int16Kernels> {
     vnni256::table(Vnni256::detect(), true)
 }
 
-/// Those of AVX2 alone, for tables whose f32 product is as `wide` as that or wider.
-pub(super) fn narrow(fast: bool) -> Option<Int16Kernels> {
-    plain::table(Avx2::detect(), fast)
+/// Those of AVX2 alone; `alone`: the table's f32 product is 256 bits wide as well.
+pub(super) fn narrow(alone: bool) -> Option<Int16Kernels> {
+    plain::table(Avx2::detect(), alone && multiplies_shorts_twice())
+}
+
+/// Whether two `vpmaddwd` a cycle can be expected: Intel's cores since Skylake have that (which came with `xsavec`), AMD's since
+/// Zen 3 (with 256-bit `vaes`). Where there is one, AVX2's two FMA do as much. Not measured, so that a machine always decides alike.
+fn multiplies_shorts_twice() -> bool {
+    is_x86_feature_detected!("vaes") || (!is_amd() && is_x86_feature_detected!("xsavec"))
 }
