@@ -22,6 +22,15 @@ from bench_model import SHAPES, make, tensors
 HERE = Path(__file__).resolve().parent
 ALPACA = HERE.parents[1] / "shared/data/instruct/llamafactory_alpaca_en_demo.json"
 GIB = 2.0**30
+# What keeps torch's libraries to the instructions that `--isa` forces ours to.
+PEER_ISA = {
+    "avx2": {
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+}
 
 
 def main() -> None:
@@ -36,10 +45,14 @@ def main() -> None:
     parser.add_argument("--optim", default="adamw_torch")
     parser.add_argument("--checkpointing", choices=["unsloth", "true", "false"], default="unsloth")
     parser.add_argument("--steps", type=int, default=3, help="timed steps after one that warms up; 0 times that")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "int16"], help="of the products; what this machine does best")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "int16"], help="of products; default: the fastest"
+    )
     parser.add_argument("--isa", help="forces an instruction set")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--peer-python", help="an interpreter with torch, peft and bitsandbytes")
+    parser.add_argument("--peer-mode", choices=["nf4", "bf16", "f32"], help="the peer's; --mode if not given")
+    parser.add_argument("--rounds", type=int, default=1, help="ours and the peer in turn, so often; medians count")
     parser.add_argument("--real-lengths", action="store_true", help="rows as long as alpaca's against full ones")
     parser.add_argument("--packing", action="store_true", help="with --real-lengths: packed to --seq tokens")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -78,13 +91,14 @@ def _folder(options: argparse.Namespace) -> Path:
 def _compare(options: argparse.Namespace) -> None:
     """Ours beside the peers' and the machine's peak."""
     folder = _folder(options)
-    ours = _run_child(options, "full")
-    theirs = _peer(options, folder)
+    rounds = [(_run_child(options, "full"), _peer(options, folder)) for _ in range(options.rounds)]
+    ours, theirs = (_median([pair[side] for pair in rounds]) for side in (0, 1))
     n_tokens = options.batch * options.seq
     recomputed = ours["memory"]["estimate"]["layers"][2] > 0
     flops = flops_per_token(options.shape, recompute=recomputed) * n_tokens
     peak, kept = ours["peak"], ours["memory"]["estimate"]
     print(f"{options.shape} {options.mode}, {options.batch} x {options.seq} tokens, r = {options.rank}", end="")
+    print(f", peer {options.peer_mode or options.mode}" if options.peer_python else "", end="")
     print(f", dropout {options.dropout:g}, checkpointing {options.checkpointing}, {options.optim}")
     print(f"{ours['threads']} threads, {ours['isa']}, products in {ours['dtype']}", end="")
     print(f"; layers kept, in part, recomputed: {kept['layers']}")
@@ -107,6 +121,17 @@ def _compare(options: argparse.Namespace) -> None:
         faster, less = theirs["step_s"] / ours["step_s"], theirs["peak_bytes"] / ours["peak_bytes"]
         loads = theirs["load_s"] / ours["load_s"]
         print(f"{'ratio':>14} {faster:9.2f} {faster:9.2f} {less:9.2f} {loads:7.1f}")
+        for number, (mine, other) in enumerate(rounds if len(rounds) > 1 else [], 1):
+            pair = f"{other['step_s']:.2f} / {mine['step_s']:.2f} s = {other['step_s'] / mine['step_s']:.2f}"
+            print(f"{'round ' + str(number):>14} {pair}")
+
+
+def _median(made: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first of several measurements, with the median step of all and the largest peak."""
+    if "missing" in made[0]:
+        return made[0]
+    step = statistics.median(one["step_s"] for one in made)
+    return {**made[0], "step_s": step, "peak_bytes": max(one["peak_bytes"] for one in made)}
 
 
 def _real_lengths(options: argparse.Namespace) -> None:
@@ -137,10 +162,12 @@ def _run_child(options: argparse.Namespace, rows: str) -> dict[str, Any]:
 def _peer(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if not options.peer_python:
         return {"missing": "give --peer-python"}
-    same = ("mode", "batch", "seq", "rank", "dropout", "checkpointing", "steps")
+    same = ("batch", "seq", "rank", "dropout", "checkpointing", "steps")
     arguments = [part for name in same for part in (f"--{name}", str(getattr(options, name)))]
     command = [options.peer_python, str(HERE / "peer_train.py"), str(folder), *arguments]
-    return _last_json(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    command += ["--mode", options.peer_mode or options.mode]
+    environment = {**os.environ, **PEER_ISA.get(options.isa or "", {})}
+    return _last_json(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def _last_json(output: str) -> dict[str, Any]:

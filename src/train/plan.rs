@@ -474,7 +474,7 @@ mod tests {
     use crate::ops::{DropoutKey, Grads};
     use crate::train::{MicroBatch, StepOptions, forward_backward};
 
-    fn shapes() -> [TestShape; 6] {
+    fn shapes() -> [TestShape; 7] {
         let heads = Heads { heads: 8, kv_heads: 2, head_dim: 32 };
         let usual = TestShape {
             hidden: 256,
@@ -491,6 +491,7 @@ mod tests {
         [
             usual,
             TestShape { dropout: 0.1, precision: Precision::Bf16, ..usual },
+            TestShape { dropout: 0.1, precision: Precision::Int16, ..usual },
             chunked,
             dora,
             TestShape { dropout: 0.1, ..dora },

@@ -147,6 +147,8 @@ mod tests {
             (0.1, false, Precision::F32, ""),
             (0.0, true, Precision::F32, "embed_tokens lm_head norm"),
             (0.1, true, Precision::Bf16, ""),
+            (0.1, false, Precision::Int16, ""),
+            (0.0, true, Precision::Int16, "embed_tokens lm_head norm"),
         ] {
             let shape = TestShape { dropout, dora, precision, ..TestShape::wide() };
             let mut model = random_model(shape);
@@ -193,6 +195,33 @@ mod tests {
             // 2e-5: f32 sums of some hundred tokens through three layers, in another order.
             assert!(difference <= 2e-5 * scale, "gradient {i}: {difference} of {scale}");
         }
+    }
+
+    #[test]
+    fn blocks_of_16_bits_are_closer_to_f32_than_bf16() {
+        let made = |precision| {
+            let shape = TestShape { precision, dropout: 0.0, ..TestShape::wide() };
+            let model = random_model(shape);
+            let (tokens, targets) = random_tokens(&[70, 130], shape.vocab);
+            let (sum, grads) = gradients(&model, &MicroBatch { tokens: &tokens, targets: &targets }, &[Keep::Input; 3]);
+            (f64::from_bits(sum), grads)
+        };
+        let (loss, want) = made(Precision::F32);
+        // Of each tensor's gradient, what is off in relation to all of it.
+        let off = |grads: &[Vec<f32>]| {
+            let norm = |grad: &[f32]| grad.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+            let relative = |(got, want): (&Vec<f32>, &Vec<f32>)| {
+                let difference: Vec<f32> = got.iter().zip(want).map(|(g, w)| g - w).collect();
+                norm(&difference) / norm(want)
+            };
+            grads.iter().zip(&want).map(relative).fold(0.0, f64::max)
+        };
+        let [(loss_16, int16), (loss_bf16, bf16)] = [Precision::Int16, Precision::Bf16].map(made);
+        let (of_int16, of_bf16) = (off(&int16), off(&bf16));
+        eprintln!("gradients off by {of_int16:.1e} (int16), {of_bf16:.1e} (bf16)");
+        eprintln!("losses off by {:.1e} and {:.1e}", (loss_16 / loss - 1.0).abs(), (loss_bf16 / loss - 1.0).abs());
+        assert!(of_int16 < 5e-2 && of_int16 < of_bf16 / 3.0, "{of_int16} {of_bf16}");
+        assert!((loss_16 / loss - 1.0).abs() < 1e-5, "{loss_16} against {loss}");
     }
 
     #[test]

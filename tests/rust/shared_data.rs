@@ -2,7 +2,8 @@
 
 use crate::llama_golden::load;
 use rustune::generate::{Chooser, decode};
-use rustune::ops::Tokens;
+use rustune::model::{LoadOptions, Model};
+use rustune::ops::{Precision, Tokens};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -64,6 +65,29 @@ fn every_token_of_the_trained_checkpoints() {
         let last = &logits[logits.len() - model.config.vocab_size..];
         let difference = largest_difference(last, &floats(&golden["last_logits"]));
         assert!(difference < 1e-4, "{name}: logits differ by {difference}");
+    }
+}
+
+/// What rounding the operands of products costs a token, on average and at most.
+#[test]
+fn blocks_of_16_bits_hardly_change_a_loss() {
+    for name in ["stories260K-hf", "stories260K-bnb-4bit", "stories260K-bnb-4bit-f32"] {
+        let Some(folder) = shared(&format!("models/{name}"), 1) else { continue };
+        let scored = ids(&golden(&folder)["score_ids"]);
+        let targets: Vec<i32> = scored[1..].iter().map(|&id| id as i32).chain([-100]).collect();
+        let [want, int16, bf16] = [Precision::F32, Precision::Int16, Precision::Bf16].map(|precision| {
+            let options = LoadOptions { precision, quantize: None, full_finetuning: false };
+            let model = Model::load(&folder, &options).unwrap();
+            model.token_losses(&Tokens::from_sequences([&scored[..]]), &targets).unwrap()
+        });
+        let [(mean, most), (mean_bf16, most_bf16)] = [int16, bf16].map(|got| {
+            let off = got.iter().zip(&want).map(|(g, w)| (g - w).abs()).collect::<Vec<_>>();
+            (off.iter().sum::<f32>() / off.len() as f32, off.iter().fold(0.0_f32, |m, x| m.max(*x)))
+        });
+        println!(
+            "{name}: a token's loss is off by {mean:.1e}, at most {most:.1e}; in bf16 {mean_bf16:.1e}, {most_bf16:.1e}"
+        );
+        assert!(mean < 1e-3 && mean < mean_bf16 / 3.0, "{name}: {mean} against {mean_bf16}");
     }
 }
 
