@@ -86,9 +86,7 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run?")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "int16"], help="of products; default: the fastest"
-    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "int16"], help="of products; default: the fastest")
     parser.add_argument("--peer-python", help="an interpreter with xllamacpp and gguf")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "bench-decode")
     parser.add_argument("--repeat", type=int, default=6, help="runs, of which the fastest counts; the peer's too")

@@ -45,9 +45,7 @@ def main() -> None:
     parser.add_argument("--optim", default="adamw_torch")
     parser.add_argument("--checkpointing", choices=["unsloth", "true", "false"], default="unsloth")
     parser.add_argument("--steps", type=int, default=3, help="timed steps after one that warms up; 0 times that")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "int16"], help="of products; default: the fastest"
-    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "int16"], help="of products; default: the fastest")
     parser.add_argument("--isa", help="forces an instruction set")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--peer-python", help="an interpreter with torch, peft and bitsandbytes")

@@ -138,8 +138,8 @@ class Model:
         config: `config.json` with its keys as attributes.
         generation_config: Settings of `generate` that hold where a call names none.
         training: What `for_training` and `for_inference` set; the engine needs neither.
-        products: What the operands of matrix products are rounded to: `float32` (not at all), `bfloat16`, or `int16`, which is
-            16-bit whole numbers with a float32 scale for each 64 neighbours.
+        products: What the operands of matrix products are rounded to: `float32` (not at all), `bfloat16`, or `int16`,
+            which is 16-bit whole numbers with a float32 scale for each 64 neighbours.
         dtype: What the model computes in: `bfloat16` where products do, else `float32`.
         vocab_size: Number of token ids.
         has_new_tokens: Whether `add_new_tokens` has added some, so that `get_peft_model` trains their rows.

@@ -40,6 +40,9 @@ pub struct Nf4Column<'a> {
     pub round: bool,
 }
 
+/// `(packed, scales, code, round, out)` of [`Int16Kernels::nf4_row`].
+pub type Nf4Row = fn(packed: &[u8], scales: &[f32], code: &[f32; 16], round: bool, out: &mut [f32]);
+
 /// One instruction set's products of blocks of 16-bit numbers, and what packs them.
 #[derive(Clone, Copy)]
 pub struct Int16Kernels {
@@ -59,7 +62,7 @@ pub struct Int16Kernels {
     pub join_halves: fn(rows: &Rows<'_, u16>, out: &mut [f32], width: usize),
     /// Whole blocks of NF4 to words: those of the numbers that they stand for, or nearly: a block without a code of 1 or -1
     /// has the scale of one with it;  packed: `[n · 32]`, scales: `[n]`, out: `[n · 33]`.
-    pub nf4_row: fn(packed: &[u8], scales: &[f32], code: &[f32; 16], round: bool, out: &mut [f32]),
+    pub nf4_row: Nf4Row,
     /// [`Self::join_rows`] of NF4, where all columns have the scale of the largest block;  out: panels of `width` columns that
     /// begin `panel` apart, width: 16, 32 or 64.
     pub nf4_join: fn(column: Nf4Column<'_>, out: &mut [f32], width: usize, panel: usize),
@@ -281,7 +284,7 @@ pub(super) fn join_rows<S: Shorts, T: Source<S::F>>(s: S, rows: &Rows<'_, T>, ou
     }
 }
 
-/// `factor · round(scale · code)`, and the largest `|scale · code|`.
+/// `round(scale · code)`.
 #[inline(always)]
 fn scaled<S: Simd>(s: S, code: &[f32; 16], scale: f32, round: bool) -> [f32; 16] {
     let mut values = [0.0; 16];
@@ -489,7 +492,8 @@ pub(super) mod reference {
 
     /// Element `i` of a run of NF4.
     fn nf4(packed: &[u8], i: usize, code: &[f32; 16], scale: f32, round: bool) -> f32 {
-        let value = code[usize::from(if i % 2 == 0 { packed[i / 2] >> 4 } else { packed[i / 2] & 15 })] * scale;
+        let value =
+            code[usize::from(if i.is_multiple_of(2) { packed[i / 2] >> 4 } else { packed[i / 2] & 15 })] * scale;
         if round { half::bf16::from_f32(value).to_f32() } else { value }
     }
 
@@ -505,10 +509,11 @@ pub(super) mod reference {
         for ((packed, scale), out) in blocks.zip(out.as_chunks_mut::<BLOCK_WORDS>().0) {
             let (encode, step) = encode_nf4(code, *scale, round);
             let at = |i| encode(nf4(packed, i, code, *scale, round));
-            for p in 0..BLOCK / 2 {
-                out[p] = word(at(2 * p), at(2 * p + 1));
+            let (last, words) = out.split_last_mut().expect("a block has a scale");
+            for (p, out) in words.iter_mut().enumerate() {
+                *out = word(at(2 * p), at(2 * p + 1));
             }
-            out[BLOCK_WORDS - 1] = step;
+            *last = step;
         }
     }
 

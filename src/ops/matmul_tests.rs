@@ -86,17 +86,28 @@ fn every_operand_form_and_shape_equals_the_slow_twin() {
 
 #[test]
 fn quantized_weights_are_those_that_dequantize_gives() {
-    use crate::quant::{FloatKind, Nf4Tensor, RowwiseInt8};
     // Rows of 100: blocks of 64 run across them, and k and n are no multiples of anything.
-    let (m, rows, cols) = (9, 201, 100);
-    let (w, x) = (floats(rows * cols, 7), values(m * rows, 8));
+    quantized_weights(9, 201, 100, 64);
+    // Rows of whole blocks, more than a block of k of them; blocks that are two of 64.
+    quantized_weights(9, 201, 128, 64);
+    quantized_weights(7, 600, 1088, 64);
+    quantized_weights(9, 70, 256, 128);
+}
+
+fn quantized_weights(m: usize, rows: usize, cols: usize, block_size: usize) {
+    use crate::quant::{FloatKind, Nf4Tensor, RowwiseInt8};
+    let (w, x) = (floats(rows * cols, 7), values(m * rows.max(cols), 8));
     for (ctx, what) in contexts() {
         let mut cases = Vec::new();
         for kind in [FloatKind::F32, FloatKind::F16, FloatKind::Bf16] {
             for double_quant in [false, true] {
-                let tensor = Nf4Tensor::quantize(&w, &[rows, cols], kind, 64, double_quant).unwrap();
+                let tensor = Nf4Tensor::quantize(&w, &[rows, cols], kind, block_size, double_quant).unwrap();
                 let dense = tensor.dequantize();
-                cases.push((format!("{what} {kind:?} {double_quant}"), Weight::nf4(tensor).unwrap(), dense));
+                cases.push((
+                    format!("{what} {kind:?} {double_quant} {rows} x {cols}"),
+                    Weight::nf4(tensor).unwrap(),
+                    dense,
+                ));
             }
         }
         let read = |start: usize, out: &mut [f32]| {

@@ -84,7 +84,7 @@ fn blocks_of_16_bits_hardly_change_a_loss() {
             let off = got.iter().zip(&want).map(|(g, w)| (g - w).abs()).collect::<Vec<_>>();
             (off.iter().sum::<f32>() / off.len() as f32, off.iter().fold(0.0_f32, |m, x| m.max(*x)))
         });
-        println!(
+        eprintln!(
             "{name}: a token's loss is off by {mean:.1e}, at most {most:.1e}; in bf16 {mean_bf16:.1e}, {most_bf16:.1e}"
         );
         assert!(mean < 1e-3 && mean < mean_bf16 / 3.0, "{name}: {mean} against {mean_bf16}");

@@ -47,7 +47,8 @@ def run(options: argparse.Namespace) -> int:
     lines = {
         "version": f"rustune {facts['version']}, Python {platform.python_version()}",
         "system": f"{platform.platform()}, {facts['cpus']} CPUs granted",
-        "kernels": f"{facts['isa']}, products in {facts['products']}" + (f" (also {', '.join(others)}: RUSTUNE_ISA chooses)" if others else ""),
+        "kernels": f"{facts['isa']}, products in {facts['products']}"
+        + (f" (also {', '.join(others)}: RUSTUNE_ISA chooses)" if others else ""),
         "threads": f"{facts['threads']} (RAYON_NUM_THREADS chooses)",
         "memory": f"{gib(facts['available_memory_bytes'])} free of {gib(facts['total_memory_bytes'])}",
         "packages": ", ".join(f"{name} {version}" for name, version in versions.items()),
