@@ -24,7 +24,7 @@ fn gemms(c: &mut Criterion) {
     let mut group = c.benchmark_group("gemm");
     group.sample_size(10).throughput(Throughput::Elements(2 * (tokens * inputs * outputs) as u64));
     for kernels in available() {
-        for precision in [Precision::F32, Precision::Bf16] {
+        for precision in Precision::ALL {
             if precision == Precision::Bf16 && kernels.pairs.is_none() || kernels.isa == "scalar" {
                 continue;
             }
