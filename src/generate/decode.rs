@@ -134,7 +134,7 @@ fn prefill(
     Ok(with_crew(|crew| model.next_logits(&model.generation_env(&tokens), crew, &last)))
 }
 
-/// The logits of each new token, `[n_tokens, vocab]`.
+/// The logits of each new token, `[n_tokens, vocab]`; never in 16-bit blocks.
 fn next(model: &Model, tokens: &Tokens, cache: &mut KvCache) -> Buf {
     let env = model.generation_env(tokens);
     if tokens.len() > MAX_ROWS {
@@ -151,11 +151,12 @@ fn next(model: &Model, tokens: &Tokens, cache: &mut KvCache) -> Buf {
     })
 }
 
-/// Hidden states of new tokens, `[n_tokens, hidden]`: few read the weights where they are stored, many go through the GEMMs,
+/// Hidden states of a prompt's tokens, `[n_tokens, hidden]`: few read the weights where they are stored, many go through the GEMMs,
 /// whose loops are rayon's, so no crew may wait beside them.
 fn hidden(model: &Model, tokens: &Tokens, cache: &mut KvCache) -> Buf {
     let env = model.generation_env(tokens);
-    if tokens.len() > MAX_ROWS {
+    // What is rounded in long prompts is rounded in short ones too: neighbours change nothing.
+    if tokens.len() > MAX_ROWS || model.ctx.precision == Precision::Int16 {
         return model.llama.forward(&env, Some(cache));
     }
     with_crew(|crew| model.llama.decode(&env, crew, cache))

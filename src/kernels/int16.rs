@@ -5,6 +5,9 @@
 //! scale: block floating point with 13.5 bits. Products of codes are summed as 32-bit whole numbers within a block, exactly: 64 of
 //! the largest stay below 2³¹. The sums of blocks are scaled and added up in f32.
 //!
+//! Not for numbers at the ends of f32: a block of magnitudes below 10⁻³⁴ becomes zeros, one above 10³² may overflow when scaled; with an
+//! infinity or a NaN in it, its products are NaN.
+//!
 //! A panel of such numbers is one of words, like every other ([`super::gemm`]): of each block, a word for each two codes, the
 //! lower k in the lower half, then the scale as an f32. The last block may be short.
 
@@ -222,6 +225,12 @@ fn inverse(largest: f32) -> f32 {
     if inverse.is_finite() { inverse } else { 0.0 }
 }
 
+/// The scale of a block; no number where the block holds none or an infinity, whose codes mean nothing.
+#[inline(always)]
+fn step(largest: f32) -> f32 {
+    if largest.is_finite() { largest / LARGEST } else { f32::NAN }
+}
+
 #[inline(always)]
 pub(super) fn pack_row<S: Shorts, T: Source<S::F> + Default>(s: S, x: &[T], out: &mut [f32]) {
     assert_eq!(out.len(), depth(x.len()), "pack_row: lengths differ");
@@ -255,7 +264,7 @@ fn pack_block<S: Shorts, T: Source<S::F>>(s: S, x: &[T; BLOCK], out: &mut [f32; 
     for (x, out) in x.chunks_exact(2 * lanes).zip(out.chunks_exact_mut(lanes)) {
         f.store(s.neighbours(f.mul(T::load(f, x), inverse), f.mul(T::load(f, &x[lanes..]), inverse)), out);
     }
-    out[BLOCK_WORDS - 1] = largest / LARGEST;
+    out[BLOCK_WORDS - 1] = step(largest);
 }
 
 #[inline(always)]
@@ -324,7 +333,7 @@ pub(super) fn nf4_row<S: Shorts>(s: S, packed: &[u8], scales: &[f32], code: &[f3
         for (words, out) in words.as_ref().iter().zip(out.chunks_exact_mut(<S::F as Simd>::LANES)) {
             f.store(*words, out);
         }
-        out[BLOCK_WORDS - 1] = largest / LARGEST;
+        out[BLOCK_WORDS - 1] = step(largest);
     }
 }
 
@@ -350,7 +359,7 @@ pub(super) fn nf4_join<S: Shorts>(s: S, column: Nf4Column<'_>, out: &mut [f32], 
             }
         }
     }
-    let scale = f.splat(largest / LARGEST);
+    let scale = f.splat(step(largest));
     for at in (0..BLOCK).step_by(lanes) {
         f.store(scale, &mut out[at / width * panel + words * width + at % width..]);
     }
@@ -457,7 +466,7 @@ pub(super) mod reference {
     fn encode(x: impl Iterator<Item = f32> + Clone) -> (impl Fn(f32) -> i32, f32) {
         let largest = f32::from_bits(x.fold(0, |m, x| m.max(x.abs().to_bits())));
         let inverse = inverse(largest);
-        (move |x: f32| (x * inverse).round_ties_even() as i32, largest / LARGEST)
+        (move |x: f32| (x * inverse).round_ties_even() as i32, step(largest))
     }
 
     fn half(bits: u16) -> f32 {

@@ -5,7 +5,8 @@
 //! with all of A. The sums of a task stay in its cache, tile behind tile, until all terms are in; C is touched once. So a
 //! low-rank update costs its FLOPs and no traffic.
 //! The sum runs term after term and block after block, for every element alike: the result does not depend on the number
-//! of threads or on how C is cut. Few rows against a frozen weight take the dot-product path instead.
+//! of threads or on how C is cut. Few rows against a frozen weight take the dot-product path instead,
+//! unless operands are 16-bit blocks.
 
 use super::pack::{Form, Piece, pack_b, pack_down, pack_panel, sized};
 use super::weight::{Precision, Weight};

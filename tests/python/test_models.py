@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
+import rustune
 from rustune import ConfigError, DataError, FastLanguageModel, Model, ModelError, RustuneError, WeightsError, notices
 
 IDS = [[5, 9, 200, 31, 7, 66], [40, 41, 42, 43, 44, 45]]
@@ -82,6 +83,20 @@ def test_float16_is_told_of_and_computed_as_the_machine_does_best(folder: Path) 
             assert load(folder, dtype=dtype).products == best.products
         assert len(caught) == 1
         notices.forget()
+
+
+def test_what_products_are_rounded_to_is_asked_for_by_name_and_told(folder: Path) -> None:
+    exact = load(folder, dtype="float32")
+    ids = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
+    want = exact.native.logits(ids)[0]
+    for dtype, computes_in in (("int16", "float32"), ("bfloat16", "bfloat16")):
+        model = load(folder, dtype=dtype)
+        assert (model.products, model.dtype) == (dtype, computes_in) and dtype in repr(model)
+        off = float(np.abs(model.native.logits(ids)[0] - want).max() / np.abs(want).max())
+        assert 0 < off < (2e-3 if dtype == "int16" else 5e-2), (dtype, off)
+    assert rustune.info()["products"] == load(folder, dtype=None).products
+    with pytest.raises(ConfigError, match=r"dtype = int4: expected None .* float32, bfloat16 or int16"):
+        load(folder, dtype="int4")
 
 
 def test_a_literal_token_is_warned_about_and_not_shown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

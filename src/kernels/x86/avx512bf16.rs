@@ -4,6 +4,7 @@
 //! it runs at half the rate of FMA, so there the table is offered after the f32 one.
 
 use super::avx512::{self, Avx512};
+use super::made_by;
 use crate::kernels::Kernels;
 use crate::kernels::gemm::{self, GemmTile, PairKernels, PanelA, Rows, TileC, check_nf4};
 use crate::kernels::gemv::Packed;
@@ -22,12 +23,6 @@ impl Avx512Bf16 {
     }
 }
 
-/// Whether AMD made this CPU.
-pub(super) fn is_amd() -> bool {
-    let id = __cpuid(0);
-    [id.ebx, id.edx, id.ecx] == [b"Auth", b"enti", b"cAMD"].map(|part| u32::from_le_bytes(*part))
-}
-
 pub(super) fn table() -> Option<Kernels> {
     Avx512Bf16::detect()?;
     let tile = GemmTile {
@@ -41,7 +36,7 @@ pub(super) fn table() -> Option<Kernels> {
         isa: "avx512bf16",
         pairs: Some(PairKernels {
             tile,
-            fast: is_amd(),
+            fast: made_by(b"AuthenticAMD"),
             // SAFETY: as above.
             pack_row: |x, out| unsafe { pack_row(Avx512Bf16(Avx512(())), x, out) },
             // SAFETY: as above.

@@ -165,6 +165,12 @@ mod shorts;
 use super::Kernels;
 use super::integer::{Integer, IntegerTile};
 
+/// Whether the CPU's maker calls itself so.
+fn made_by(vendor: &[u8; 12]) -> bool {
+    let id = std::arch::x86_64::__cpuid(0);
+    [id.ebx, id.edx, id.ecx].map(u32::to_le_bytes).as_flattened() == vendor
+}
+
 /// The tables this CPU and operating system can run, best first.
 pub(super) fn tables() -> impl Iterator<Item = Kernels> {
     let (fast, slow): (Vec<_>, Vec<_>) =

@@ -3,8 +3,8 @@
 
 use super::avx2::Avx2;
 use super::avx512::Avx512;
-use super::avx512bf16::is_amd;
 use super::bytes::{Vnni256, Vnni512};
+use super::made_by;
 use crate::kernels::gemm::{GemmTile, PanelA, Rows, TileC};
 use crate::kernels::generic::Simd;
 use crate::kernels::int16::{self, BLOCK, Int16Kernels, Nf4Column, Shorts};
@@ -332,5 +332,5 @@ pub(super) fn narrow(alone: bool) -> Option<Int16Kernels> {
 /// Whether two `vpmaddwd` a cycle can be expected: Intel's cores since Skylake have that (which came with `xsavec`), AMD's since
 /// Zen 3 (with 256-bit `vaes`). Where there is one, AVX2's two FMA do as much. Not measured, so that a machine always decides alike.
 fn multiplies_shorts_twice() -> bool {
-    is_x86_feature_detected!("vaes") || (!is_amd() && is_x86_feature_detected!("xsavec"))
+    is_x86_feature_detected!("vaes") || (made_by(b"GenuineIntel") && is_x86_feature_detected!("xsavec"))
 }
