@@ -312,16 +312,15 @@ fn pack_all_b(ctx: &Ctx, form: &Form, term: &Term<'_>, n: usize) -> Buf {
     let nr = form.tile.nr;
     let panels = n.div_ceil(nr);
     let mut packed = ctx.buf(panels * nr * form.blocks(term.k).map(|(_, ks)| form.depth(ks.len())).sum::<usize>());
-    packed.par_chunks_mut(form.block_depth() * panels * nr).zip(form.blocks(term.k).collect::<Vec<_>>()).for_each(
-        |(out, (_, ks))| {
-            let depth = form.depth(ks.len());
-            out.par_chunks_mut(depth * nr).enumerate().for_each(|(panel, out)| {
-                SCRATCH.with_borrow_mut(|scratch| {
-                    pack_b(ctx, form, term.b, ks.clone(), panel * nr..n.min((panel + 1) * nr), out, &mut scratch.rows);
-                });
+    let block = form.block_depth() * panels * nr;
+    packed.par_chunks_mut(block).zip(form.blocks(term.k).collect::<Vec<_>>()).for_each(|(out, (_, ks))| {
+        let depth = form.depth(ks.len());
+        out.par_chunks_mut(depth * nr).enumerate().for_each(|(panel, out)| {
+            SCRATCH.with_borrow_mut(|scratch| {
+                pack_b(ctx, form, term.b, ks.clone(), panel * nr..n.min((panel + 1) * nr), out, &mut scratch.rows);
             });
-        },
-    );
+        });
+    });
     packed
 }
 
@@ -405,26 +404,23 @@ impl PackedA {
             _ => None,
         };
         let group = if together.is_some() { (NC / mr).max(1) } else { 1 };
-        data.par_chunks_mut(form.block_depth() * panels * mr).zip(form.blocks(k).collect::<Vec<_>>()).for_each(
-            |(out, (_, ks))| {
-                let depth = form.depth(ks.len());
-                out.par_chunks_mut(depth * mr * group).with_max_len(TASKS_AT_ONCE).enumerate().for_each(
-                    |(task, out)| {
-                        let rows = task * group * mr..m.min((task + 1) * group * mr);
-                        SCRATCH.with_borrow_mut(|scratch| {
-                            let (layout, words) = (form.tile.panel_a, &mut scratch.rows);
-                            match together {
-                                Some((data, stride)) => {
-                                    let piece = Piece { data, stride, columns: rows, ks: ks.clone() };
-                                    pack_down(ctx, &form, &piece, layout, out, mr, words);
-                                }
-                                None => pack_panel(ctx, &form, operand, rows, ks.clone(), layout, out, words),
-                            }
-                        });
-                    },
-                );
-            },
-        );
+        let block = form.block_depth() * panels * mr;
+        data.par_chunks_mut(block).zip(form.blocks(k).collect::<Vec<_>>()).for_each(|(out, (_, ks))| {
+            let depth = form.depth(ks.len());
+            out.par_chunks_mut(depth * mr * group).with_max_len(TASKS_AT_ONCE).enumerate().for_each(|(task, out)| {
+                let rows = task * group * mr..m.min((task + 1) * group * mr);
+                SCRATCH.with_borrow_mut(|scratch| {
+                    let (layout, words) = (form.tile.panel_a, &mut scratch.rows);
+                    match together {
+                        Some((data, stride)) => {
+                            let piece = Piece { data, stride, columns: rows, ks: ks.clone() };
+                            pack_down(ctx, &form, &piece, layout, out, mr, words);
+                        }
+                        None => pack_panel(ctx, &form, operand, rows, ks.clone(), layout, out, words),
+                    }
+                });
+            });
+        });
         Self { data, m, k }
     }
 }

@@ -27,7 +27,7 @@ fn values(n: usize, seed: u32) -> Vec<f32> {
 /// Every table in every precision.
 fn contexts() -> impl Iterator<Item = (Ctx, String)> {
     crate::kernels::tables().into_iter().flat_map(|kernels| {
-        [Precision::F32, Precision::Bf16, Precision::Int16].map(|precision| {
+        Precision::ALL.map(|precision| {
             let ctx = Ctx { kernels, ..Ctx::new(precision).unwrap() };
             (ctx, format!("{} {precision:?}", kernels.isa))
         })

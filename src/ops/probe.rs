@@ -72,7 +72,7 @@ mod tests {
 
     #[test]
     fn what_is_measured_is_a_positive_number() {
-        for precision in [Precision::F32, Precision::Bf16, Precision::Int16] {
+        for precision in Precision::ALL {
             assert!(peak_flops(&Ctx::new(precision).unwrap()) > 1e6);
         }
         assert!(read_bandwidth(&Ctx::new(Precision::F32).unwrap()) > 1e6);
