@@ -155,8 +155,8 @@ fn next(model: &Model, tokens: &Tokens, cache: &mut KvCache) -> Buf {
 /// whose loops are rayon's, so no crew may wait beside them.
 fn hidden(model: &Model, tokens: &Tokens, cache: &mut KvCache) -> Buf {
     let env = model.generation_env(tokens);
-    // What is rounded in long prompts is rounded in short ones too: neighbours change nothing.
-    if tokens.len() > MAX_ROWS || model.ctx.precision == Precision::Int16 {
+    // A short prompt is rounded as a long one is: neighbours change nothing.
+    if tokens.len() > MAX_ROWS || model.few_differ_from_many() {
         return model.llama.forward(&env, Some(cache));
     }
     with_crew(|crew| model.llama.decode(&env, crew, cache))

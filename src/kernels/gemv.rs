@@ -263,6 +263,62 @@ pub(super) fn group<S: Packed>(left: usize) -> usize {
     if S::GROUP >= 8 && left >= 8 { 8 } else { left.min(4) }
 }
 
+/// What a kind of weights has for [`product`].
+pub(super) trait Dots {
+    /// Rows of x that are taken together at most: 4 or 8.
+    const GROUP: usize;
+    /// Rows `rows` of W against `M` rows of x, from `first` on.
+    fn dots<const M: usize, const N: usize>(&mut self, rows: [usize; N], first: usize) -> [[f32; M]; N];
+}
+
+/// All rows of W against all rows of x, in groups;  out: `[rows, n_x]`.
+#[inline(always)]
+pub(super) fn product<D: Dots>(mut dots: D, rows: usize, n_x: usize, out: &mut [f32]) {
+    let mut first = 0;
+    while first < n_x {
+        let left = n_x - first;
+        first += match left {
+            8.. if D::GROUP >= 8 => pass::<D, 8>(&mut dots, rows, n_x, first, out),
+            4.. => pass::<D, 4>(&mut dots, rows, n_x, first, out),
+            3 => pass::<D, 3>(&mut dots, rows, n_x, first, out),
+            2 => pass::<D, 2>(&mut dots, rows, n_x, first, out),
+            _ => pass::<D, 1>(&mut dots, rows, n_x, first, out),
+        };
+    }
+}
+
+/// All rows of W against `M` rows of x; returns `M`. A row of x alone takes four rows of W, far apart: memory then fetches ahead
+/// in four places, and four sums hide an addition's latency.
+#[inline(always)]
+fn pass<D: Dots, const M: usize>(dots: &mut D, rows: usize, n_x: usize, first: usize, out: &mut [f32]) -> usize {
+    let whole = if M == 1 {
+        abreast::<D, M, 4>(dots, 0..rows, n_x, first, out)
+    } else {
+        abreast::<D, M, 2>(dots, 0..rows, n_x, first, out)
+    };
+    abreast::<D, M, 1>(dots, whole..rows, n_x, first, out);
+    M
+}
+
+/// Rows of W, `N` of them side by side; returns the row behind the last.
+#[inline(always)]
+fn abreast<D: Dots, const M: usize, const N: usize>(
+    dots: &mut D,
+    rows: Range<usize>,
+    n_x: usize,
+    first: usize,
+    out: &mut [f32],
+) -> usize {
+    let part = rows.len() / N;
+    for j in rows.start..rows.start + part {
+        let made = dots.dots::<M, N>(std::array::from_fn(|r| j + r * part), first);
+        for (r, made) in made.iter().enumerate() {
+            out[(j + r * part) * n_x + first..][..M].copy_from_slice(made);
+        }
+    }
+    rows.start + N * part
+}
+
 /// The weights of a block, `code · scale` rounded as `R`, a [`Round`], says. A parameter and not a closure: what is not marked
 /// `inline(always)` may be compiled without the instruction set, and each intrinsic in it becomes a call.
 #[inline(always)]

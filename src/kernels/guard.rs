@@ -10,6 +10,7 @@ use super::elementwise::{AdamStep, Mask, Masked};
 use super::gemm::{GemmTile, PairKernels, PanelA, Rows, TileC};
 use super::gemv::{MAX_X, NestedScales, Nf4Pairs, Nf4Rows, Round, Scales};
 use super::int16::{self, Int16Kernels, Nf4Column};
+use super::int16_gemv::{Codes16, Int16Gemv};
 use super::integer::{Codes, Integer, IntegerTile, Order};
 use super::tiles::TileMut;
 use super::{Kernels, tables};
@@ -257,6 +258,15 @@ fn every_kernel_stays_in_bounds() {
             nf4_order(&x, &mut ordered);
             nf4_gemv(w, code, &ordered, &mut out);
             integers_stay_in_bounds(integer, w, &scales, &codes, &x, flush);
+            let Int16Gemv { fast: _, unit: _, encode, nf4 } = &int16.gemv;
+            let blocks = int16.gemv.blocks(cols);
+            let (mut words, mut steps) = (floats(n_x * blocks * 32), floats(n_x * blocks));
+            for ((x, words), steps) in x.chunks(cols).zip(words.chunks_mut(blocks * 32)).zip(steps.chunks_mut(blocks)) {
+                encode(x, words, steps);
+            }
+            for scales in [w.scales, Scales::Each(&scales)] {
+                nf4(Nf4Rows { scales, ..w }, code, Codes16 { words: &words, scales: &steps, cols }, &mut out);
+            }
         }
         let x = floats(n_x * n);
         f32_gemv(&floats(rows * n), n, &x, &mut out);
@@ -320,7 +330,8 @@ fn pairs_stay_in_bounds(
 }
 
 fn int16_stays_in_bounds(int16: &Int16Kernels, n: usize, flush: Flush) {
-    let Int16Kernels { tile, fast: _, pack_row, join_rows, pack_halves, join_halves, nf4_row, nf4_join } = int16;
+    let Int16Kernels { tile, fast: _, pack_row, join_rows, pack_halves, join_halves, nf4_row, nf4_join, gemv: _ } =
+        int16;
     let depth = int16::depth(n);
     pack_row(&flush.floats(n), &mut flush.floats(depth));
     pack_halves(&flush.of(&vec![0x3F80_u16; n]), &mut flush.floats(depth));

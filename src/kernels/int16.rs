@@ -13,6 +13,7 @@
 
 use super::gemm::{GemmTile, Rows, TileC, check_strip};
 use super::generic::Simd;
+use super::int16_gemv::{self, Int16Gemv};
 use super::integer::Bytes;
 
 /// Elements of k that share a scale.
@@ -69,6 +70,8 @@ pub struct Int16Kernels {
     /// [`Self::join_rows`] of NF4, where all columns have the scale of the largest block;  out: panels of `width` columns that
     /// begin `panel` apart, width: 16, 32 or 64.
     pub nf4_join: fn(column: Nf4Column<'_>, out: &mut [f32], width: usize, panel: usize),
+    /// The product of few rows.
+    pub gemv: Int16Gemv,
 }
 
 /// What the product of 16-bit pairs adds to bytes and floats.
@@ -218,17 +221,31 @@ fn add_word<S: Shorts, const MR: usize, const NV: usize>(s: S, a: &[f32], b: &[f
     }
 }
 
-/// What a magnitude is multiplied with to become a code; 0 where that is no number.
+/// What a magnitude is multiplied with to become a code of at most `top`; 0 where that is no number.
 #[inline(always)]
-fn inverse(largest: f32) -> f32 {
-    let inverse = LARGEST / largest;
+pub(super) fn inverse(top: f32, largest: f32) -> f32 {
+    let inverse = top / largest;
     if inverse.is_finite() { inverse } else { 0.0 }
 }
 
 /// The scale of a block; no number where the block holds none or an infinity, whose codes mean nothing.
 #[inline(always)]
-fn step(largest: f32) -> f32 {
-    if largest.is_finite() { largest / LARGEST } else { f32::NAN }
+pub(super) fn step(top: f32, largest: f32) -> f32 {
+    if largest.is_finite() { largest / top } else { f32::NAN }
+}
+
+/// The largest magnitude of a block; NaN if there is one.
+#[inline(always)]
+pub(super) fn largest_of<S: Shorts, T: Source<S::F>>(s: S, x: &[T; BLOCK]) -> f32 {
+    let (f, lanes) = (s.floats(), <S::F as Simd>::LANES);
+    let mut largest = s.splat(0.0);
+    for x in x.chunks_exact(lanes) {
+        largest = s.max_bits(largest, T::load(f, x));
+    }
+    // As floats a NaN might be lost among them, so the lanes are compared by their bits.
+    let mut bits = [0.0; 16];
+    f.store(s.floats_of(largest), &mut bits);
+    f32::from_bits(bits[..lanes].iter().fold(0, |m, x| m.max(x.to_bits())))
 }
 
 #[inline(always)]
@@ -252,19 +269,12 @@ pub(super) fn pack_row<S: Shorts, T: Source<S::F> + Default>(s: S, x: &[T], out:
 #[inline(always)]
 fn pack_block<S: Shorts, T: Source<S::F>>(s: S, x: &[T; BLOCK], out: &mut [f32; BLOCK_WORDS]) {
     let (f, lanes) = (s.floats(), <S::F as Simd>::LANES);
-    let mut largest = s.splat(0.0);
-    for x in x.chunks_exact(lanes) {
-        largest = s.max_bits(largest, T::load(f, x));
-    }
-    // As floats a NaN might be lost among them, so the lanes are compared by their bits.
-    let mut bits = [0.0; 16];
-    f.store(s.floats_of(largest), &mut bits);
-    let largest = f32::from_bits(bits[..lanes].iter().fold(0, |m, x| m.max(x.to_bits())));
-    let inverse = f.splat(inverse(largest));
+    let largest = largest_of(s, x);
+    let inverse = f.splat(inverse(LARGEST, largest));
     for (x, out) in x.chunks_exact(2 * lanes).zip(out.chunks_exact_mut(lanes)) {
         f.store(s.neighbours(f.mul(T::load(f, x), inverse), f.mul(T::load(f, &x[lanes..]), inverse)), out);
     }
-    out[BLOCK_WORDS - 1] = step(largest);
+    out[BLOCK_WORDS - 1] = step(LARGEST, largest);
 }
 
 #[inline(always)]
@@ -306,7 +316,7 @@ fn scaled<S: Simd>(s: S, code: &[f32; 16], scale: f32, round: bool) -> [f32; 16]
 
 /// `values` times a factor.
 #[inline(always)]
-fn times<S: Simd>(s: S, mut values: [f32; 16], factor: f32) -> [f32; 16] {
+pub(super) fn times<S: Simd>(s: S, mut values: [f32; 16], factor: f32) -> [f32; 16] {
     for values in values.chunks_exact_mut(S::LANES) {
         s.store(s.mul(s.load(values), s.splat(factor)), values);
     }
@@ -315,7 +325,7 @@ fn times<S: Simd>(s: S, mut values: [f32; 16], factor: f32) -> [f32; 16] {
 
 /// The magnitude of the larger of the outer values, by its bits: NaN is the largest.
 #[inline(always)]
-fn outer(values: &[f32; 16]) -> f32 {
+pub(super) fn outer(values: &[f32; 16]) -> f32 {
     f32::from_bits(values[0].abs().to_bits().max(values[15].abs().to_bits()))
 }
 
@@ -328,12 +338,12 @@ pub(super) fn nf4_row<S: Shorts>(s: S, packed: &[u8], scales: &[f32], code: &[f3
     for ((packed, out), scale) in blocks.zip(scales) {
         let values = scaled(f, code, *scale, round);
         let largest = outer(&values);
-        let table = s.table(&times(f, values, inverse(largest)));
+        let table = s.table(&times(f, values, inverse(LARGEST, largest)));
         let words = s.look_up(packed, table);
         for (words, out) in words.as_ref().iter().zip(out.chunks_exact_mut(<S::F as Simd>::LANES)) {
             f.store(*words, out);
         }
-        out[BLOCK_WORDS - 1] = step(largest);
+        out[BLOCK_WORDS - 1] = step(LARGEST, largest);
     }
 }
 
@@ -359,7 +369,7 @@ pub(super) fn nf4_join<S: Shorts>(s: S, column: Nf4Column<'_>, out: &mut [f32], 
             }
         }
     }
-    let scale = f.splat(step(largest));
+    let scale = f.splat(step(LARGEST, largest));
     for at in (0..BLOCK).step_by(lanes) {
         f.store(scale, &mut out[at / width * panel + words * width + at % width..]);
     }
@@ -370,7 +380,7 @@ pub(super) fn nf4_join<S: Shorts>(s: S, column: Nf4Column<'_>, out: &mut [f32], 
 fn column_scale<S: Simd>(s: S, code: &[f32; 16], scales: &[f32], round: bool) -> (f32, f32) {
     let scale = f32::from_bits(scales.iter().fold(0, |m, scale| m.max(scale.abs().to_bits())));
     let largest = outer(&scaled(s, code, scale, round));
-    (largest, inverse(largest))
+    (largest, inverse(LARGEST, largest))
 }
 
 /// The words of codes in a column.
@@ -427,6 +437,7 @@ pub(super) mod reference {
         join_halves: |rows, out, width| join(rows, out, width, half),
         nf4_row,
         nf4_join,
+        gemv: int16_gemv::reference::TABLE,
     };
 
     fn codes(word: f32) -> [i32; 2] {
@@ -465,8 +476,8 @@ pub(super) mod reference {
     /// The codes of up to a block of numbers, and their scale.
     fn encode(x: impl Iterator<Item = f32> + Clone) -> (impl Fn(f32) -> i32, f32) {
         let largest = f32::from_bits(x.fold(0, |m, x| m.max(x.abs().to_bits())));
-        let inverse = inverse(largest);
-        (move |x: f32| (x * inverse).round_ties_even() as i32, step(largest))
+        let inverse = inverse(LARGEST, largest);
+        (move |x: f32| (x * inverse).round_ties_even() as i32, step(LARGEST, largest))
     }
 
     fn half(bits: u16) -> f32 {

@@ -12,6 +12,7 @@ mod generic;
 #[cfg(all(test, unix))]
 mod guard;
 pub mod int16;
+pub mod int16_gemv;
 pub mod int8;
 pub mod integer;
 pub mod lines;

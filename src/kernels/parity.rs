@@ -8,6 +8,7 @@ use super::elementwise::{AdamStep, Mask, Masked};
 use super::gemm::{GemmTile, PairKernels, PanelA, Rows, TileC};
 use super::gemv::{NestedScales, Nf4Rows, Round, Scales};
 use super::int16::{self, Int16Kernels, Nf4Column};
+use super::int16_gemv::{Codes16, Int16Gemv};
 use super::integer::{Codes, Integer, IntegerTile, Order, STEPS};
 use super::tiles::TileMut;
 use super::{Kernels, available, philox::philox4x32_10, reference, tables};
@@ -875,6 +876,91 @@ fn tile_of_codes(
     }
 }
 
+/// Rows of x in 16 bits: words, scales.
+fn encoded16(gemv: &Int16Gemv, x: &[f32], cols: usize) -> (Vec<f32>, Vec<f32>) {
+    let (n, blocks) = (x.len() / cols, gemv.blocks(cols));
+    let (mut words, mut scales) = (vec![7.0; n * blocks * 32], vec![7.0; n * blocks]);
+    for ((x, words), scales) in x.chunks(cols).zip(words.chunks_mut(blocks * 32)).zip(scales.chunks_mut(blocks)) {
+        (gemv.encode)(x, words, scales);
+    }
+    (words, scales)
+}
+
+/// `x · wᵀ` in 16 bits, `[rows, n]`.
+fn product16(gemv: &Int16Gemv, w: Nf4Rows<'_>, code: &[f32; 16], x: &[f32]) -> Vec<f32> {
+    let (words, scales) = encoded16(gemv, x, w.cols);
+    let mut out = vec![7.0; w.packed.len() / (w.cols / 2) * x.len() / w.cols];
+    (gemv.nf4)(w, code, Codes16 { words: &words, scales: &scales, cols: w.cols }, &mut out);
+    out
+}
+
+const NF4_CODE: [f32; 16] = [
+    -1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626,
+    0.7230, 1.0,
+];
+
+#[test]
+fn products_of_16_bit_codes() {
+    let (rows, reference) = (9, reference::table().int16.gemv);
+    for table in available() {
+        let gemv = &table.int16.gemv;
+        for (n, cols) in (1..=8).flat_map(|n| [64, 128, 192, 576].map(|cols| (n, cols))) {
+            let what = format!("{} {cols} x {n}", table.isa);
+            let (mut packed, scales) = nf4_rows(rows, cols);
+            let x = floats(n * cols, 51);
+            let w = Nf4Rows { packed: &packed, scales: Scales::Each(&scales), cols, round: Round::F32 };
+            let got = product16(gemv, w, &NF4_CODE, &x);
+            assert_close(&got, &product16(&reference, w, &NF4_CODE, &x), 2e-6, &what);
+            // Against exact numbers, by the size of what is added up.
+            for (at, got) in got.iter().enumerate() {
+                let (j, i) = (at / n, at % n);
+                let (mut want, mut size) = (0.0, 0.0);
+                for p in 0..cols {
+                    let byte = packed[(j * cols + p) / 2];
+                    let index = if p % 2 == 0 { byte >> 4 } else { byte & 15 };
+                    let scale = scales[(j * cols + p) / 64];
+                    let product =
+                        f64::from(NF4_CODE[usize::from(index)]) * f64::from(scale) * f64::from(x[i * cols + p]);
+                    want += product;
+                    size += product * product;
+                }
+                // Two roundings of at most 1 / 32766 of a block's largest, which is few times the average.
+                assert!(
+                    (f64::from(*got) - want).abs() <= 3e-4 * size.sqrt(),
+                    "{what} [{j}, {i}]: {got} against {want}"
+                );
+            }
+            // The largest sums there are, of either sign: one that does not fit shows.
+            for byte in [0x00, 0xFF] {
+                packed.fill(byte);
+                let w = Nf4Rows { packed: &packed, scales: Scales::Each(&scales), cols, round: Round::F32 };
+                let x = vec![3.0; n * cols];
+                let want: Vec<f32> = product16(&reference, w, &NF4_CODE, &x);
+                assert_close(&product16(gemv, w, &NF4_CODE, &x), &want, 2e-6, &format!("{what}, all {byte}"));
+                let sum = scales[..cols / 64].iter().sum::<f32>() * 3.0 * 64.0;
+                assert!((want[0].abs() - sum).abs() <= 1e-4 * sum, "{what}: {} of {sum}", want[0]);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_no_number_and_what_is_none_in_16_bits() {
+    let (packed, scales) = nf4_rows(2, 192);
+    let w = Nf4Rows { packed: &packed, scales: Scales::Each(&scales), cols: 192, round: Round::F32 };
+    for table in available() {
+        for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut x = floats(192, 52);
+            x[70] = bad;
+            let out = product16(&table.int16.gemv, w, &NF4_CODE, &x);
+            assert!(out.iter().all(|out| out.is_nan()), "{} {bad}: {out:?}", table.isa);
+        }
+        for zero in [0.0, -0.0, 1e-43] {
+            assert_eq!(product16(&table.int16.gemv, w, &NF4_CODE, &[zero; 192]), [0.0; 2], "{} {zero}", table.isa);
+        }
+    }
+}
+
 #[test]
 fn nested_scales_are_exact() {
     let map: [f32; 256] = std::array::from_fn(|i| (i as f32 / 127.5 - 1.0).powi(3));
@@ -904,6 +990,7 @@ fn nested_scales_are_looked_up_row_by_row() {
             let mut ordered = x.clone();
             (table.nf4_order)(&x, &mut ordered);
             let mut outs = vec![vec![7.0; rows * n_x]; 3];
+            outs.push(product16(&table.int16.gemv, w, &code, &x));
             (table.nf4_gemv)(w, &code, &ordered, &mut outs[0]);
             (table.integer.nf4_gemv)(w, codes_of(&encoded(&table.integer, &x, Order::EvenOdd), cols), &mut outs[1]);
             if let Some(pairs) = table.nf4_pairs {
@@ -929,15 +1016,18 @@ fn a_row_of_x_does_not_see_its_neighbours() {
     let w = Nf4Rows { packed: &packed, scales: Scales::Each(&scales), cols, round: Round::Bf16 };
     for table in available() {
         let (mut nf4, mut dense) = (vec![0.0; rows * 8], vec![0.0; rows * 8]);
+        let in_16_bits = product16(&table.int16.gemv, w, &code, &x);
         (table.nf4_gemv)(w, &code, &x, &mut nf4);
         (table.bf16_gemv)(&bf16, cols, &x, &mut dense);
         for i in 0..8 {
             let x = &x[i * cols..(i + 1) * cols];
             let (mut one_nf4, mut one_dense) = (vec![0.0; rows], vec![0.0; rows]);
+            let one_16 = product16(&table.int16.gemv, w, &code, x);
             (table.nf4_gemv)(w, &code, x, &mut one_nf4);
             (table.bf16_gemv)(&bf16, cols, x, &mut one_dense);
             for j in 0..rows {
                 assert_eq!((one_nf4[j], one_dense[j]), (nf4[j * 8 + i], dense[j * 8 + i]), "{} row {i}", table.isa);
+                assert_eq!(one_16[j], in_16_bits[j * 8 + i], "{} row {i}", table.isa);
             }
         }
     }

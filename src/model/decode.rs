@@ -13,7 +13,7 @@ use crate::ops::gemv::{self, Input};
 use crate::ops::integer::Quantized;
 use crate::ops::linear::{Linear, Matrix};
 use crate::ops::rope::{Angles, Turn};
-use crate::ops::{Buf, Env, attention, embedding};
+use crate::ops::{Activations, Buf, Env, Precision, attention, embedding};
 use crate::quant::Int8Matrix;
 
 impl Model {
@@ -40,8 +40,9 @@ impl Model {
         Ok(())
     }
 
-    /// Lets generation round the inputs of layers in 4 or 8 bits, and of a head in 8 bits, to `bits`: 8, 64 neighbours to a scale, or
-    /// `None` for inputs as they are. Losses and training never round.
+    /// Lets generation round the inputs of layers in 4 or 8 bits, and of a head in 8 bits, to `bits`, 64 neighbours to a scale: 8;
+    /// 16, of layers in NF4 that meet a few tokens, where that is faster; 32 for inputs as they are; or `None` for what is usual
+    /// with the model's precision: 32 in f32, else 16. Losses and training never round.
     ///
     /// # Errors
     /// [`Error::Config`] for other bits, and where no layer could take its input so.
@@ -52,18 +53,31 @@ impl Model {
         let nobody = || {
             self.int8_head.is_none() && !self.llama.layers.iter().any(|layer| layer.linears().into_iter().any(takes))
         };
-        self.int8_activations = match bits {
-            None => false,
+        self.activations = match bits {
+            None => self.usual_activations,
+            Some(32) => Activations::Exact,
+            Some(16) => Activations::Bits16,
             Some(8) if nobody() => {
                 return bad(
                     8,
                     "expected None: no layer is in 4 or 8 bits with rows of a multiple of 64 (load_in_4bit=True makes them)",
                 );
             }
-            Some(8) => true,
-            Some(other) => return bad(other, "expected 8 or None"),
+            Some(8) => Activations::Bits8,
+            Some(other) => return bad(other, "expected 8, 16, 32 or None"),
         };
         Ok(())
+    }
+
+    /// Makes 16 bits usual ([`set_activation_bits`](Self::set_activation_bits)) although the products of many tokens are of f32.
+    pub fn usually_decode_in_16_bits(&mut self) {
+        (self.activations, self.usual_activations) = (Activations::Bits16, Activations::Bits16);
+    }
+
+    /// Whether a few tokens are rounded otherwise than many are.
+    pub(crate) fn few_differ_from_many(&self) -> bool {
+        self.ctx.precision == Precision::Int16
+            || (self.activations == Activations::Bits16 && self.ctx.kernels.int16.gemv.fast)
     }
 
     /// Makes the copy of [`set_lm_head_bits`](Self::set_lm_head_bits) anew after the head has changed; drops it where the
@@ -80,7 +94,7 @@ impl Model {
     pub fn next_logits(&self, env: &Env<'_>, crew: &Crew, hidden: &[f32]) -> Buf {
         let (width, vocab) = (self.config.hidden_size, self.config.vocab_size);
         let product = |hidden: &[f32]| {
-            let input = Input::new(env.ctx, hidden, hidden.len() / width, width, width).in_8_bits(env.int8);
+            let input = Input::new(env.ctx, hidden, hidden.len() / width, width, width).rounded(env.activations);
             match &self.int8_head {
                 Some(head) => gemv::int8(env.ctx, crew, head, &input),
                 None => gemv::matrix(env, crew, self.llama.head_matrix(), vocab, &input),
@@ -116,7 +130,7 @@ impl Layer {
         let (ctx, heads, n_tokens) = (env.ctx, self.heads, env.tokens.len());
         let cu_seqlens = &env.tokens.cu_seqlens;
         let input =
-            |x: &[f32]| Input::new(ctx, x, n_tokens, x.len() / n_tokens, x.len() / n_tokens).in_8_bits(env.int8);
+            |x: &[f32]| Input::new(ctx, x, n_tokens, x.len() / n_tokens, x.len() / n_tokens).rounded(env.activations);
         let h = input(&self.input_norm.forward(env, x).0);
         let [mut q, mut k, v] = gemv::linears(env, crew, [&self.q, &self.k, &self.v], &h);
         rope.rotate(ctx, &mut q, heads.q_width(), Turn::Forward);

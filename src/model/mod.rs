@@ -17,7 +17,7 @@ pub use llama::Llama;
 pub use weights::{LoadOptions, Quantize};
 
 use crate::error::{Error, Result};
-use crate::ops::{Ctx, Env, ParamStore, Tokens};
+use crate::ops::{Activations, Ctx, Env, ParamStore, Precision, Tokens};
 use crate::quant::Int8Matrix;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -39,8 +39,10 @@ pub struct Model {
     pub new_tables: bool,
     /// The head in 8 bits, for generation where asked for ([`Model::set_lm_head_bits`]).
     int8_head: Option<Int8Matrix>,
-    /// Whether generation may round inputs of layers to 8 bits ([`Model::set_activation_bits`]).
-    int8_activations: bool,
+    /// What generation rounds inputs of layers to ([`Model::set_activation_bits`]).
+    activations: Activations,
+    /// The same, unless asked otherwise.
+    usual_activations: Activations,
 }
 
 impl Model {
@@ -74,7 +76,12 @@ impl Model {
         let mut params = ParamStore::default();
         let llama = weights::load(folder, &config, options, &mut params)?;
         let folder = folder.to_owned();
-        Ok(Self { folder, config, llama, params, ctx, new_tables: false, int8_head: None, int8_activations: false })
+        let activations = match options.precision {
+            Precision::F32 => Activations::Exact,
+            Precision::Bf16 | Precision::Int16 => Activations::Bits16,
+        };
+        let (new_tables, int8_head, usual_activations) = (false, None, activations);
+        Ok(Self { folder, config, llama, params, ctx, new_tables, int8_head, activations, usual_activations })
     }
 
     /// Logits of every token, `[n_tokens, vocab]`.
@@ -125,7 +132,7 @@ impl Model {
 
     /// The environment of generation.
     pub fn generation_env<'a>(&'a self, tokens: &'a Tokens) -> Env<'a> {
-        Env { int8: self.int8_activations, ..self.env(tokens) }
+        Env { activations: self.activations, ..self.env(tokens) }
     }
 
     /// # Errors

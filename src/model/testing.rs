@@ -9,7 +9,7 @@ use crate::ops::linear::{Bias, Linear, Lora, Matrix};
 use crate::ops::rms_norm::{Gain, RmsNorm};
 use crate::ops::rope::{Rope, RopeScaling};
 use crate::ops::tape::test_floats as floats;
-use crate::ops::{Ctx, ParamStore, Precision, Tokens, Weight};
+use crate::ops::{Activations, Ctx, ParamStore, Precision, Tokens, Weight};
 use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -114,7 +114,8 @@ pub(crate) fn random_model(s: TestShape) -> Model {
         ctx,
         new_tables: false,
         int8_head: None,
-        int8_activations: false,
+        activations: Activations::Exact,
+        usual_activations: Activations::Exact,
     }
 }
 

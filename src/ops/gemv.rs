@@ -9,9 +9,10 @@ use super::dora::Factors;
 use super::integer::{Encoded, Quantized};
 use super::linear::{Bias, Linear, Matrix};
 use super::weight::{Precision, Storage, Weight};
-use super::{Buf, Ctx, Env};
+use super::{Activations, Buf, Ctx, Env};
 use crate::kernels::gemv::{BLOCK, MAX_NESTED, MAX_X, NestedScales, Nf4Pairs, Nf4Rows, Round, Scales};
 use crate::kernels::int8::STEP;
+use crate::kernels::int16_gemv::{Codes16, WORDS};
 use crate::kernels::integer::{Codes, Order};
 use crate::quant::nf4::{Absmax, CODE_BOOK};
 use crate::quant::{FloatKind, Int8Matrix, Nf4Tensor};
@@ -33,12 +34,14 @@ pub struct Input {
     cols: usize,
     /// `[n_rows, cols]`, rounded as the precision asks.
     plain: Buf,
-    /// Whether products may round x to 8 bits.
-    int8: bool,
+    /// What products may round x to.
+    activations: Activations,
     /// x in the order of the NF4 kernel, once one asks for it.
     ordered: OnceLock<Buf>,
     /// x in 8 bits, in each [`Order`].
     encoded: [OnceLock<Encoded>; 2],
+    /// x in 16 bits, and their scales.
+    encoded16: OnceLock<(Buf, Buf)>,
 }
 
 /// How a matrix is multiplied with, and so how x is to be laid out.
@@ -50,6 +53,8 @@ enum Form {
     Nf4,
     /// With x in 8 bits.
     Codes(Order),
+    /// NF4 with x in 16 bits.
+    Codes16,
 }
 
 impl Input {
@@ -66,7 +71,8 @@ impl Input {
         if ctx.precision == Precision::Bf16 {
             (ctx.kernels.round_bf16)(&mut plain);
         }
-        Self { n_rows, cols, plain, int8: false, ordered: OnceLock::new(), encoded: [const { OnceLock::new() }; 2] }
+        let (ordered, encoded, encoded16) = (OnceLock::new(), [const { OnceLock::new() }; 2], OnceLock::new());
+        Self { n_rows, cols, plain, activations: Activations::Exact, ordered, encoded, encoded16 }
     }
 
     /// Number of rows.
@@ -74,10 +80,10 @@ impl Input {
         self.n_rows
     }
 
-    /// The same, for products of codes if `int8`: with NF4 and 8-bit matrices x is then rounded to 8 bits.
+    /// The same, which products with NF4 and 8-bit matrices may round.
     #[must_use]
-    pub fn in_8_bits(self, int8: bool) -> Self {
-        Self { int8, ..self }
+    pub fn rounded(self, activations: Activations) -> Self {
+        Self { activations, ..self }
     }
 
     /// Lays x out for a form, once: by the thread that leads, before others would wait for it.
@@ -86,6 +92,7 @@ impl Input {
             Form::Plain => (),
             Form::Nf4 => drop(self.ordered(ctx)),
             Form::Codes(order) => drop(self.codes(ctx, order)),
+            Form::Codes16 => drop(self.codes16(ctx)),
         }
     }
 
@@ -103,6 +110,20 @@ impl Input {
 
     fn codes(&self, ctx: &Ctx, order: Order) -> Codes<'_> {
         self.encoded[order as usize].get_or_init(|| Encoded::alone(ctx, &self.plain, self.cols, order)).codes()
+    }
+
+    fn codes16(&self, ctx: &Ctx) -> Codes16<'_> {
+        let gemv = &ctx.kernels.int16.gemv;
+        let blocks = gemv.blocks(self.cols);
+        let (words, scales) = self.encoded16.get_or_init(|| {
+            let (mut words, mut scales) = (ctx.buf(self.n_rows * blocks * WORDS), ctx.buf(self.n_rows * blocks));
+            let rows = words.chunks_exact_mut(blocks * WORDS).zip(scales.chunks_exact_mut(blocks));
+            for (x, (words, scales)) in self.plain.chunks_exact(self.cols).zip(rows) {
+                (gemv.encode)(x, words, scales);
+            }
+            (words, scales)
+        });
+        Codes16 { words, scales, cols: self.cols }
     }
 }
 
@@ -154,13 +175,14 @@ impl<'a> Rows<'a> {
         rows.div_ceil(tasks).max(1)
     }
 
-    fn form(self, x: &Input) -> Form {
+    fn form(self, ctx: &Ctx, x: &Input) -> Form {
         match self {
-            Self::Int8(_) if x.int8 => Form::Codes(Order::Plain),
-            Self::Weight(weight) => match Quantized::of(weight) {
-                Some(matrix) if x.int8 => Form::Codes(matrix.order()),
-                Some(Quantized::Nf4(_)) => Form::Nf4,
-                Some(Quantized::Int8(_)) | None => Form::Plain,
+            Self::Int8(_) if x.activations == Activations::Bits8 => Form::Codes(Order::Plain),
+            Self::Weight(weight) => match (Quantized::of(weight), x.activations) {
+                (Some(matrix), Activations::Bits8) => Form::Codes(matrix.order()),
+                (Some(Quantized::Nf4(_)), Activations::Bits16) if ctx.kernels.int16.gemv.fast => Form::Codes16,
+                (Some(Quantized::Nf4(_)), _) => Form::Nf4,
+                (Some(Quantized::Int8(_)) | None, _) => Form::Plain,
             },
             Self::F32(_) | Self::Int8(_) => Form::Plain,
         }
@@ -168,7 +190,7 @@ impl<'a> Rows<'a> {
 
     /// `out[j, i] = row (first + j) · x_i`, on this thread.
     fn multiply(self, ctx: &Ctx, x: &Input, first: usize, out: &mut [f32], scratch: &mut Scratch) {
-        let (rows, form) = (first..first + out.len() / x.n_rows, self.form(x));
+        let (rows, form) = (first..first + out.len() / x.n_rows, self.form(ctx, x));
         let elements = rows.start * x.cols..rows.end * x.cols;
         let bf16 = ctx.precision == Precision::Bf16;
         let weight = match self {
@@ -195,13 +217,14 @@ impl<'a> Rows<'a> {
                 scales.extend(steps.flat_map(|step| std::iter::repeat_n(step, x.cols / BLOCK)));
                 int8_rows(ctx, &matrix.codes[elements], scales, x, form, out);
             }
-            (Storage::Nf4(tensor), Form::Nf4 | Form::Codes(_)) => {
+            (Storage::Nf4(tensor), Form::Nf4 | Form::Codes(_) | Form::Codes16) => {
                 let packed = &tensor.packed[elements.start / 2..elements.end / 2];
                 let blocks = elements.start / BLOCK..elements.end / BLOCK;
                 let scales = block_scales(ctx, tensor, blocks, x.cols, &mut scratch.scales);
                 let w = Nf4Rows { packed, scales, cols: x.cols, round: round(tensor.dtype, ctx.precision) };
                 match form {
                     Form::Codes(order) => (ctx.kernels.integer.nf4_gemv)(w, x.codes(ctx, order), out),
+                    Form::Codes16 => (ctx.kernels.int16.gemv.nf4)(w, &CODE_BOOK, x.codes16(ctx), out),
                     Form::Nf4 => {
                         let gemv = pairs(ctx).map_or(ctx.kernels.nf4_gemv, |pairs| pairs.gemv);
                         gemv(w, &CODE_BOOK, x.ordered(ctx), out);
@@ -221,7 +244,7 @@ impl<'a> Rows<'a> {
 fn int8_rows(ctx: &Ctx, codes: &[i8], scales: &[f32], x: &Input, form: Form, out: &mut [f32]) {
     match form {
         Form::Codes(order) => (ctx.kernels.integer.int8_gemv)(codes, scales, x.codes(ctx, order), out),
-        Form::Plain | Form::Nf4 => (ctx.kernels.i8_gemv)(codes, scales, x.cols, &x.plain, out),
+        Form::Plain | Form::Nf4 | Form::Codes16 => (ctx.kernels.i8_gemv)(codes, scales, x.cols, &x.plain, out),
     }
 }
 
@@ -287,7 +310,7 @@ fn block_scales<'a>(
 /// `x · weight[first .. first + count]ᵀ`, `[n_rows, count]`, by the pool's threads outside a crew.
 pub fn weight(ctx: &Ctx, weight: &Weight, first: usize, count: usize, x: &Input) -> Buf {
     let rows = Rows::Weight(weight);
-    x.lay_out(ctx, rows.form(x));
+    x.lay_out(ctx, rows.form(ctx, x));
     let step = rows.per_task(count, x.cols, rayon::current_num_threads());
     let mut out = ctx.buf(count * x.n_rows);
     // One part a leaf: at the end of a product no thread waits for more than one part of another.
@@ -327,7 +350,7 @@ fn stacked<const N: usize>(
 ) -> [Buf; N] {
     let n_rows = x.n_rows;
     for (rows, _) in &parts {
-        x.lay_out(ctx, rows.form(x));
+        x.lay_out(ctx, rows.form(ctx, x));
     }
     let height = parts.iter().map(|(_, height)| height).sum();
     let step = parts.iter().map(|(rows, _)| rows.per_task(height, x.cols, crew.n_threads())).min().unwrap_or(1);
@@ -459,7 +482,7 @@ pub fn gated(env: &Env<'_>, crew: &Crew, [gate, up]: [&Linear; 2], x: &Input) ->
     let additions = Additions::of(env, crew, [gate, up], x);
     let [gate_rows, up_rows] = [gate, up].map(|linear| Rows::of(env, &linear.matrix));
     for rows in [gate_rows, up_rows] {
-        x.lay_out(ctx, rows.form(x));
+        x.lay_out(ctx, rows.form(ctx, x));
     }
     let step = gate_rows.per_task(gate.outputs, x.cols, crew.n_threads());
     crew.for_chunks(&mut out, step * n_rows, |task, out| {

@@ -7,7 +7,7 @@ use super::linear::Matrix;
 use super::matmul::Into;
 use super::pack::sized;
 use super::weight::{Precision, Storage, Weight};
-use super::{Buf, Ctx, Env};
+use super::{Activations, Buf, Ctx, Env};
 use crate::kernels::gemm::Rows;
 use crate::kernels::gemv::BLOCK;
 use crate::kernels::int8::STEP;
@@ -118,7 +118,7 @@ impl<'a> Quantized<'a> {
 
 /// The matrix, where products of many rows in 8 bits are asked for and faster than others.
 pub fn many<'a>(env: &Env<'_>, matrix: &'a Matrix) -> Option<Many<'a>> {
-    let (Matrix::Frozen(weight), true) = (matrix, env.int8) else { return None };
+    let (Matrix::Frozen(weight), Activations::Bits8) = (matrix, env.activations) else { return None };
     let (tile, matrix) = (env.ctx.kernels.integer.tile?, Quantized::of(weight)?);
     let pairs = env.ctx.precision == Precision::Bf16 && env.ctx.kernels.pairs.is_some();
     if pairs && !tile.beats_pairs {
@@ -251,7 +251,7 @@ mod tests {
             let ctx = Ctx { kernels, ..Ctx::new(Precision::F32).unwrap() };
             let (params, tokens) = (ParamStore::default(), Tokens::default());
             let exact = Env::new(&ctx, &params, &tokens);
-            let env = Env { int8: true, ..exact };
+            let env = Env { activations: Activations::Bits8, ..exact };
             // Outputs that fill no panel, rows that fill no tile, blocks of 128 that run across rows.
             for (rows, cols, block, bias) in [
                 (70, 192, Some(64), false),
@@ -275,7 +275,7 @@ mod tests {
                     assert!(worst > 0.0, "{what}: 8 bits were not used");
                 }
                 for (i, x) in x.chunks_exact(cols).enumerate().step_by(7) {
-                    let few = Input::new(&ctx, x, 1, cols, cols).in_8_bits(true);
+                    let few = Input::new(&ctx, x, 1, cols, cols).rounded(Activations::Bits8);
                     let [few] = with_crew(|crew| gemv::linears(&env, crew, [&layer], &few));
                     let tolerance = if kernels.integer.tile.is_some() { 2e-6 } else { 0.02 };
                     for (g, w) in got[i * rows..].iter().zip(&*few) {
@@ -291,7 +291,7 @@ mod tests {
     fn a_row_depends_neither_on_its_neighbours_nor_on_the_threads() {
         let ctx = Ctx::new(Precision::F32).unwrap();
         let (params, tokens) = (ParamStore::default(), Tokens::default());
-        let env = Env { int8: true, ..Env::new(&ctx, &params, &tokens) };
+        let env = Env { activations: Activations::Bits8, ..Env::new(&ctx, &params, &tokens) };
         let (rows, cols, n) = (100, 256, 40);
         let (layer, x) = (linear(rows, cols, Some(64), false), floats(n * cols, 8));
         let run = |threads: usize, x: &[f32]| {

@@ -138,14 +138,25 @@ pub struct Env<'a> {
     pub tokens: &'a Tokens,
     /// `None` outside training: no dropout.
     pub dropout: Option<DropoutKey>,
-    /// Whether frozen layers in 4 or 8 bits may take their input in 8 bits; never in training.
-    pub int8: bool,
+    /// How frozen layers in 4 or 8 bits may take their input; exactly in training.
+    pub activations: Activations,
+}
+
+/// What generation may round the inputs of layers in 4 or 8 bits to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activations {
+    /// To nothing.
+    Exact,
+    /// To 16 bits, 64 neighbours to a scale, where a few tokens meet NF4 and that is faster ([`crate::kernels::int16_gemv`]).
+    Bits16,
+    /// To 8 bits, 64 neighbours to a scale ([`crate::kernels::integer`]).
+    Bits8,
 }
 
 impl<'a> Env<'a> {
-    /// One without dropout, and without rounding to 8 bits.
+    /// One without dropout, whose layers take their inputs exactly.
     pub fn new(ctx: &'a Ctx, params: &'a ParamStore, tokens: &'a Tokens) -> Self {
-        Self { ctx, params, tokens, dropout: None, int8: false }
+        Self { ctx, params, tokens, dropout: None, activations: Activations::Exact }
     }
 }
 

@@ -150,7 +150,10 @@ impl Model {
     ) -> PyResult<Self> {
         let options = load_options(dtype, quantization)?;
         let scaling: Option<Value> = rope_scaling.map(|text| parse("rope_scaling", text)).transpose()?;
-        let core = enter(py, || with_pool(|| Core::load_for(&folder, &options, max_seq_length, scaling.as_ref())))?;
+        let mut core = enter(py, || with_pool(|| Core::load_for(&folder, &options, max_seq_length, scaling.as_ref())))?;
+        if dtype.is_none() {
+            core.usually_decode_in_16_bits();
+        }
         Ok(Self { state: RwLock::new(State { core, adapter: None }), training: AtomicBool::new(false) })
     }
 

@@ -7,6 +7,7 @@ use rustune::config::generate::Sampling;
 use rustune::generate::sampling::{Draw, Sampler};
 use rustune::generate::{Chooser, decode};
 use rustune::io::safetensors::TensorFile;
+use rustune::kernels::active;
 use rustune::lora::{Init, Placement, inject};
 use rustune::model::{LoadOptions, Model, Quantize};
 use rustune::ops::crew::with_crew;
@@ -70,12 +71,22 @@ fn adapted(precision: Precision, dora: bool) -> Model {
 fn token_by_token_equals_the_whole_sequence_for_any_batch() {
     // bf16: x is rounded after sums in another order, so a few elements round the other way.
     let f32 = (Precision::F32, 1e-4);
-    // 16-bit blocks: new tokens are f32, the whole is not.
-    let int16 = (Precision::Int16, 1e-2);
-    for ((precision, tolerance), dora) in
-        [(f32, false), (f32, true), ((Precision::Bf16, 6e-2), true), (int16, false), (int16, true)]
-    {
-        let model = adapted(precision, dora);
+    // 16-bit blocks: new tokens are nearly f32, the whole is not.
+    let (int16, bf16) = ((Precision::Int16, 1e-2), (Precision::Bf16, 6e-2));
+    // f32, new tokens in 16 bits: off by 3e-5 of a product.
+    let rounding = (Precision::F32, 5e-3);
+    for ((precision, tolerance), dora, in_16_bits) in [
+        (f32, false, false),
+        (f32, true, false),
+        (rounding, true, true),
+        (bf16, true, true),
+        (int16, false, true),
+        (int16, true, true),
+    ] {
+        let mut model = adapted(precision, dora);
+        if in_16_bits {
+            model.usually_decode_in_16_bits();
+        }
         let vocab = model.config.vocab_size;
         let sequences: Vec<Vec<u32>> =
             (0..10_usize).map(|s| (0..30 + s).map(|t| ((t * 13 + s * 29 + t * t) % vocab) as u32).collect()).collect();
@@ -99,12 +110,24 @@ fn token_by_token_equals_the_whole_sequence_for_any_batch() {
 
 #[test]
 fn a_sequence_decodes_to_the_same_bits_beside_others() {
-    let model = adapted(Precision::F32, true);
+    let mut model = adapted(Precision::F32, true);
+    beside_others(&model, 12);
+    // A short prompt as a long one.
+    for bits in [16, 32] {
+        model.set_activation_bits(Some(bits)).unwrap();
+        beside_others(&model, 12);
+        if bits == 16 {
+            beside_others(&model, 2);
+        }
+    }
+}
+
+fn beside_others(model: &Model, prompt_len: usize) {
     let sequences: Vec<Vec<u32>> = (0..8_u32).map(|s| (0..24).map(|t| (t * 13 + s * 29) % 256).collect()).collect();
-    let together = forced(&model, &sequences, |_| 12);
+    let together = forced(model, &sequences, |_| prompt_len);
     for (seq, together) in together.iter().enumerate() {
         // Alone it is the first, which ends sooner: compare what both have.
-        let alone = &forced(&model, &sequences[seq..=seq], |_| 12)[0];
+        let alone = &forced(model, &sequences[seq..=seq], |_| prompt_len)[0];
         assert_eq!(alone[..], together[..alone.len()], "sequence {seq}");
     }
 }
@@ -201,7 +224,7 @@ fn forced_all(model: &Model, ids: &[u32], first: usize) -> Vec<f32> {
 }
 
 #[test]
-fn activations_in_8_bits_hardly_move_the_loss() {
+fn rounded_activations_hardly_move_the_loss() {
     let ids: Vec<u32> = (0..200).map(|t| (t * 7 + t * t) % 256).collect();
     let mut models = vec![("shipped", adapted(Precision::F32, true), ids)];
     let quantize = Some(Quantize::Nf4 { block_size: 64, double_quant: true });
@@ -213,40 +236,43 @@ fn activations_in_8_bits_hardly_move_the_loss() {
         let vocab = model.config.vocab_size;
         let (exact, exact_single) = both_paths(&model, &ids);
         assert!(largest_difference(&exact[39 * vocab..], &exact_single) < 1e-4, "{name}: both paths");
-        model.set_activation_bits(Some(8)).unwrap();
-        let (coarse, coarse_single) = both_paths(&model, &ids);
-        // What is not generation never rounds.
-        let tokens = Tokens::from_sequences([&ids[..]]);
-        assert_eq!(model.logits(&tokens).unwrap(), {
-            model.set_activation_bits(None).unwrap();
-            model.logits(&tokens).unwrap()
-        });
-        assert_eq!(both_paths(&model, &ids), (exact.clone(), exact_single.clone()), "{name}: floats come back");
-        let mean = |logits: &[f32]| nll(logits.chunks_exact(vocab), &ids);
-        let mean_single = |logits: &[f32]| nll(logits.chunks_exact(vocab), &ids[39..]);
-        for (path, exact, coarse, difference) in [
-            ("prompt", mean(&exact), mean(&coarse), largest_difference(&exact, &coarse)),
-            (
-                "tokens",
-                mean_single(&exact_single),
-                mean_single(&coarse_single),
-                largest_difference(&exact_single, &coarse_single),
-            ),
-        ] {
-            #[allow(clippy::print_stdout, reason = "the effect on the loss is a figure worth reading")]
-            {
-                println!(
-                    "{name}, {path}: NLL {exact:.5}, activations in 8 bits {coarse:.5}; largest change of a logit {difference:.4}"
-                );
+        for (bits, tolerance) in [(8, 2e-2), (16, 1e-3)] {
+            model.set_activation_bits(Some(bits)).unwrap();
+            let (coarse, coarse_single) = both_paths(&model, &ids);
+            // What is not generation never rounds.
+            let tokens = Tokens::from_sequences([&ids[..]]);
+            assert_eq!(model.logits(&tokens).unwrap(), {
+                model.set_activation_bits(None).unwrap();
+                model.logits(&tokens).unwrap()
+            });
+            assert_eq!(both_paths(&model, &ids), (exact.clone(), exact_single.clone()), "{name}: floats come back");
+            let mean = |logits: &[f32]| nll(logits.chunks_exact(vocab), &ids);
+            let mean_single = |logits: &[f32]| nll(logits.chunks_exact(vocab), &ids[39..]);
+            for (path, exact, coarse, difference) in [
+                ("prompt", mean(&exact), mean(&coarse), largest_difference(&exact, &coarse)),
+                (
+                    "tokens",
+                    mean_single(&exact_single),
+                    mean_single(&coarse_single),
+                    largest_difference(&exact_single, &coarse_single),
+                ),
+            ] {
+                #[allow(clippy::print_stdout, reason = "the effect on the loss is a figure worth reading")]
+                {
+                    println!(
+                        "{name}, {path}: NLL {exact:.5}, activations in {bits} bits {coarse:.5}; largest change of a logit {difference:.5}"
+                    );
+                }
+                // A table without a product of many rows in 8 bits takes prompts as floats; few take 16 bits where that is faster.
+                let used = path == "tokens" && (bits == 8 || active().unwrap().int16.gemv.fast);
+                assert!(difference > 0.0 || !used, "{name}, {path}: {bits} bits were not used");
+                // With 8 the stories move by 0.002; the shipped model, lost in random ids, by 0.1 % of a loss of 17.
+                assert!((exact - coarse).abs() < tolerance, "{name}, {path}: {exact} against {coarse}");
             }
-            // A table without a product of many rows in 8 bits takes prompts as floats.
-            assert!(difference > 0.0 || path == "prompt", "{name}, {path}: 8 bits were not used");
-            // The stories move by 0.002; the shipped model, lost in random ids, by 0.1 % of a loss of 17.
-            assert!((exact - coarse).abs() < 2e-2, "{name}, {path}: {exact} against {coarse}");
         }
     }
     let mut whole = load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("python/rustune/quickstart/model"));
-    for (bits, expected) in [(8, "no layer is in 4 or 8 bits"), (4, "expected 8 or None")] {
+    for (bits, expected) in [(8, "no layer is in 4 or 8 bits"), (4, "expected 8, 16, 32 or None")] {
         let error = whole.set_activation_bits(Some(bits)).unwrap_err().to_string();
         assert!(error.contains("activation_bits") && error.contains(expected), "{error}");
     }

@@ -161,6 +161,7 @@ mod avx512;
 mod avx512bf16;
 mod bytes;
 mod shorts;
+mod shorts_gemv;
 
 use super::Kernels;
 use super::integer::{Integer, IntegerTile};

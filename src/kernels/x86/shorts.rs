@@ -129,9 +129,8 @@ impl Shorts for Vnni512 {
 /// The codes of 32 indices: of each half of 128 bits the first eight, and the others.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn codes256([lower, upper]: [__m128i; 2], index: __m256i) -> [__m256i; 2] {
-    let lower = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(lower), index);
-    let upper = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(upper), index);
+pub(super) fn codes256([lower, upper]: [__m256i; 2], index: __m256i) -> [__m256i; 2] {
+    let (lower, upper) = (_mm256_shuffle_epi8(lower, index), _mm256_shuffle_epi8(upper, index));
     [_mm256_unpacklo_epi8(lower, upper), _mm256_unpackhi_epi8(lower, upper)]
 }
 
@@ -150,6 +149,8 @@ fn nibbles256(row: &[u8; 16]) -> __m256i {
 #[inline]
 #[target_feature(enable = "avx2")]
 fn words256(low: __m256i, high: __m256i, [below, above]: [[__m128i; 2]; 2]) -> [__m256; 4] {
+    let [below, above] =
+        [below, above].map(|[lower, upper]| [_mm256_broadcastsi128_si256(lower), _mm256_broadcastsi128_si256(upper)]);
     let ([low0, low1], [high0, high1]) = (codes256(below, low), codes256(above, high));
     // Of each half of 128 bits a quarter: words 0..4 and 16..20, 4..8 and 20..24, and so on.
     let [a, b] = [_mm256_unpacklo_epi16(low0, high0), _mm256_unpackhi_epi16(low0, high0)];
@@ -273,7 +274,7 @@ macro_rules! instantiate_shorts {
             }
 
             /// Hands the functions out where their instructions may run.
-            pub(super) fn table(detected: Option<$token>, fast: bool) -> Option<Int16Kernels> {
+            pub(super) fn table(detected: Option<$token>, fast: bool, fast_gemv: bool) -> Option<Int16Kernels> {
                 detected?;
                 Some(Int16Kernels {
                     tile: GemmTile {
@@ -298,6 +299,7 @@ macro_rules! instantiate_shorts {
                     },
                     // SAFETY: as above.
                     nf4_join: |column, out, width, panel| unsafe { nf4_join($make, column, out, width, panel) },
+                    gemv: super::super::shorts_gemv::$module::table(detected, fast_gemv)?,
                 })
             }
         }
@@ -316,17 +318,17 @@ instantiate_shorts!(plain, Avx2, Avx2(()), "avx2,fma,f16c", 6 x 2);
 
 /// Products of 16-bit pairs 512 bits wide: twice those of f32.
 pub(super) fn wide() -> Option<Int16Kernels> {
-    vnni512::table(Vnni512::detect(), true)
+    vnni512::table(Vnni512::detect(), true, true)
 }
 
 /// Those of AVX-VNNI.
 pub(super) fn vnni() -> Option<Int16Kernels> {
-    vnni256::table(Vnni256::detect(), true)
+    vnni256::table(Vnni256::detect(), true, true)
 }
 
 /// Those of AVX2 alone; `alone`: the table's f32 product is 256 bits wide as well.
 pub(super) fn narrow(alone: bool) -> Option<Int16Kernels> {
-    plain::table(Avx2::detect(), alone && multiplies_shorts_twice())
+    plain::table(Avx2::detect(), alone && multiplies_shorts_twice(), alone)
 }
 
 /// Whether two `vpmaddwd` a cycle can be expected: Intel's cores since Skylake have that (which came with `xsavec`), AMD's since
