@@ -286,6 +286,12 @@ def test_activations_in_8_bits_serve_generation_alone(tmp_path: Path) -> None:
     assert model.generate([PROMPT] * 3, max_new_tokens=8, **NEVER).shape == (3, 12)
     FastLanguageModel.for_inference(model, lm_head_bits=8, activation_bits=8)
     assert model.generate([PROMPT], max_new_tokens=8, **NEVER).shape == (1, 12)
+    floats = FastLanguageModel.for_inference(model, activation_bits=32).generate([PROMPT], max_new_tokens=8, **NEVER)
+    for bits in (16, None):
+        FastLanguageModel.for_inference(model, activation_bits=bits)
+        assert model.generate([PROMPT], max_new_tokens=8, **NEVER).shape == (1, 12)
+    # Loaded in float32, so that nothing is rounded unless it is asked for.
+    assert np.array_equal(model.generate([PROMPT], max_new_tokens=8, **NEVER), floats)
     FastLanguageModel.for_training(model)
     assert np.array_equal(model([PROMPT]).logits, exact)
     for bits in (4, True, 8.5):

@@ -111,23 +111,18 @@ fn token_by_token_equals_the_whole_sequence_for_any_batch() {
 #[test]
 fn a_sequence_decodes_to_the_same_bits_beside_others() {
     let mut model = adapted(Precision::F32, true);
-    beside_others(&model, 12);
-    // A short prompt as a long one.
-    for bits in [16, 32] {
-        model.set_activation_bits(Some(bits)).unwrap();
-        beside_others(&model, 12);
-        if bits == 16 {
-            beside_others(&model, 2);
-        }
+    for bits in [None, Some(16), Some(8)] {
+        model.set_activation_bits(bits).unwrap();
+        beside_others(&model);
     }
 }
 
-fn beside_others(model: &Model, prompt_len: usize) {
+fn beside_others(model: &Model) {
     let sequences: Vec<Vec<u32>> = (0..8_u32).map(|s| (0..24).map(|t| (t * 13 + s * 29) % 256).collect()).collect();
-    let together = forced(model, &sequences, |_| prompt_len);
+    let together = forced(model, &sequences, |_| 12);
     for (seq, together) in together.iter().enumerate() {
         // Alone it is the first, which ends sooner: compare what both have.
-        let alone = &forced(model, &sequences[seq..=seq], |_| prompt_len)[0];
+        let alone = &forced(model, &sequences[seq..=seq], |_| 12)[0];
         assert_eq!(alone[..], together[..alone.len()], "sequence {seq}");
     }
 }
@@ -232,17 +227,26 @@ fn rounded_activations_hardly_move_the_loss() {
         let ids = continued(&model, &ids);
         ("stories260K", model, ids)
     }));
+    // Weights that stand for bf16, in f32 arithmetic, as of a checkpoint that bitsandbytes wrote: 16 bits leave their rounding out.
+    models.extend(stories(quantize).map(|(model, ids)| {
+        let ids = continued(&model, &ids);
+        let options = LoadOptions { precision: Precision::Bf16, quantize, full_finetuning: false };
+        let mut rounded = Model::load(&model.folder, &options).unwrap();
+        rounded.ctx.precision = Precision::F32;
+        rounded.set_activation_bits(Some(32)).unwrap();
+        ("stories260K for bf16", rounded, ids)
+    }));
     for (name, mut model, ids) in models {
         let vocab = model.config.vocab_size;
         let (exact, exact_single) = both_paths(&model, &ids);
         assert!(largest_difference(&exact[39 * vocab..], &exact_single) < 1e-4, "{name}: both paths");
-        for (bits, tolerance) in [(8, 2e-2), (16, 1e-3)] {
+        for (bits, share) in [(8, 4e-3), (16, 5e-4)] {
             model.set_activation_bits(Some(bits)).unwrap();
             let (coarse, coarse_single) = both_paths(&model, &ids);
             // What is not generation never rounds.
             let tokens = Tokens::from_sequences([&ids[..]]);
             assert_eq!(model.logits(&tokens).unwrap(), {
-                model.set_activation_bits(None).unwrap();
+                model.set_activation_bits(Some(32)).unwrap();
                 model.logits(&tokens).unwrap()
             });
             assert_eq!(both_paths(&model, &ids), (exact.clone(), exact_single.clone()), "{name}: floats come back");
@@ -266,8 +270,8 @@ fn rounded_activations_hardly_move_the_loss() {
                 // A table without a product of many rows in 8 bits takes prompts as floats; few take 16 bits where that is faster.
                 let used = path == "tokens" && (bits == 8 || active().unwrap().int16.gemv.fast);
                 assert!(difference > 0.0 || !used, "{name}, {path}: {bits} bits were not used");
-                // With 8 the stories move by 0.002; the shipped model, lost in random ids, by 0.1 % of a loss of 17.
-                assert!((exact - coarse).abs() < tolerance, "{name}, {path}: {exact} against {coarse}");
+                // With 8 the stories move by 0.15 % of a loss of 1.5; the shipped model, lost in random ids, by 0.12 % of 17.7.
+                assert!((exact - coarse).abs() < share * exact, "{name}, {path}: {exact} against {coarse}");
             }
         }
     }

@@ -299,7 +299,7 @@ macro_rules! instantiate_shorts {
                     },
                     // SAFETY: as above.
                     nf4_join: |column, out, width, panel| unsafe { nf4_join($make, column, out, width, panel) },
-                    gemv: super::super::shorts_gemv::$module::table(detected, fast_gemv)?,
+                    gemv: $crate::kernels::x86::shorts_gemv::$module::table(detected, fast_gemv)?,
                 })
             }
         }
