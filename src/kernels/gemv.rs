@@ -257,10 +257,10 @@ pub(super) fn nested_scales<S: Packed>(s: S, codes: &[u8], map: &[f32; 256], sca
     s.store_tail(s.add(s.mul(s.look_up_bytes(&padded, map), scale), offset), outs.into_remainder());
 }
 
-/// The next rows of x that a kernel takes together, of `left`: 8 where their sums fit, else up to 4.
+/// The next rows of x that a kernel takes together, of `left`: 8 where their sums fit (`most`), else up to 4.
 #[inline(always)]
-pub(super) fn group<S: Packed>(left: usize) -> usize {
-    if S::GROUP >= 8 && left >= 8 { 8 } else { left.min(4) }
+pub(super) fn group(most: usize, left: usize) -> usize {
+    if most >= 8 && left >= 8 { 8 } else { left.min(4) }
 }
 
 /// What a kind of weights has for [`product`].
@@ -276,10 +276,9 @@ pub(super) trait Dots {
 pub(super) fn product<D: Dots>(mut dots: D, rows: usize, n_x: usize, out: &mut [f32]) {
     let mut first = 0;
     while first < n_x {
-        let left = n_x - first;
-        first += match left {
-            8.. if D::GROUP >= 8 => pass::<D, 8>(&mut dots, rows, n_x, first, out),
-            4.. => pass::<D, 4>(&mut dots, rows, n_x, first, out),
+        first += match group(D::GROUP, n_x - first) {
+            8 if D::GROUP >= 8 => pass::<D, 8>(&mut dots, rows, n_x, first, out),
+            4 => pass::<D, 4>(&mut dots, rows, n_x, first, out),
             3 => pass::<D, 3>(&mut dots, rows, n_x, first, out),
             2 => pass::<D, 2>(&mut dots, rows, n_x, first, out),
             _ => pass::<D, 1>(&mut dots, rows, n_x, first, out),
@@ -337,81 +336,45 @@ fn weights<S: Packed, const R: u8>(s: S, packed: &[u8; BLOCK / 2], code: &[f32; 
 #[inline(always)]
 pub(super) fn nf4_gemv<S: Packed>(s: S, w: Nf4Rows<'_>, code: &[f32; 16], x: &[f32], out: &mut [f32]) {
     match w.round {
-        Round::F32 => nf4_groups::<S, { Round::F32 as u8 }>(s, w, code, x, out),
-        Round::Bf16 => nf4_groups::<S, { Round::Bf16 as u8 }>(s, w, code, x, out),
-        Round::F16 => nf4_groups::<S, { Round::F16 as u8 }>(s, w, code, x, out),
-        Round::F16ThenBf16 => nf4_groups::<S, { Round::F16ThenBf16 as u8 }>(s, w, code, x, out),
+        Round::F32 => nf4_rounded::<S, { Round::F32 as u8 }>(s, w, code, x, out),
+        Round::Bf16 => nf4_rounded::<S, { Round::Bf16 as u8 }>(s, w, code, x, out),
+        Round::F16 => nf4_rounded::<S, { Round::F16 as u8 }>(s, w, code, x, out),
+        Round::F16ThenBf16 => nf4_rounded::<S, { Round::F16ThenBf16 as u8 }>(s, w, code, x, out),
     }
 }
 
 #[inline(always)]
-fn nf4_groups<S: Packed, const R: u8>(s: S, w: Nf4Rows<'_>, code: &[f32; 16], x: &[f32], out: &mut [f32]) {
-    let n_x = w.check(x, out);
-    let mut first = 0;
-    while first < n_x {
-        let count = group::<S>(n_x - first);
-        match count {
-            1 => nf4_pass::<S, R, 1>(s, w, code, x, n_x, first, out),
-            2 => nf4_pass::<S, R, 2>(s, w, code, x, n_x, first, out),
-            3 => nf4_pass::<S, R, 3>(s, w, code, x, n_x, first, out),
-            8 if S::GROUP >= 8 => nf4_pass::<S, R, 8>(s, w, code, x, n_x, first, out),
-            _ => nf4_pass::<S, R, 4>(s, w, code, x, n_x, first, out),
-        }
-        first += count;
-    }
+fn nf4_rounded<S: Packed, const R: u8>(s: S, w: Nf4Rows<'_>, code: &[f32; 16], x: &[f32], out: &mut [f32]) {
+    let (n_x, blocks) = (w.check(x, out), w.cols / BLOCK);
+    let (packed, x, room) = (w.packed.as_chunks().0, x.as_chunks().0, [Room::NEW; 4]);
+    product(Nf4::<S, R> { s, packed, scales: w.scales, code, x, room, blocks }, packed.len() / blocks, n_x, out);
 }
 
-/// All rows of W against rows `first .. first + M` of x.
-#[inline(always)]
-fn nf4_pass<S: Packed, const R: u8, const M: usize>(
+/// Rows of NF4, `code · scale` rounded as `R` says, and of x in order.
+struct Nf4<'a, S, const R: u8> {
     s: S,
-    w: Nf4Rows<'_>,
-    code: &[f32; 16],
-    x: &[f32],
-    n_x: usize,
-    first: usize,
-    out: &mut [f32],
-) {
-    let xs: [&[[f32; BLOCK]]; M] =
-        std::array::from_fn(|i| x[(first + i) * w.cols..(first + i + 1) * w.cols].as_chunks::<BLOCK>().0);
-    let rows = w.packed.len() / (w.cols / 2);
-    // A row of x alone takes four rows of W: memory then fetches ahead in four places, and four sums hide an FMA's latency.
-    let whole = if M == 1 {
-        nf4_abreast::<S, R, M, 4>(s, w, 0..rows, code, xs, n_x, first, out)
-    } else {
-        nf4_abreast::<S, R, M, 2>(s, w, 0..rows, code, xs, n_x, first, out)
-    };
-    nf4_abreast::<S, R, M, 1>(s, w, whole..rows, code, xs, n_x, first, out);
+    packed: &'a [[u8; BLOCK / 2]],
+    scales: Scales<'a>,
+    code: &'a [f32; 16],
+    x: &'a [[f32; BLOCK]],
+    room: [Room; 4],
+    /// Of a row.
+    blocks: usize,
 }
 
-/// Rows of W, `N` of them side by side, against rows `first .. first + M` of x; returns the row behind the last.
-#[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "a part of one pass of a product")]
-fn nf4_abreast<S: Packed, const R: u8, const M: usize, const N: usize>(
-    s: S,
-    w: Nf4Rows<'_>,
-    rows: Range<usize>,
-    code: &[f32; 16],
-    xs: [&[[f32; BLOCK]]; M],
-    n_x: usize,
-    first: usize,
-    out: &mut [f32],
-) -> usize {
-    let (blocks, part) = (w.cols / BLOCK, rows.len() / N);
-    let packed = w.packed.as_chunks::<{ BLOCK / 2 }>().0;
-    let mut room = [Room::NEW; N];
-    for j in rows.start..rows.start + part {
+impl<S: Packed, const R: u8> Dots for Nf4<'_, S, R> {
+    const GROUP: usize = S::GROUP;
+
+    #[inline(always)]
+    fn dots<const M: usize, const N: usize>(&mut self, rows: [usize; N], first: usize) -> [[f32; M]; N] {
+        let blocks = self.blocks;
+        let xs: [&[[f32; BLOCK]]; M] = std::array::from_fn(|i| &self.x[(first + i) * blocks..][..blocks]);
         let mut side_by_side: [Nf4Row<'_>; N] = [(&[], &[]); N];
-        for (r, (row, room)) in side_by_side.iter_mut().zip(&mut room).enumerate() {
-            let j = j + r * part;
-            *row = (&packed[j * blocks..][..blocks], w.scales.row(s, j, blocks, room));
+        for ((row, room), j) in side_by_side.iter_mut().zip(&mut self.room).zip(rows) {
+            *row = (&self.packed[j * blocks..][..blocks], self.scales.row(self.s, j, blocks, room));
         }
-        let dots = nf4_dots::<S, R, M, N>(s, side_by_side, code, xs);
-        for (r, dots) in dots.iter().enumerate() {
-            out[(j + r * part) * n_x + first..][..M].copy_from_slice(dots);
-        }
+        nf4_dots::<S, R, M, N>(self.s, side_by_side, self.code, xs)
     }
-    rows.start + N * part
 }
 
 /// The blocks of a row and their scales.
@@ -461,7 +424,7 @@ fn nf4_dots<S: Packed, const R: u8, const M: usize, const N: usize>(
 
 /// The sum over the lanes of each vector.
 #[inline(always)]
-fn sums<S: Simd, const M: usize, const N: usize>(s: S, acc: [[S::V; M]; N]) -> [[f32; M]; N] {
+pub(super) fn sums<S: Simd, const M: usize, const N: usize>(s: S, acc: [[S::V; M]; N]) -> [[f32; M]; N] {
     let mut dots = [[0.0; M]; N];
     for (dots, acc) in dots.iter_mut().zip(acc) {
         for (dot, acc) in dots.iter_mut().zip(acc) {
@@ -512,59 +475,25 @@ pub(super) fn dense<S: Packed, T: Element>(s: S, w: &[T], cols: usize, x: &[f32]
     let rows = w.len() / cols;
     assert_eq!(w.len(), rows * cols, "gemv: lengths differ");
     let n_x = check_x("gemv", rows, cols, x, out);
-    let mut first = 0;
-    while first < n_x {
-        let count = group::<S>(n_x - first);
-        match count {
-            1 => dense_pass::<S, T, 1>(s, w, cols, x, n_x, first, out),
-            2 => dense_pass::<S, T, 2>(s, w, cols, x, n_x, first, out),
-            3 => dense_pass::<S, T, 3>(s, w, cols, x, n_x, first, out),
-            8 if S::GROUP >= 8 => dense_pass::<S, T, 8>(s, w, cols, x, n_x, first, out),
-            _ => dense_pass::<S, T, 4>(s, w, cols, x, n_x, first, out),
-        }
-        first += count;
-    }
+    product(Dense { s, w, cols, x }, rows, n_x, out);
 }
 
-#[inline(always)]
-fn dense_pass<S: Packed, T: Element, const M: usize>(
+/// Plain rows and rows of x.
+struct Dense<'a, S, T> {
     s: S,
-    w: &[T],
+    w: &'a [T],
     cols: usize,
-    x: &[f32],
-    n_x: usize,
-    first: usize,
-    out: &mut [f32],
-) {
-    let xs: [&[f32]; M] = std::array::from_fn(|i| &x[(first + i) * cols..(first + i + 1) * cols]);
-    let rows = w.len() / cols;
-    let whole = if M == 1 {
-        dense_abreast::<S, T, M, 4>(s, w, 0..rows, xs, n_x, first, out)
-    } else {
-        dense_abreast::<S, T, M, 2>(s, w, 0..rows, xs, n_x, first, out)
-    };
-    dense_abreast::<S, T, M, 1>(s, w, whole..rows, xs, n_x, first, out);
+    x: &'a [f32],
 }
 
-/// Rows of w, `N` of them side by side, against rows `first .. first + M` of x; returns the row behind the last.
-#[inline(always)]
-fn dense_abreast<S: Packed, T: Element, const M: usize, const N: usize>(
-    s: S,
-    w: &[T],
-    rows: Range<usize>,
-    xs: [&[f32]; M],
-    n_x: usize,
-    first: usize,
-    out: &mut [f32],
-) -> usize {
-    let (cols, part) = (xs[0].len(), rows.len() / N);
-    for j in rows.start..rows.start + part {
-        let dots = dense_dots(s, std::array::from_fn::<_, N, _>(|r| &w[(j + r * part) * cols..][..cols]), xs);
-        for (r, dots) in dots.iter().enumerate() {
-            out[(j + r * part) * n_x + first..][..M].copy_from_slice(dots);
-        }
+impl<S: Packed, T: Element> Dots for Dense<'_, S, T> {
+    const GROUP: usize = S::GROUP;
+
+    #[inline(always)]
+    fn dots<const M: usize, const N: usize>(&mut self, rows: [usize; N], first: usize) -> [[f32; M]; N] {
+        let rows = rows.map(|j| &self.w[j * self.cols..][..self.cols]);
+        dense_dots(self.s, rows, std::array::from_fn(|i| &self.x[(first + i) * self.cols..][..self.cols]))
     }
-    rows.start + N * part
 }
 
 /// `N` rows against `M` rows of x, all equally long.
@@ -639,71 +568,28 @@ pub(super) fn i8_gemv<S: Packed>(s: S, w: &[i8], scales: &[f32], cols: usize, x:
     let (rows, blocks) = (w.len() / cols, cols / BLOCK);
     assert!(w.len() == rows * cols && scales.len() == rows * blocks, "i8_gemv: lengths differ");
     let n_x = check_x("i8_gemv", rows, cols, x, out);
-    let w = Int8Rows { codes: w.as_chunks().0, scales, blocks };
-    let mut first = 0;
-    while first < n_x {
-        let count = group::<S>(n_x - first);
-        match count {
-            1 => i8_pass::<S, 1>(s, w, rows, x, n_x, first, out),
-            2 => i8_pass::<S, 2>(s, w, rows, x, n_x, first, out),
-            3 => i8_pass::<S, 3>(s, w, rows, x, n_x, first, out),
-            8 if S::GROUP >= 8 => i8_pass::<S, 8>(s, w, rows, x, n_x, first, out),
-            _ => i8_pass::<S, 4>(s, w, rows, x, n_x, first, out),
-        }
-        first += count;
-    }
+    product(Int8 { s, codes: w.as_chunks().0, scales, x: x.as_chunks().0, blocks }, rows, n_x, out);
 }
 
-/// Rows in 8 bits and their scales.
-#[derive(Clone, Copy)]
-struct Int8Rows<'a> {
+/// Rows in 8 bits, their scales, and rows of x.
+struct Int8<'a, S> {
+    s: S,
     codes: &'a [[i8; BLOCK]],
     scales: &'a [f32],
+    x: &'a [[f32; BLOCK]],
+    /// Of a row.
     blocks: usize,
 }
 
-/// All rows of W against rows `first .. first + M` of x.
-#[inline(always)]
-fn i8_pass<S: Packed, const M: usize>(
-    s: S,
-    w: Int8Rows<'_>,
-    rows: usize,
-    x: &[f32],
-    n_x: usize,
-    first: usize,
-    out: &mut [f32],
-) {
-    let cols = w.blocks * BLOCK;
-    let xs: [&[[f32; BLOCK]]; M] =
-        std::array::from_fn(|i| x[(first + i) * cols..(first + i + 1) * cols].as_chunks::<BLOCK>().0);
-    let whole = if M == 1 {
-        i8_abreast::<S, M, 4>(s, w, 0..rows, xs, n_x, first, out)
-    } else {
-        i8_abreast::<S, M, 2>(s, w, 0..rows, xs, n_x, first, out)
-    };
-    i8_abreast::<S, M, 1>(s, w, whole..rows, xs, n_x, first, out);
-}
+impl<S: Packed> Dots for Int8<'_, S> {
+    const GROUP: usize = S::GROUP;
 
-/// Rows of w, `N` of them side by side, against rows `first .. first + M` of x; returns the row behind the last.
-#[inline(always)]
-fn i8_abreast<S: Packed, const M: usize, const N: usize>(
-    s: S,
-    w: Int8Rows<'_>,
-    rows: Range<usize>,
-    xs: [&[[f32; BLOCK]]; M],
-    n_x: usize,
-    first: usize,
-    out: &mut [f32],
-) -> usize {
-    let (blocks, part) = (w.blocks, rows.len() / N);
-    for j in rows.start..rows.start + part {
-        let row = |j: usize| (&w.codes[j * blocks..][..blocks], &w.scales[j * blocks..][..blocks]);
-        let dots = i8_dots(s, std::array::from_fn::<_, N, _>(|r| row(j + r * part)), xs);
-        for (r, dots) in dots.iter().enumerate() {
-            out[(j + r * part) * n_x + first..][..M].copy_from_slice(dots);
-        }
+    #[inline(always)]
+    fn dots<const M: usize, const N: usize>(&mut self, rows: [usize; N], first: usize) -> [[f32; M]; N] {
+        let blocks = self.blocks;
+        let rows = rows.map(|j| (&self.codes[j * blocks..][..blocks], &self.scales[j * blocks..][..blocks]));
+        i8_dots(self.s, rows, std::array::from_fn(|i| &self.x[(first + i) * blocks..][..blocks]))
     }
-    rows.start + N * part
 }
 
 /// `N` rows of codes with their scales against `M` rows of x, all of the same number of blocks.

@@ -10,7 +10,7 @@ use super::elementwise::{AdamStep, Mask, Masked};
 use super::gemm::{GemmTile, PairKernels, PanelA, Rows, TileC};
 use super::gemv::{MAX_X, NestedScales, Nf4Pairs, Nf4Rows, Round, Scales};
 use super::int16::{self, Int16Kernels, Nf4Column};
-use super::int16_gemv::{Codes16, Int16Gemv};
+use super::int16_gemv::{Codes16, Int16Gemv, Layout};
 use super::integer::{Codes, Integer, IntegerTile, Order};
 use super::tiles::TileMut;
 use super::{Kernels, tables};
@@ -258,15 +258,20 @@ fn every_kernel_stays_in_bounds() {
             nf4_order(&x, &mut ordered);
             nf4_gemv(w, code, &ordered, &mut out);
             integers_stay_in_bounds(integer, w, &scales, &codes, &x, flush);
-            let Int16Gemv { fast: _, unit: _, encode, nf4 } = &int16.gemv;
-            let blocks = int16.gemv.blocks(cols);
+            let Int16Gemv { fast: _, unit: _, encode, nf4, int8 } = &int16.gemv;
+            let blocks = int16.gemv.blocks(cols, Layout::Nf4);
             let (mut words, mut steps) = (floats(n_x * blocks * 32), floats(n_x * blocks));
             for ((x, words), steps) in x.chunks(cols).zip(words.chunks_mut(blocks * 32)).zip(steps.chunks_mut(blocks)) {
-                encode(x, words, steps);
+                encode(x, Layout::Nf4, words, steps);
             }
             for scales in [w.scales, Scales::Each(&scales)] {
                 nf4(Nf4Rows { scales, ..w }, code, Codes16 { words: &words, scales: &steps, cols }, &mut out);
             }
+            let (mut words, mut steps) = (floats(n_x * cols / 2), floats(n_x * cols / 64));
+            for ((x, words), steps) in x.chunks(cols).zip(words.chunks_mut(cols / 2)).zip(steps.chunks_mut(cols / 64)) {
+                encode(x, Layout::Plain, words, steps);
+            }
+            int8(&codes, &scales, Codes16 { words: &words, scales: &steps, cols }, &mut out);
         }
         let x = floats(n_x * n);
         f32_gemv(&floats(rows * n), n, &x, &mut out);

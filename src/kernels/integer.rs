@@ -8,7 +8,7 @@
 //! words: an f32 whose bits are four codes. Most such instructions want one operand without a sign; there the weights are
 //! raised by 128, and each sum starts at `-128 · Σ code` of its block ([`Codes::starts`]), which takes that out again.
 
-use super::gemv::{AHEAD, BLOCK, MAX_X, Nf4Rows, Packed, Room, Scales, group};
+use super::gemv::{AHEAD, BLOCK, Dots, MAX_X, Nf4Rows, Packed, Room, Scales, product};
 use super::generic::Simd;
 
 /// Words of a block.
@@ -241,56 +241,34 @@ pub(super) fn int8_gemv<S: Bytes>(s: S, w: &[i8], scales: &[f32], x: Codes<'_>, 
     groups(s, Int8 { codes: w.as_chunks().0, scales, blocks }, rows, 1.0, x, out);
 }
 
-/// All rows of w against groups of rows of x.
-#[inline(always)]
-fn groups<S: Bytes, W: Weights<S>>(s: S, w: W, rows: usize, factor: f32, x: Codes<'_>, out: &mut [f32]) {
-    let n = x.scales.len() / (x.cols / BLOCK);
-    let mut first = 0;
-    while first < n {
-        let count = group::<S::F>(n - first);
-        let some = x.rows(first..first + count);
-        match count {
-            1 => pass::<S, W, 1>(s, w, rows, factor, some, n, first, out),
-            2 => pass::<S, W, 2>(s, w, rows, factor, some, n, first, out),
-            3 => pass::<S, W, 3>(s, w, rows, factor, some, n, first, out),
-            8 if <S::F as Packed>::GROUP >= 8 => pass::<S, W, 8>(s, w, rows, factor, some, n, first, out),
-            _ => pass::<S, W, 4>(s, w, rows, factor, some, n, first, out),
+/// Rows of weights against rows of codes.
+struct Rows<'a, S, W> {
+    s: S,
+    w: W,
+    x: Codes<'a>,
+    room: [Room; 4],
+}
+
+impl<S: Bytes, W: Weights<S>> Dots for Rows<'_, S, W> {
+    const GROUP: usize = <S::F as Packed>::GROUP;
+
+    #[inline(always)]
+    fn dots<const M: usize, const N: usize>(&mut self, rows: [usize; N], first: usize) -> [[f32; M]; N] {
+        let (w, mut scales): (&W, [&[f32]; N]) = (&self.w, [&[]; N]);
+        for ((scales, room), j) in scales.iter_mut().zip(&mut self.room).zip(rows) {
+            *scales = w.scales(self.s, j, room);
         }
-        first += count;
+        dots::<S, W, M, N>(self.s, self.w, rows, scales, self.x.rows(first..first + M))
     }
 }
 
-/// All rows of w against `M` rows of x; the sums go to columns `first .. first + M` of `out: [rows, n]`.
+/// All rows of w against all of x.
 #[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "one pass of a product")]
-fn pass<S: Bytes, W: Weights<S>, const M: usize>(
-    s: S,
-    w: W,
-    rows: usize,
-    factor: f32,
-    x: Codes<'_>,
-    n: usize,
-    first: usize,
-    out: &mut [f32],
-) {
-    let mut write = |j: usize, dots: [f32; M]| {
-        for (out, dot) in out[j * n + first..][..M].iter_mut().zip(dots) {
-            *out = dot * factor;
-        }
-    };
-    // Two rows far apart side by side, for memory to fetch ahead in two places.
-    let (paired, mut room) = (rows / 2, [Room::NEW; 2]);
-    for j in 0..paired {
-        let [first, second] = &mut room;
-        let scales = [w.scales(s, j, first), w.scales(s, paired + j, second)];
-        let [one, other] = dots::<S, W, M, 2>(s, w, [j, paired + j], scales, x);
-        write(j, one);
-        write(paired + j, other);
-    }
-    for j in 2 * paired..rows {
-        let scales = w.scales(s, j, &mut room[0]);
-        let [dots] = dots::<S, W, M, 1>(s, w, [j], [scales], x);
-        write(j, dots);
+fn groups<S: Bytes, W: Weights<S>>(s: S, w: W, rows: usize, factor: f32, x: Codes<'_>, out: &mut [f32]) {
+    let n = x.scales.len() / (x.cols / BLOCK);
+    product(Rows { s, w, x, room: [Room::NEW; 4] }, rows, n, out);
+    for out in out {
+        *out *= factor;
     }
 }
 

@@ -8,7 +8,7 @@ use super::elementwise::{AdamStep, Mask, Masked};
 use super::gemm::{GemmTile, PairKernels, PanelA, Rows, TileC};
 use super::gemv::{NestedScales, Nf4Rows, Round, Scales};
 use super::int16::{self, Int16Kernels, Nf4Column};
-use super::int16_gemv::{Codes16, Int16Gemv};
+use super::int16_gemv::{Codes16, Int16Gemv, Layout};
 use super::integer::{Codes, Integer, IntegerTile, Order, STEPS};
 use super::tiles::TileMut;
 use super::{Kernels, available, philox::philox4x32_10, reference, tables};
@@ -877,18 +877,18 @@ fn tile_of_codes(
 }
 
 /// Rows of x in 16 bits: words, scales.
-fn encoded16(gemv: &Int16Gemv, x: &[f32], cols: usize) -> (Vec<f32>, Vec<f32>) {
-    let (n, blocks) = (x.len() / cols, gemv.blocks(cols));
+fn encoded16(gemv: &Int16Gemv, x: &[f32], cols: usize, layout: Layout) -> (Vec<f32>, Vec<f32>) {
+    let (n, blocks) = (x.len() / cols, gemv.blocks(cols, layout));
     let (mut words, mut scales) = (vec![7.0; n * blocks * 32], vec![7.0; n * blocks]);
     for ((x, words), scales) in x.chunks(cols).zip(words.chunks_mut(blocks * 32)).zip(scales.chunks_mut(blocks)) {
-        (gemv.encode)(x, words, scales);
+        (gemv.encode)(x, layout, words, scales);
     }
     (words, scales)
 }
 
 /// `x · wᵀ` in 16 bits, `[rows, n]`.
 fn product16(gemv: &Int16Gemv, w: Nf4Rows<'_>, code: &[f32; 16], x: &[f32]) -> Vec<f32> {
-    let (words, scales) = encoded16(gemv, x, w.cols);
+    let (words, scales) = encoded16(gemv, x, w.cols, Layout::Nf4);
     let mut out = vec![7.0; w.packed.len() / (w.cols / 2) * x.len() / w.cols];
     (gemv.nf4)(w, code, Codes16 { words: &words, scales: &scales, cols: w.cols }, &mut out);
     out
@@ -930,6 +930,17 @@ fn products_of_16_bit_codes() {
                     "{what} [{j}, {i}]: {got} against {want}"
                 );
             }
+            let codes: Vec<i8> = packed.iter().chain(&packed).map(|byte| (*byte as i8).max(-127)).collect();
+            let product = |gemv: &Int16Gemv| {
+                let (words, steps) = encoded16(gemv, &x, cols, Layout::Plain);
+                let mut out = vec![7.0; rows * n];
+                (gemv.int8)(&codes, &scales, Codes16 { words: &words, scales: &steps, cols }, &mut out);
+                out
+            };
+            assert_close(&product(gemv), &product(&reference), 2e-6, &format!("{what} int8"));
+            let mut want = vec![7.0; rows * n];
+            (reference::table().i8_gemv)(&codes, &scales, cols, &x, &mut want);
+            assert_close(&product(gemv), &want, 3e-4, &format!("{what} int8, of floats"));
             // The largest sums there are, of either sign: one that does not fit shows.
             for byte in [0x00, 0xFF] {
                 packed.fill(byte);

@@ -12,7 +12,7 @@ use super::weight::{Precision, Storage, Weight};
 use super::{Activations, Buf, Ctx, Env};
 use crate::kernels::gemv::{BLOCK, MAX_NESTED, MAX_X, NestedScales, Nf4Pairs, Nf4Rows, Round, Scales};
 use crate::kernels::int8::STEP;
-use crate::kernels::int16_gemv::{Codes16, WORDS};
+use crate::kernels::int16_gemv::{Codes16, Layout, WORDS};
 use crate::kernels::integer::{Codes, Order};
 use crate::quant::nf4::{Absmax, CODE_BOOK};
 use crate::quant::{FloatKind, Int8Matrix, Nf4Tensor};
@@ -40,8 +40,8 @@ pub struct Input {
     ordered: OnceLock<Buf>,
     /// x in 8 bits, in each [`Order`].
     encoded: [OnceLock<Encoded>; 2],
-    /// x in 16 bits, and their scales.
-    encoded16: OnceLock<(Buf, Buf)>,
+    /// x in 16 bits, and their scales, in each [`Layout`].
+    encoded16: [OnceLock<(Buf, Buf)>; 2],
 }
 
 /// How a matrix is multiplied with, and so how x is to be laid out.
@@ -53,8 +53,8 @@ enum Form {
     Nf4,
     /// With x in 8 bits.
     Codes(Order),
-    /// NF4 with x in 16 bits.
-    Codes16,
+    /// With x in 16 bits.
+    Codes16(Layout),
 }
 
 impl Input {
@@ -71,7 +71,8 @@ impl Input {
         if ctx.precision == Precision::Bf16 {
             (ctx.kernels.round_bf16)(&mut plain);
         }
-        let (ordered, encoded, encoded16) = (OnceLock::new(), [const { OnceLock::new() }; 2], OnceLock::new());
+        let (ordered, encoded) = (OnceLock::new(), [const { OnceLock::new() }; 2]);
+        let encoded16 = [const { OnceLock::new() }; 2];
         Self { n_rows, cols, plain, activations: Activations::Exact, ordered, encoded, encoded16 }
     }
 
@@ -92,7 +93,7 @@ impl Input {
             Form::Plain => (),
             Form::Nf4 => drop(self.ordered(ctx)),
             Form::Codes(order) => drop(self.codes(ctx, order)),
-            Form::Codes16 => drop(self.codes16(ctx)),
+            Form::Codes16(layout) => drop(self.codes16(ctx, layout)),
         }
     }
 
@@ -112,14 +113,14 @@ impl Input {
         self.encoded[order as usize].get_or_init(|| Encoded::alone(ctx, &self.plain, self.cols, order)).codes()
     }
 
-    fn codes16(&self, ctx: &Ctx) -> Codes16<'_> {
+    fn codes16(&self, ctx: &Ctx, layout: Layout) -> Codes16<'_> {
         let gemv = &ctx.kernels.int16.gemv;
-        let blocks = gemv.blocks(self.cols);
-        let (words, scales) = self.encoded16.get_or_init(|| {
+        let blocks = gemv.blocks(self.cols, layout);
+        let (words, scales) = self.encoded16[layout as usize].get_or_init(|| {
             let (mut words, mut scales) = (ctx.buf(self.n_rows * blocks * WORDS), ctx.buf(self.n_rows * blocks));
             let rows = words.chunks_exact_mut(blocks * WORDS).zip(scales.chunks_exact_mut(blocks));
             for (x, (words, scales)) in self.plain.chunks_exact(self.cols).zip(rows) {
-                (gemv.encode)(x, words, scales);
+                (gemv.encode)(x, layout, words, scales);
             }
             (words, scales)
         });
@@ -176,15 +177,19 @@ impl<'a> Rows<'a> {
     }
 
     fn form(self, ctx: &Ctx, x: &Input) -> Form {
-        match self {
-            Self::Int8(_) if x.activations == Activations::Bits8 => Form::Codes(Order::Plain),
-            Self::Weight(weight) => match (Quantized::of(weight), x.activations) {
-                (Some(matrix), Activations::Bits8) => Form::Codes(matrix.order()),
-                (Some(Quantized::Nf4(_)), Activations::Bits16) if ctx.kernels.int16.gemv.fast => Form::Codes16,
-                (Some(Quantized::Nf4(_)), _) => Form::Nf4,
-                (Some(Quantized::Int8(_)) | None, _) => Form::Plain,
-            },
-            Self::F32(_) | Self::Int8(_) => Form::Plain,
+        let bits16 = x.activations == Activations::Bits16 && ctx.kernels.int16.gemv.fast;
+        let matrix = match self {
+            Self::Weight(weight) => Quantized::of(weight),
+            Self::F32(_) | Self::Int8(_) => None,
+        };
+        let int8 = matches!((self, matrix), (Self::Int8(_), _) | (_, Some(Quantized::Int8(_))));
+        match (matrix, x.activations) {
+            (Some(matrix), Activations::Bits8) => Form::Codes(matrix.order()),
+            (None, Activations::Bits8) if int8 => Form::Codes(Order::Plain),
+            (Some(Quantized::Nf4(_)), _) if bits16 => Form::Codes16(Layout::Nf4),
+            (Some(Quantized::Nf4(_)), _) => Form::Nf4,
+            _ if int8 && bits16 => Form::Codes16(Layout::Plain),
+            _ => Form::Plain,
         }
     }
 
@@ -217,14 +222,16 @@ impl<'a> Rows<'a> {
                 scales.extend(steps.flat_map(|step| std::iter::repeat_n(step, x.cols / BLOCK)));
                 int8_rows(ctx, &matrix.codes[elements], scales, x, form, out);
             }
-            (Storage::Nf4(tensor), Form::Nf4 | Form::Codes(_) | Form::Codes16) => {
+            (Storage::Nf4(tensor), Form::Nf4 | Form::Codes(_) | Form::Codes16(_)) => {
                 let packed = &tensor.packed[elements.start / 2..elements.end / 2];
                 let blocks = elements.start / BLOCK..elements.end / BLOCK;
                 let scales = block_scales(ctx, tensor, blocks, x.cols, &mut scratch.scales);
                 let w = Nf4Rows { packed, scales, cols: x.cols, round: round(tensor.dtype, ctx.precision) };
                 match form {
                     Form::Codes(order) => (ctx.kernels.integer.nf4_gemv)(w, x.codes(ctx, order), out),
-                    Form::Codes16 => (ctx.kernels.int16.gemv.nf4)(w, &CODE_BOOK, x.codes16(ctx), out),
+                    Form::Codes16(layout) => {
+                        (ctx.kernels.int16.gemv.nf4)(w, &CODE_BOOK, x.codes16(ctx, layout), out);
+                    }
                     Form::Nf4 => {
                         let gemv = pairs(ctx).map_or(ctx.kernels.nf4_gemv, |pairs| pairs.gemv);
                         gemv(w, &CODE_BOOK, x.ordered(ctx), out);
@@ -244,7 +251,8 @@ impl<'a> Rows<'a> {
 fn int8_rows(ctx: &Ctx, codes: &[i8], scales: &[f32], x: &Input, form: Form, out: &mut [f32]) {
     match form {
         Form::Codes(order) => (ctx.kernels.integer.int8_gemv)(codes, scales, x.codes(ctx, order), out),
-        Form::Plain | Form::Nf4 | Form::Codes16 => (ctx.kernels.i8_gemv)(codes, scales, x.cols, &x.plain, out),
+        Form::Codes16(layout) => (ctx.kernels.int16.gemv.int8)(codes, scales, x.codes16(ctx, layout), out),
+        Form::Plain | Form::Nf4 => (ctx.kernels.i8_gemv)(codes, scales, x.cols, &x.plain, out),
     }
 }
 

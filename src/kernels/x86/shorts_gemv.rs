@@ -6,7 +6,7 @@ use super::avx512::Avx512;
 use super::bytes::{Vnni256, Vnni512};
 use super::shorts::codes256;
 use crate::kernels::gemv::{BLOCK, Nf4Rows};
-use crate::kernels::int16_gemv::{self, Codes16, Int16Gemv, Packed16, ShortsGemv};
+use crate::kernels::int16_gemv::{self, Codes16, Int16Gemv, Layout, Packed16, ShortsGemv};
 use std::arch::x86_64::*;
 
 /// The body of a method: the token is the proof that the intrinsics may run.
@@ -48,6 +48,14 @@ impl ShortsGemv<2> for Vnni512 {
                 _mm512_permutexvar_epi16(_mm512_srli_epi16::<12>(indices), table),
             ]
         })
+    }
+    type Wide = [__m512i; 2];
+    #[inline(always)]
+    fn widen(self, codes: &[i8; BLOCK]) -> [__m512i; 2] {
+        intrinsic!([
+            _mm512_cvtepi8_epi16(_mm256_loadu_si256(codes.as_ptr().cast())),
+            _mm512_cvtepi8_epi16(_mm256_loadu_si256(codes.as_ptr().add(32).cast())),
+        ])
     }
     #[inline(always)]
     fn unit_scales(self, scales: &[f32; 2]) -> __m512 {
@@ -94,6 +102,16 @@ macro_rules! shorts_gemv256 {
                     [a, b, c, d]
                 })
             }
+            type Wide = [__m256i; 4];
+            #[inline(always)]
+            fn widen(self, codes: &[i8; BLOCK]) -> [__m256i; 4] {
+                intrinsic!([
+                    _mm256_cvtepi8_epi16(_mm_loadu_si128(codes.as_ptr().cast())),
+                    _mm256_cvtepi8_epi16(_mm_loadu_si128(codes.as_ptr().add(16).cast())),
+                    _mm256_cvtepi8_epi16(_mm_loadu_si128(codes.as_ptr().add(32).cast())),
+                    _mm256_cvtepi8_epi16(_mm_loadu_si128(codes.as_ptr().add(48).cast())),
+                ])
+            }
             #[inline(always)]
             fn unit_scales(self, scales: &[f32; 1]) -> __m256 {
                 intrinsic!(_mm256_set1_ps(scales[0]))
@@ -112,8 +130,12 @@ macro_rules! instantiate_gemv {
             use super::*;
 
             #[target_feature(enable = $features)]
-            fn encode(s: $token, x: &[f32], words: &mut [f32], scales: &mut [f32]) {
-                int16_gemv::encode::<_, $unit>(s, x, words, scales);
+            fn encode(s: $token, x: &[f32], layout: Layout, words: &mut [f32], scales: &mut [f32]) {
+                int16_gemv::encode::<_, $unit>(s, x, layout, words, scales);
+            }
+            #[target_feature(enable = $features)]
+            fn int8(s: $token, w: &[i8], scales: &[f32], x: Codes16<'_>, out: &mut [f32]) {
+                int16_gemv::int8::<_, $unit>(s, w, scales, x, out);
             }
             #[target_feature(enable = $features)]
             fn nf4(s: $token, w: Nf4Rows<'_>, code: &[f32; 16], x: Codes16<'_>, out: &mut [f32]) {
@@ -127,9 +149,11 @@ macro_rules! instantiate_gemv {
                     fast,
                     unit: $unit,
                     // SAFETY: the token of the detection above proves the instruction set, here and below.
-                    encode: |x, words, scales| unsafe { encode($make, x, words, scales) },
+                    encode: |x, layout, words, scales| unsafe { encode($make, x, layout, words, scales) },
                     // SAFETY: as above.
                     nf4: |w, code, x, out| unsafe { nf4($make, w, code, x, out) },
+                    // SAFETY: as above.
+                    int8: |w, scales, x, out| unsafe { int8($make, w, scales, x, out) },
                 })
             }
         }

@@ -154,7 +154,7 @@ fn pairs(s: Avx512, w: Nf4Rows<'_>, code: &[f32; 16], x: &[f32], out: &mut [f32]
     let n_x = w.check_pairs(x, out);
     let mut first = 0;
     while first < n_x {
-        let count = group::<Avx512>(n_x - first);
+        let count = group(Avx512::GROUP, n_x - first);
         match count {
             1 => pairs_pass::<1>(s, w, code, x, n_x, first, out),
             2 => pairs_pass::<2>(s, w, code, x, n_x, first, out),
