@@ -552,12 +552,13 @@ class Model:
             lm_head_bits: 8 generates with a copy of the LM head in 8 bits, 64 weights to a scale: half the bytes of a
                 bfloat16 head, which is half of what a token of a small model reads. None takes the head as it is.
                 Losses, logits and training never use the copy.
-            activation_bits: What generation may round the inputs of layers to, 64 neighbours to a scale. 16, which rounds
-                where a few tokens meet a layer in 4 bits and the CPU is faster at it (a product is off by 3e-5 of its
-                size, and the weights are not rounded to the checkpoint's dtype); 32, nothing; 8, the inputs of layers
-                in 4 or 8 bits and of a head in 8 bits, much as llama.cpp does, with which a CPU with VNNI reads a
-                prompt more than twice as fast. None is 16, but 32 for a model loaded with `dtype="float32"`.
-                `docs/performance.md` has the effect on the loss. Losses, logits and training never round.
+            activation_bits: What generation may round the inputs of layers to, 64 neighbours to a scale. 16 rounds
+                where few tokens meet a layer or head in 4 or 8 bits and the CPU is faster at it: a product is off by
+                3e-5 of its size, and weights are not rounded to the checkpoint's dtype. 32 rounds nothing. 8 rounds the
+                inputs of all layers in 4 or 8 bits and of a head in 8 bits, much as llama.cpp does; a CPU with VNNI
+                then reads a prompt more than twice as fast. None is 16, but 32 for a model loaded with
+                `dtype="float32"`. `docs/performance.md` has the effect on the loss. Losses, logits and training never
+                round.
 
         Returns:
             The model.

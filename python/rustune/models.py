@@ -365,8 +365,8 @@ class FastLanguageModel:
         Args:
             model: The model.
             lm_head_bits: 8 generates with the LM head in 8 bits; None with the head as it is.
-            activation_bits: What generation may round the inputs of layers to: 8, 16, or 32 for nothing; None is 16, and
-                32 for a model loaded with `dtype="float32"`. See `Model.for_inference`.
+            activation_bits: What generation may round the inputs of layers to: 8, 16, or 32 for nothing; None is 16,
+                and 32 for a model loaded with `dtype="float32"`. See `Model.for_inference`.
 
         Returns:
             The same model.

@@ -6,6 +6,8 @@
 //! eight products of a block, `8 · 16383² < 2³¹`, exactly; lanes are scaled and added up in f32. A product of normal numbers is
 //! off by 3 · 10⁻⁵ of its size; one of bf16 by 2 · 10⁻³.
 //!
+//! Rows in 8 bits are widened to 16 and multiplied alike.
+//!
 //! Magnitudes below 10⁻³⁴ become zeros; with an infinity or a NaN in a block, its products are NaN.
 
 use super::gemv::{AHEAD, BLOCK, Dots, MAX_X, Nf4Rows, Packed, Room, Scales, product, sums};
@@ -191,7 +193,6 @@ impl<S: ShortsGemv<U>, const U: usize> Dots for Nf4<'_, S, S::Everywhere, U> {
     const GROUP: usize = <S::F as Packed>::GROUP;
 
     #[inline(always)]
-    #[expect(clippy::needless_range_loop, reason = "a unit is one of each row of W and of x")]
     fn dots<const M: usize, const N: usize>(&mut self, rows: [usize; N], first: usize) -> [[f32; M]; N] {
         let (s, f, blocks, filled) = (self.s, self.s.floats(), self.blocks, self.blocks.next_multiple_of(U));
         let whole = blocks / U;
@@ -255,7 +256,6 @@ impl<S: ShortsGemv<U>, const U: usize> Dots for Int8<'_, S, U> {
     const GROUP: usize = <S::F as Packed>::GROUP;
 
     #[inline(always)]
-    #[expect(clippy::needless_range_loop, reason = "a block is one of each row of W and of x")]
     fn dots<const M: usize, const N: usize>(&mut self, rows: [usize; N], first: usize) -> [[f32; M]; N] {
         let (s, f, blocks) = (self.s, self.s.floats(), self.blocks);
         let codes = rows.map(|j| &self.codes[j * blocks..][..blocks]);

@@ -41,7 +41,7 @@ impl Model {
     }
 
     /// Lets generation round the inputs of layers in 4 or 8 bits, and of a head in 8 bits, to `bits`, 64 neighbours to a scale: 8;
-    /// 16, of layers in NF4 that meet a few tokens, where that is faster; 32 for inputs as they are; or `None` for what is usual
+    /// 16, where a few tokens meet such a layer and that is faster; 32 for inputs as they are; or `None` for what is usual
     /// with the model's precision: 32 in f32, else 16. Losses and training never round.
     ///
     /// # Errors

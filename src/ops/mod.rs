@@ -147,7 +147,7 @@ pub struct Env<'a> {
 pub enum Activations {
     /// To nothing.
     Exact,
-    /// To 16 bits, 64 neighbours to a scale, where a few tokens meet NF4 and that is faster ([`crate::kernels::int16_gemv`]).
+    /// To 16 bits, 64 neighbours to a scale, where a few tokens meet such a layer and that is faster ([`crate::kernels::int16_gemv`]).
     Bits16,
     /// To 8 bits, 64 neighbours to a scale ([`crate::kernels::integer`]).
     Bits8,

@@ -17,7 +17,7 @@ pub enum Precision {
     /// Operands rounded to bfloat16, ties to even.
     Bf16,
     /// Operands rounded to 16-bit whole numbers with a scale for each 64 neighbours along the sum
-    /// ([`crate::kernels::int16`]); decoding, token by token, is f32.
+    /// ([`crate::kernels::int16`]); what decodes token by token, [`super::Activations`] say.
     Int16,
 }
 
