@@ -7,7 +7,7 @@ use rustune::kernels::available;
 use rustune::ops::crew::with_crew;
 use rustune::ops::gemv::{self, Input};
 use rustune::ops::linear::{Bias, Linear, Matrix};
-use rustune::ops::{Ctx, Env, ParamStore, Precision, Tokens, Weight, probe};
+use rustune::ops::{Activations, Ctx, Env, ParamStore, Precision, Tokens, Weight, probe};
 use rustune::quant::nf4::Absmax;
 use rustune::quant::{FloatKind, Nf4Tensor};
 
@@ -33,6 +33,13 @@ fn matrices() -> Vec<(&'static str, Matrix)> {
     made
 }
 
+/// How x is taken, and how many rows of it; bf16 takes it as it is.
+fn ways(name: &str) -> impl Iterator<Item = (Activations, usize)> {
+    let all = [Activations::Exact, Activations::Bits16, Activations::Bits8];
+    let taken = if name == "bf16" { 1 } else { all.len() };
+    all.into_iter().take(taken).flat_map(|activations| [1, 4].map(|n_rows| (activations, n_rows)))
+}
+
 fn products(c: &mut Criterion) {
     let mut group = c.benchmark_group("gemv");
     group.sample_size(10);
@@ -42,16 +49,16 @@ fn products(c: &mut Criterion) {
         let outputs = weight.rows();
         let linear = Linear { inputs: COLS, outputs, matrix, bias: Bias::None, lora: None };
         for kernels in available().iter().filter(|kernels| kernels.isa != "scalar") {
-            for n_rows in [1, 4] {
+            for (activations, n_rows) in ways(name) {
                 let ctx = Ctx { kernels, ..Ctx::new(Precision::F32).expect("RUSTUNE_ISA names a table") };
                 let (params, tokens) = (ParamStore::default(), Tokens::default());
                 let x = vec![0.5; n_rows * COLS];
-                let id = BenchmarkId::new(format!("{name}, {n_rows} rows"), kernels.isa);
+                let id = BenchmarkId::new(format!("{name}, {n_rows} rows, {activations:?}"), kernels.isa);
                 group.bench_function(id, |bencher| {
                     rayon::broadcast(|_| ()); // the pool's threads are there
                     let env = Env::new(&ctx, &params, &tokens);
                     rayon::scope(|_| {
-                        let input = Input::new(&ctx, &x, n_rows, COLS, COLS);
+                        let input = Input::new(&ctx, &x, n_rows, COLS, COLS).rounded(activations);
                         bencher.iter(|| with_crew(|crew| gemv::linears(&env, crew, [&linear], &input)));
                     });
                 });
