@@ -126,6 +126,7 @@ class FastLanguageModel:
             dtype: What the operands of matrix products are rounded to: `float32` (not at all), `bfloat16`, `int16`
                 (16-bit whole numbers with a float32 scale for each 64 neighbours: closer to float32 than bfloat16), or
                 None for what this machine does best, which float16 means too. Sums and all that is trained are float32.
+                Unless it is float32, generating may round what enters a quantized layer: see `for_inference`.
             load_in_4bit: Hold the linear layers in 4 bits; True unless 8 or 16 bits or full fine-tuning is asked for.
             load_in_8bit: Hold the linear layers in 8 bits, a scale a row, as LLM.int8() stores them. Products see the
                 dequantized weights: inputs are not rounded to 8 bits and no columns are set apart, which is more exact.

@@ -138,7 +138,7 @@ fn prefill(
 fn next(model: &Model, tokens: &Tokens, cache: &mut KvCache) -> Buf {
     let env = model.generation_env(tokens);
     if tokens.len() > MAX_ROWS {
-        // As exact as a few tokens would be.
+        // At least as exact as a few tokens would be, which may be rounded to 16 bits with a finer scale.
         let precision = if model.ctx.precision == Precision::Int16 { Precision::F32 } else { model.ctx.precision };
         let ctx = Ctx { precision, ..model.ctx.clone() };
         let hidden = model.llama.forward(&Env { ctx: &ctx, ..env }, Some(cache));
